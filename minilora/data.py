@@ -1,0 +1,362 @@
+"""Text in, batches out: tokenizers, corpora and the windows that the model is trained and judged on.
+
+Everything here lives on the host and is NumPy: tokens are 1-D int32 arrays, and whatever is random
+comes from the generator that the caller passes in.
+"""
+
+import codecs
+import sys
+import sysconfig
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from minilora.errors import MiniloraError
+
+END_OF_TEXT = "<|endoftext|>"  # the token that GPT-2 puts between documents
+PYTHON_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
+# --- Tokenizers ---------------------------------------------------------------------------------
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back; ids are below `vocab_size`, the size of the base's vocabulary."""
+
+    vocab_size: int
+    end_of_text: int | None  # the token between documents, where the vocabulary has one
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids of a text, 1-D int32."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of every text; some tokenizers share the work among threads."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Text of token ids piece by piece as they come, never half a character.
+
+        The pieces put together are `decode` of all the ids.
+        """
+
+
+def check_ids(ids: np.ndarray, vocab_size: int) -> None:
+    """Raise MiniloraError unless every token id is in [0, vocab_size)."""
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
+    if outside.size:
+        raise MiniloraError(
+            f"token id {outside[0]} is outside the base's vocabulary of {vocab_size} tokens"
+        )
+
+
+class ByteTokenizer:
+    """The 256 byte values as tokens: any text is its UTF-8 bytes, with nothing to learn or load."""
+
+    vocab_size = 256
+    end_of_text: int | None = None
+
+    def encode(self, text: str) -> np.ndarray:
+        """The UTF-8 bytes of a text, 1-D int32."""
+        return np.frombuffer(text.encode("utf-8", "replace"), np.uint8).astype(np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of every text."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of bytes; those that are not UTF-8 become U+FFFD, an id above 255 raises."""
+        return "".join(self.stream(ids))
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Text of bytes as they come; the bytes of an unfinished character wait for the rest."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for token in ids:
+            check_ids(np.array([token]), self.vocab_size)
+            if piece := decoder.decode(bytes([token])):
+                yield piece
+        if rest := decoder.decode(b"", final=True):
+            yield rest
+
+
+class BPETokenizer:
+    """A tokenizer of the `tokenizers` package, such as GPT-2's byte-level byte-pair encoding."""
+
+    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.end_of_text: int | None = tokenizer.token_to_id(END_OF_TEXT)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids of a text, 1-D int32; MiniloraError for an id that the base lacks."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of every text, on all cores."""
+        encodings = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        tokens = [np.array(encoding.ids, np.int32) for encoding in encodings]
+        for ids in tokens:
+            check_ids(ids, self.vocab_size)
+        return tokens
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids, special tokens included."""
+        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Text of token ids as they come; tokens that end within a character wait for the rest."""
+        from tokenizers.decoders import DecodeStream
+
+        decoder = DecodeStream(skip_special_tokens=False)
+        seen: list[int] = []
+        length = 0
+        for token in ids:
+            seen.append(int(token))
+            if piece := decoder.step(self.tokenizer, seen[-1]):
+                length += len(piece)
+                yield piece
+        if rest := self.decode(seen)[length:]:
+            yield rest
+
+
+def load_tokenizer(folder: str | Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a base folder whose config.json says `vocab_size`.
+
+    It is read from `tokenizer.json`, or from `vocab.json` and `merges.txt` (GPT-2's files); a
+    base of 256 tokens without these files is byte-level. Raises MiniloraError when the files are
+    missing or damaged, or when the `tokenizers` package is.
+    """
+    whole, vocab, merges = (
+        Path(folder) / name for name in ("tokenizer.json", "vocab.json", "merges.txt")
+    )
+    if not whole.exists() and not (vocab.exists() and merges.exists()):
+        if vocab_size == ByteTokenizer.vocab_size:
+            return ByteTokenizer()
+        raise MiniloraError(
+            f"{folder} has {vocab_size} tokens but no tokenizer: expected tokenizer.json, "
+            "or vocab.json and merges.txt"
+        )
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise MiniloraError(
+            f"reading the tokenizer in {folder} needs the tokenizers package: "
+            'pip install "minilora[hf]"'
+        ) from error
+    try:
+        if whole.exists():
+            tokenizer = tokenizers.Tokenizer.from_file(str(whole))
+        else:
+            model = tokenizers.models.BPE.from_file(str(vocab), str(merges))
+            tokenizer = tokenizers.Tokenizer(model)
+            tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+            tokenizer.decoder = tokenizers.decoders.ByteLevel()
+            if tokenizer.token_to_id(END_OF_TEXT) is not None:
+                tokenizer.add_special_tokens([END_OF_TEXT])
+    except Exception as error:  # the package raises nothing more specific
+        files = whole if whole.exists() else f"{vocab} and {merges}"
+        raise MiniloraError(f"cannot read a tokenizer from {files}: {error}") from error
+    return BPETokenizer(tokenizer, vocab_size)
+
+
+# --- Text ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text and where it came from: a path, or a path within the standard library."""
+
+    name: str
+    text: str
+
+
+def read_documents(source: str) -> list[Document]:
+    """The documents of one source, in an order that does not depend on the machine.
+
+    A source is a file, a folder (every text file below it; hidden, empty and binary files are
+    skipped), `python` (the standard library of this interpreter, without its tests; write
+    `./python` for a file or folder of that name) or `-` (standard input). Newlines become `\\n`
+    and a byte-order mark is dropped. Raises MiniloraError for a source that is missing or empty
+    or, unless a folder led to it, not UTF-8 text.
+    """
+    if source == "python":
+        return read_python()
+    path = Path(source)
+    if path.is_dir():
+        documents = read_folder(path)
+        if not documents:
+            raise MiniloraError(f"{source} is a folder without text: expected UTF-8 files below it")
+        return documents
+    try:
+        data = sys.stdin.buffer.read() if source == "-" else path.read_bytes()
+    except FileNotFoundError as error:
+        raise MiniloraError(
+            f"{source} does not exist: expected a file, a folder, `python` or `-`"
+        ) from error
+    except OSError as error:
+        raise MiniloraError(f"cannot read {source}: {error.strerror}") from error
+    name = "standard input" if source == "-" else source
+    text = decode_text(data)
+    if text is None:
+        raise MiniloraError(f"{name} is not UTF-8 text")
+    if not text:
+        raise MiniloraError(f"{name} is empty: expected text")
+    return [Document(name, text)]
+
+
+def decode_text(data: bytes) -> str | None:
+    """UTF-8 bytes as text with `\\n` newlines and no byte-order mark; None for anything else."""
+    if b"\0" in data:  # valid UTF-8, yet only binary files have it
+        return None
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_folder(folder: Path, pattern: str = "*", skipped: Iterable[str] = ()) -> list[Document]:
+    """Every text file below a folder, sorted, named by its path within the folder."""
+    documents = []
+    for path in sorted(folder.rglob(pattern), key=lambda path: path.relative_to(folder).parts):
+        parts = path.relative_to(folder).parts
+        if not path.is_file() or any(part.startswith(".") or part in skipped for part in parts):
+            continue
+        try:
+            text = decode_text(path.read_bytes())
+        except OSError as error:
+            raise MiniloraError(f"cannot read {path}: {error.strerror}") from error
+        if text:
+            documents.append(Document("/".join(parts), text))
+    return documents
+
+
+def read_python() -> list[Document]:
+    """The standard library of this interpreter: its .py files without installed packages and tests."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    documents = read_folder(folder, "*.py", PYTHON_SKIPPED)
+    if not documents:
+        raise MiniloraError(f"the standard library has no .py files in {folder}")
+    return documents
+
+
+def join_documents(texts: Sequence[str], tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
+    """One stream of tokens, 1-D int32, and the number of UTF-8 bytes that they stand for.
+
+    Between two documents stands the tokenizer's end-of-text token, which counts no byte, or a
+    blank line where there is none.
+    """
+    if tokenizer.end_of_text is None:
+        texts = [end_with_blank_line(text) for text in texts[:-1]] + list(texts[-1:])
+    pieces = tokenizer.encode_batch(texts)
+    if tokenizer.end_of_text is not None:
+        end = np.array([tokenizer.end_of_text], np.int32)
+        pieces = [piece for document in pieces for piece in (document, end)][:-1]
+    tokens = np.concatenate([np.zeros(0, np.int32), *pieces])
+    return tokens, sum(len(text.encode("utf-8")) for text in texts)
+
+
+def end_with_blank_line(text: str) -> str:
+    """The text with as many newlines added as make its last line blank."""
+    return text + "\n" * (2 - min(2, len(text) - len(text.rstrip("\n"))))
+
+
+# --- Corpora ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Text to train on and text kept apart to judge by, each one stream of tokens."""
+
+    train: np.ndarray  # 1-D int32
+    held_out: np.ndarray  # 1-D int32
+    train_bytes: int
+    held_out_bytes: int
+    files: int
+    name: str
+
+
+def load_corpus(
+    sources: str | Sequence[str], tokenizer: Tokenizer, *, held_out: float = 0.05
+) -> Corpus:
+    """Read sources (see `read_documents`) and keep a share of each apart.
+
+    Held out is the last `held_out` of the characters of every file; of `python`, whole files,
+    chosen by a hash of their names, so that about the same share is apart on every machine.
+    Raises MiniloraError for a bad source or a share outside [0, 1).
+    """
+    if not 0 <= held_out < 1:
+        raise MiniloraError(f"held_out is {held_out}: expected a share in [0, 1)")
+    sources = [sources] if isinstance(sources, str) else sources
+    train: list[str] = []
+    apart: list[str] = []
+    files = 0
+    for source in sources:
+        for document in read_documents(source):
+            files += 1
+            if source == "python":
+                (apart if hash_share(document.name) < held_out else train).append(document.text)
+            else:
+                cut = len(document.text) - int(len(document.text) * held_out)
+                train.append(document.text[:cut])
+                apart.append(document.text[cut:])
+    train_tokens, train_bytes = join_documents([text for text in train if text], tokenizer)
+    apart_tokens, apart_bytes = join_documents([text for text in apart if text], tokenizer)
+    return Corpus(
+        train_tokens, apart_tokens, train_bytes, apart_bytes, files, " ".join(map(str, sources))
+    )
+
+
+def hash_share(name: str) -> float:
+    """A number in [0, 1) that depends on nothing but the name."""
+    return zlib.crc32(name.encode("utf-8")) / 2**32
+
+
+def load_text(sources: str | Sequence[str], tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
+    """All the text of the sources as one stream of tokens, and its number of bytes."""
+    sources = [sources] if isinstance(sources, str) else sources
+    texts = [document.text for source in sources for document in read_documents(source)]
+    return join_documents(texts, tokenizer)
+
+
+# --- Batches ------------------------------------------------------------------------------------
+
+
+def check_length(tokens: np.ndarray, *, context: int, name: str) -> None:
+    """Raise MiniloraError unless there is one whole window with its targets."""
+    if len(tokens) < context + 1:
+        raise MiniloraError(
+            f"{name} has {len(tokens)} tokens: a context of {context} needs at least {context + 1}"
+        )
+
+
+def draw_batch(
+    tokens: np.ndarray, *, batch: int, context: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Random windows and the same windows one token later: (inputs, targets), int32 (B, T)."""
+    starts = rng.integers(0, len(tokens) - context, size=batch)
+    positions = starts[:, None] + np.arange(context)
+    return tokens[positions], tokens[positions + 1]
+
+
+def windows(
+    tokens: np.ndarray, *, context: int, batch: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Consecutive windows: every token but the very first is a target exactly once.
+
+    Yields (inputs, targets), int32 (B, T) with B at most `batch`; what is left after the last
+    whole window comes as a (1, rest) batch of its own.
+    """
+    inputs, targets = tokens[:-1], tokens[1:]
+    whole = len(inputs) // context
+    for first in range(0, whole, batch):
+        part = slice(first * context, min(first + batch, whole) * context)
+        yield inputs[part].reshape(-1, context), targets[part].reshape(-1, context)
+    rest = slice(whole * context, None)
+    if targets[rest].size:
+        yield inputs[None, rest], targets[None, rest]
