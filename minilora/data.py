@@ -1,13 +1,13 @@
-"""Text in, batches out: tokenizers, corpora and the windows that the model is trained and judged on.
+"""Text in, batches out: tokenizers, corpora and the windows for training and evaluation.
 
 Everything here lives on the host and is NumPy: tokens are 1-D int32 arrays, and whatever is random
 comes from the generator that the caller passes in.
 """
 
 import codecs
+import hashlib
 import sys
 import sysconfig
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,7 +237,7 @@ def read_folder(folder: Path, pattern: str = "*", skipped: Iterable[str] = ()) -
 
 
 def read_python() -> list[Document]:
-    """The standard library of this interpreter: its .py files without installed packages and tests."""
+    """The .py files of this interpreter's standard library but for tests and packages."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     documents = read_folder(folder, "*.py", PYTHON_SKIPPED)
     if not documents:
@@ -297,24 +297,51 @@ def load_corpus(
     apart: list[str] = []
     files = 0
     for source in sources:
-        for document in read_documents(source):
-            files += 1
-            if source == "python":
-                (apart if hash_share(document.name) < held_out else train).append(document.text)
-            else:
-                cut = len(document.text) - int(len(document.text) * held_out)
-                train.append(document.text[:cut])
-                apart.append(document.text[cut:])
-    train_tokens, train_bytes = join_documents([text for text in train if text], tokenizer)
-    apart_tokens, apart_bytes = join_documents([text for text in apart if text], tokenizer)
+        documents = read_documents(source)
+        split = split_files if source == "python" else split_tails
+        source_train, source_apart = split(documents, held_out)
+        train += source_train
+        apart += source_apart
+        files += len(documents)
+    train_tokens, train_bytes = join_documents(train, tokenizer)
+    apart_tokens, apart_bytes = join_documents(apart, tokenizer)
     return Corpus(
         train_tokens, apart_tokens, train_bytes, apart_bytes, files, " ".join(map(str, sources))
     )
 
 
-def hash_share(name: str) -> float:
-    """A number in [0, 1) that depends on nothing but the name."""
-    return zlib.crc32(name.encode("utf-8")) / 2**32
+def split_tails(documents: Sequence[Document], held_out: float) -> tuple[list[str], list[str]]:
+    """Texts for training and texts held out: the last characters of every document."""
+    train, apart = [], []
+    for document in documents:
+        cut = len(document.text) - int(len(document.text) * held_out)
+        train.append(document.text[:cut])
+        apart.append(document.text[cut:])
+    return [text for text in train if text], [text for text in apart if text]
+
+
+def split_files(documents: Sequence[Document], held_out: float) -> tuple[list[str], list[str]]:
+    """Texts for training and texts held out: whole documents, in the order of a hash of their name.
+
+    The hash makes the choice the same on every machine, and nearly so for every Python version.
+    """
+    names = sorted((document.name for document in documents), key=name_hash)
+    sizes = {document.name: len(document.text) for document in documents}
+    room = held_out * sum(sizes.values())
+    apart = set()
+    for name in names:
+        if sizes[name] <= room:
+            apart.add(name)
+            room -= sizes[name]
+    return (
+        [document.text for document in documents if document.name not in apart],
+        [document.text for document in documents if document.name in apart],
+    )
+
+
+def name_hash(name: str) -> bytes:
+    """Bytes that depend on nothing but the name."""
+    return hashlib.sha256(name.encode("utf-8")).digest()
 
 
 def load_text(sources: str | Sequence[str], tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
