@@ -1,0 +1,394 @@
+"""GPT-2 (Radford et al. 2019) built of the pairs in `ops` and `lora`: block, model, loss.
+
+Two trees go in. The base holds every weight under the name of the argument that takes it:
+
+    {"wte", "wpe", "blocks": [{"ln_1": {"w", "b"}, "attn": {"qkv": {"w", "b"}, "o": …},
+                               "ln_2": …, "mlp": {"up": …, "down": …}}], "ln_f": …}
+
+and the adapters (see `lora`) hold A and B at the same places. Gradients come back as trees of the
+same structure. Nothing here changes an argument.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from minilora.backend import Array
+from minilora.errors import MiniloraError
+from minilora.lora import (
+    LoRAConfig,
+    lora_backward,
+    lora_embedding_backward,
+    lora_embedding_forward,
+    lora_forward,
+    weight_of,
+)
+from minilora.ops import (
+    Cache,
+    attention_backward,
+    attention_forward,
+    cross_entropy_backward,
+    cross_entropy_forward,
+    embedding_backward,
+    embedding_forward,
+    gelu_backward,
+    gelu_forward,
+    head_backward,
+    head_forward,
+    layer_norm_backward,
+    layer_norm_forward,
+    linear_backward,
+    linear_forward,
+    position_backward,
+    position_forward,
+    residual_backward,
+    residual_forward,
+)
+from minilora.tree import Tree
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The sizes of a GPT-2, by their names in Hugging Face's config.json; GPT-2 small by default.
+
+    n_inner is the MLP's width, 4 n_embd when None. Raises MiniloraError for sizes that make no model.
+    """
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None
+    layer_norm_epsilon: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+            if getattr(self, name) < 1:
+                raise MiniloraError(f"{name} {getattr(self, name)} is too small; it is at least 1")
+        if self.n_embd % self.n_head:
+            raise MiniloraError(
+                f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}: "
+                "the heads share the width equally"
+            )
+
+    @property
+    def inner(self) -> int:
+        """F, the width inside the MLP."""
+        return 4 * self.n_embd if self.n_inner is None else self.n_inner
+
+
+def gpt_init(config: GPTConfig, *, seed: int, dtype: Any = np.float32) -> Tree:
+    """A base tree to pretrain, drawn on the host: weights N(0, 0.02²), biases 0, layer norms 1 and 0.
+
+    The two projections that feed the residual stream start smaller, by 1/√(2 n_layer)
+    (Radford et al. 2019, §2.3).
+    """
+    rng = np.random.default_rng(seed)
+    C, F = config.n_embd, config.inner
+
+    def normal(*shape: int, std: float = 0.02) -> Array:
+        return (std * rng.standard_normal(shape)).astype(dtype)
+
+    def linear(n_in: int, n_out: int, std: float = 0.02) -> Tree:
+        return {"w": normal(n_in, n_out, std=std), "b": np.zeros(n_out, dtype)}
+
+    def layer_norm() -> Tree:
+        return {"w": np.ones(C, dtype), "b": np.zeros(C, dtype)}
+
+    residual_std = 0.02 / math.sqrt(2 * config.n_layer)
+
+    def block() -> Tree:
+        return {
+            "ln_1": layer_norm(),
+            "attn": {"qkv": linear(C, 3 * C), "o": linear(C, C, residual_std)},
+            "ln_2": layer_norm(),
+            "mlp": {"up": linear(C, F), "down": linear(F, C, residual_std)},
+        }
+
+    return {
+        "wte": normal(config.vocab_size, C),
+        "wpe": normal(config.n_positions, C),
+        "blocks": [block() for _ in range(config.n_layer)],
+        "ln_f": layer_norm(),
+    }
+
+
+# --- a linear map with its adapters ------------------------------------------------------------
+
+
+class Adapter(NamedTuple):
+    """One adapter ready for use: its factors and its constants."""
+
+    A: Array
+    B: Array
+    scale: float
+    mask: Array | None
+    columns: slice
+
+
+def block_adapters(
+    lora: Tree, block: int, width: int, config: LoRAConfig, masks: Mapping[str, Array]
+) -> dict[str, Adapter]:
+    """The adapters of one block by target name (`qkv`, `q`, …, `down`)."""
+    found = {}
+    for room, targets in lora["blocks"][block].items():
+        for name, factors in targets.items():
+            path = f"blocks.{block}.{room}.{name}"
+            columns = weight_of(path, width)[1]
+            found[name] = Adapter(
+                **factors, scale=config.scale_of(path), mask=masks.get(path), columns=columns
+            )
+    return found
+
+
+def adapted_linear_forward(
+    x: Array, w: Array, b: Array, *, adapters: Mapping[str, Adapter], frozen: bool
+) -> tuple[Array, Cache]:
+    """y = x W + b + Σ s (x A) B, each adapter on its own columns of y [ADAPT.1].
+
+    (..., I), (I, O), (O,) -> (..., O). Keeps the caches of its parts.
+    """
+    y, linear_cache = linear_forward(x, w, b, frozen=frozen)
+    lora_caches = {}
+    for name, (A, B, scale, mask, columns) in adapters.items():
+        update, cache = lora_forward(x, A, B, scale=scale, mask=mask)
+        y[..., columns] += update  # [ADAPT.1]
+        lora_caches[name] = columns, cache
+    return y, (linear_cache, lora_caches)
+
+
+def adapted_linear_backward(dy: Array, cache: Cache) -> tuple[Array, Tree, Tree]:
+    """dx, {"w": dw, "b": db}, {name: {"A": dA, "B": dB}} of `adapted_linear_forward`."""
+    linear_cache, lora_caches = cache
+    dx, dw, db = linear_backward(dy, linear_cache)
+    dlora = {}
+    for name, (columns, lora_cache) in lora_caches.items():
+        dx_lora, dA, dB = lora_backward(dy[..., columns], lora_cache)
+        dx += dx_lora  # [ADAPT.2] dx = dy Wᵀ + Σ s (dy Bᵀ) Aᵀ
+        dlora[name] = {"A": dA, "B": dB}
+    return dx, {"w": dw, "b": db}, dlora
+
+
+# --- block -------------------------------------------------------------------------------------
+
+
+class BlockCache(NamedTuple):
+    """What a block keeps: the caches of its parts, in the order of the forward pass."""
+
+    ln_1: Cache
+    qkv: Cache
+    attention: Cache
+    o: Cache
+    ln_2: Cache
+    up: Cache
+    gelu: Cache
+    down: Cache
+
+
+def block_forward(
+    x: Array,
+    block: Tree,
+    adapters: Mapping[str, Adapter],
+    *,
+    config: GPTConfig,
+    frozen: bool = False,
+    attend: Callable[..., tuple[Array, Cache]] = attention_forward,
+) -> tuple[Array, Cache]:
+    """x + attention(LN₁ x), then + MLP(LN₂ ·), as GPT-2 has it [BLOCK.1-2].  (B, T, C) -> (B, T, C)
+
+    `attend` may be another attention than `attention_forward` (generation reads a cache).
+    """
+    eps = config.layer_norm_epsilon
+
+    def linear(x: Array, room: str, name: str, targets: tuple[str, ...]) -> tuple[Array, Cache]:
+        at_this_weight = {t: adapters[t] for t in targets if t in adapters}
+        return adapted_linear_forward(
+            x, **block[room][name], adapters=at_this_weight, frozen=frozen
+        )
+
+    h, ln_1 = layer_norm_forward(x, **block["ln_1"], eps=eps, frozen=frozen)
+    h, qkv = linear(h, "attn", "qkv", ("qkv", "q", "k", "v"))
+    h, attention = attend(h, heads=config.n_head)
+    h, o = linear(h, "attn", "o", ("o",))
+    x, _ = residual_forward(x, h)  # [BLOCK.1] x + Attn(LN₁ x)
+
+    h, ln_2 = layer_norm_forward(x, **block["ln_2"], eps=eps, frozen=frozen)
+    h, up = linear(h, "mlp", "up", ("up",))
+    h, gelu = gelu_forward(h)
+    h, down = linear(h, "mlp", "down", ("down",))
+    x, _ = residual_forward(x, h)  # [BLOCK.2] x + MLP(LN₂ x)
+    return x, BlockCache(ln_1, qkv, attention, o, ln_2, up, gelu, down)
+
+
+def block_backward(dy: Array, cache: Cache) -> tuple[Array, Tree, Tree]:
+    """dx, the gradients of the block's weights (None where frozen) and of its adapters."""
+    dx, dh = residual_backward(dy, ())
+    dh, ddown, lora_down = adapted_linear_backward(dh, cache.down)
+    (dh,) = gelu_backward(dh, cache.gelu)
+    dh, dup, lora_up = adapted_linear_backward(dh, cache.up)
+    dh, dw_2, db_2 = layer_norm_backward(dh, cache.ln_2)
+    dx = dx + dh  # [BLOCK.3] dx = dy + the gradient through the MLP's branch
+
+    dx, dh = residual_backward(dx, ())
+    dh, do, lora_o = adapted_linear_backward(dh, cache.o)
+    (dh,) = attention_backward(dh, cache.attention)
+    dh, dqkv, lora_qkv = adapted_linear_backward(dh, cache.qkv)
+    dh, dw_1, db_1 = layer_norm_backward(dh, cache.ln_1)
+    dx = dx + dh  # [BLOCK.4] and through the attention's branch
+
+    dblock = {
+        "ln_1": {"w": dw_1, "b": db_1},
+        "attn": {"qkv": dqkv, "o": do},
+        "ln_2": {"w": dw_2, "b": db_2},
+        "mlp": {"up": dup, "down": ddown},
+    }
+    dlora = {"attn": lora_qkv | lora_o, "mlp": lora_up | lora_down}
+    return dx, dblock, {room: targets for room, targets in dlora.items() if targets}
+
+
+# --- model -------------------------------------------------------------------------------------
+
+
+class GPTCache(NamedTuple):
+    """What the model keeps: the caches of its parts; None for blocks no gradient has to reach."""
+
+    wte: Cache
+    embedding_lora: Cache | None
+    wpe: Cache
+    blocks: list[Cache | None]
+    ln_f: Cache
+    head: Cache
+    frozen: bool
+
+
+def gpt_forward(
+    base: Tree,
+    lora: Tree | None = None,
+    *,
+    tokens: Array,
+    config: GPTConfig,
+    lora_config: LoRAConfig | None = None,
+    masks: Mapping[str, Array] | None = None,
+    frozen: bool = False,
+) -> tuple[Array, Cache]:
+    """Logits of every position, (B, T) token ids -> (B, T, V), and the caches of the whole model.
+
+    `masks` are the adapters' dropout masks by LoRA path; `frozen` means that the base gets no
+    gradients. Blocks below the lowest adapter of a frozen base keep nothing. Raises MiniloraError
+    when T exceeds n_positions, or when adapters come without their configuration.
+    """
+    if tokens.shape[-1] > config.n_positions:
+        raise MiniloraError(
+            f"{tokens.shape[-1]} tokens exceed the model's context of {config.n_positions}"
+        )
+    if lora is None:
+        lora, lora_config = {"blocks": [{} for _ in base["blocks"]]}, LoRAConfig()
+    if lora_config is None:
+        raise MiniloraError("adapters need their lora_config: it holds their scales")
+
+    x, wte = embedding_forward(base["wte"], index=tokens)
+    embedding_lora = None
+    if "embedding" in lora:
+        scale = lora_config.scale_of("embedding")
+        update, embedding_lora = lora_embedding_forward(
+            **lora["embedding"], index=tokens, scale=scale
+        )
+        x += update
+    x, wpe = position_forward(x, base["wpe"], frozen=frozen)
+
+    reached = not frozen or embedding_lora is not None
+    blocks: list[Cache | None] = []
+    for i, block in enumerate(base["blocks"]):
+        adapters = block_adapters(lora, i, config.n_embd, lora_config, masks or {})
+        reached = reached or bool(adapters)
+        x, cache = block_forward(x, block, adapters, config=config, frozen=frozen)
+        blocks.append(cache if reached else None)
+
+    x, ln_f = layer_norm_forward(x, **base["ln_f"], eps=config.layer_norm_epsilon, frozen=frozen)
+    logits, head = head_forward(x, base["wte"], frozen=frozen)
+    return logits, GPTCache(wte, embedding_lora, wpe, blocks, ln_f, head, frozen)
+
+
+def gpt_backward(dlogits: Array, cache: Cache) -> tuple[Tree | None, Tree]:
+    """dbase (None when frozen) and dlora of `gpt_forward`."""
+    dx, dwte_head = head_backward(dlogits, cache.head)
+    dx, dw_f, db_f = layer_norm_backward(dx, cache.ln_f)
+
+    dblocks: list[Tree] = []
+    dlora: Tree = {"blocks": []}
+    for block_cache in reversed(cache.blocks):
+        dblock, dblock_lora = {}, {}
+        if block_cache is not None:
+            dx, dblock, dblock_lora = block_backward(dx, block_cache)
+        dblocks.insert(0, dblock)
+        dlora["blocks"].insert(0, dblock_lora)
+
+    dx, dwpe = position_backward(dx, cache.wpe)
+    if cache.embedding_lora is not None:
+        dA, dB = lora_embedding_backward(dx, cache.embedding_lora)
+        dlora["embedding"] = {"A": dA, "B": dB}
+    if cache.frozen:
+        return None, dlora
+    (dwte,) = embedding_backward(dx, cache.wte)
+    dwte += dwte_head  # [GPT.1] the tied table: dwte = its gradient as input + as head
+    dbase = {"wte": dwte, "wpe": dwpe, "blocks": dblocks, "ln_f": {"w": dw_f, "b": db_f}}
+    return dbase, dlora
+
+
+def gpt_logits(
+    base: Tree,
+    lora: Tree | None = None,
+    *,
+    tokens: Array,
+    config: GPTConfig,
+    lora_config: LoRAConfig | None = None,
+) -> Array:
+    """Logits alone, (B, T) -> (B, T, V); see `gpt_forward`."""
+    logits, _ = gpt_forward(
+        base, lora, tokens=tokens, config=config, lora_config=lora_config, frozen=True
+    )
+    return logits
+
+
+def loss_and_grads(
+    base: Tree,
+    lora: Tree | None = None,
+    *,
+    tokens: Array,
+    targets: Array,
+    config: GPTConfig,
+    lora_config: LoRAConfig | None = None,
+    wrt: Literal["lora", "base", "both"] = "lora",
+    masks: Mapping[str, Array] | None = None,
+    ignore_index: int = -100,
+    count: int | None = None,
+) -> tuple[Array, Tree | None, Tree | None]:
+    """The mean loss in nats per counted target, and its gradients: loss, dbase, dlora.
+
+    `wrt` says which tree is trained; the other's gradient is None, and a frozen base costs neither
+    memory nor products for weight gradients. `count` replaces the number of counted targets as the
+    divisor, so that the losses and gradients of a batch's shards add up to the batch's.
+    """
+    if wrt != "base" and lora is None:
+        raise MiniloraError(f"wrt={wrt!r} asks for gradients of adapters, but there are none")
+    logits, gpt_cache = gpt_forward(
+        base,
+        lora,
+        tokens=tokens,
+        config=config,
+        lora_config=lora_config,
+        masks=masks,
+        frozen=wrt == "lora",
+    )
+    loss, loss_cache = cross_entropy_forward(
+        logits, targets=targets, ignore_index=ignore_index, count=count
+    )
+    (dlogits,) = cross_entropy_backward(1.0, loss_cache)
+    dbase, dlora = gpt_backward(dlogits, gpt_cache)
+    return loss, dbase, (None if wrt == "base" else dlora)
