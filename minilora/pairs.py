@@ -1,0 +1,238 @@
+"""The register of every forward/backward pair, and the table that `minilora gradcheck` prints.
+
+Each pair comes with a function that makes its arguments from a random generator and a set of sizes,
+so that the same register feeds the table and the property tests: whoever adds a pair adds one line
+here. Everything is float64.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from minilora import ops
+from minilora.backend import Array
+from minilora.gpt import GPTConfig, gpt_init, loss_and_grads
+from minilora.gradcheck import Check, check_pair, check_tree, max_error
+from minilora.lora import (
+    TARGETS,
+    LoRAConfig,
+    dropout_masks,
+    lora_backward,
+    lora_embedding_backward,
+    lora_embedding_forward,
+    lora_forward,
+    lora_init,
+)
+from minilora.tree import Tree, flatten, map_leaves, unflatten
+
+
+class Sizes(NamedTuple):
+    """The sizes that a pair's arguments are made of; `lead` are the leading dimensions."""
+
+    lead: tuple[int, ...] = (2, 3)
+    C: int = 4
+    O: int = 3
+    R: int = 2
+    V: int = 5
+    H: int = 2
+
+    def shape(self, letters: str) -> tuple[int, ...]:
+        """The sides that a signature such as "...C" names: `...` is lead, a letter its size."""
+        sizes = {
+            **self._asdict(),
+            "B": math.prod(self.lead[:-1]),
+            "T": self.lead[-1],
+            "P": self.lead[-1] + 2,  # positions: more than are used
+            "Q": 3 * self.H * self.C,  # fused projections: q, k and v of H heads of width C
+        }
+        lead = self.lead if letters.startswith("...") else ()
+        return (*lead, *(sizes[letter] for letter in letters.removeprefix("...")))
+
+
+Constants = Callable[[np.random.Generator, Sizes], dict[str, Any]]
+
+
+class Pair(NamedTuple):
+    """A forward/backward pair and how to call it.
+
+    `arguments` holds the shape of each (see `Sizes.shape`), `constants` makes the keyword
+    arguments, and `frozen` names the arguments that then have no gradient.
+    """
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    arguments: tuple[str, ...]
+    constants: Constants = lambda rng, s: {}
+    frozen: tuple[str, ...] = ()
+
+    def make(
+        self, rng: np.random.Generator, sizes: Sizes | None = None
+    ) -> tuple[list[Array], dict[str, Any]]:
+        """Random arguments and constants for one call, float64."""
+        sizes = sizes or Sizes()
+        arguments = [rng.standard_normal(sizes.shape(letters)) for letters in self.arguments]
+        return arguments, self.constants(rng, sizes)
+
+
+def _constant(**constants: Any) -> Constants:
+    return lambda rng, s: constants
+
+
+def _index(rng: np.random.Generator, s: Sizes) -> dict[str, Any]:
+    return {"index": rng.integers(s.V, size=s.lead)}
+
+
+def _mask(rng: np.random.Generator, s: Sizes) -> dict[str, Any]:
+    return {"mask": ops.dropout_mask(rng, s.shape("...C"), 0.4, np.float64)}
+
+
+def _targets(rng: np.random.Generator, s: Sizes) -> dict[str, Any]:
+    return {"targets": rng.integers(s.V, size=s.lead)}
+
+
+def _some_targets(rng: np.random.Generator, s: Sizes) -> dict[str, Any]:
+    targets = rng.integers(s.V, size=s.lead)
+    return {"targets": np.where(rng.random(s.lead) < 0.3, -1, targets), "ignore_index": -1}
+
+
+LINEAR = (ops.linear_forward, ops.linear_backward, ("...C", "CO", "O"))
+POSITION = (ops.position_forward, ops.position_backward, ("...C", "PC"))
+LAYER_NORM = (ops.layer_norm_forward, ops.layer_norm_backward, ("...C", "C", "C"))
+HEAD = (ops.head_forward, ops.head_backward, ("...C", "VC"))
+CROSS_ENTROPY = (ops.cross_entropy_forward, ops.cross_entropy_backward, ("...V",))
+LORA = (lora_forward, lora_backward, ("...C", "CR", "RO"))
+
+PAIRS: dict[str, Pair] = {
+    "linear": Pair(*LINEAR),
+    "linear, frozen": Pair(*LINEAR, _constant(frozen=True), ("w", "b")),
+    "embedding": Pair(ops.embedding_forward, ops.embedding_backward, ("VC",), _index),
+    "position": Pair(*POSITION, _constant(offset=1)),
+    "position, frozen": Pair(*POSITION, _constant(frozen=True), ("wpe",)),
+    # A large ε: its place in the equation then matters, and rows of equal entries stay smooth.
+    "layer norm": Pair(*LAYER_NORM, _constant(eps=0.1)),
+    "layer norm, frozen": Pair(*LAYER_NORM, _constant(eps=0.1, frozen=True), ("w", "b")),
+    "gelu": Pair(ops.gelu_forward, ops.gelu_backward, ("...C",)),
+    "softmax": Pair(ops.softmax_forward, ops.softmax_backward, ("...C",)),
+    "attention": Pair(
+        ops.attention_forward, ops.attention_backward, ("BTQ",), lambda rng, s: {"heads": s.H}
+    ),
+    "residual": Pair(ops.residual_forward, ops.residual_backward, ("...C", "...C")),
+    "head": Pair(*HEAD),
+    "head, frozen": Pair(*HEAD, _constant(frozen=True), ("wte",)),
+    "cross-entropy": Pair(*CROSS_ENTROPY, _targets),
+    "cross-entropy, targets ignored": Pair(*CROSS_ENTROPY, _some_targets),
+    "cross-entropy, count given": Pair(
+        *CROSS_ENTROPY, lambda rng, s: {**_some_targets(rng, s), "count": 7}
+    ),
+    "dropout": Pair(ops.dropout_forward, ops.dropout_backward, ("...C",), _mask),
+    "lora": Pair(*LORA, lambda rng, s: {"scale": 8.0 / s.R}),
+    "lora, rank-stabilised": Pair(*LORA, lambda rng, s: {"scale": 8.0 / math.sqrt(s.R)}),
+    "lora, dropout": Pair(*LORA, lambda rng, s: {"scale": 8.0 / s.R, **_mask(rng, s)}),
+    "lora, embedding": Pair(
+        lora_embedding_forward,
+        lora_embedding_backward,
+        ("VR", "RC"),
+        lambda rng, s: {"scale": 8.0 / s.R, **_index(rng, s)},
+    ),
+}
+
+
+class Model(NamedTuple):
+    """A whole model with adapters and one batch: what `loss_and_grads` takes, in its names."""
+
+    base: Tree
+    lora: Tree
+    tokens: Array
+    targets: Array
+    config: GPTConfig
+    lora_config: LoRAConfig
+    masks: Mapping[str, Array] | None
+
+
+def tiny_model(*, seed: int = 0) -> Model:
+    """Two small blocks with an adapter on every target, none of them at its start (B is not 0)."""
+    rng = np.random.default_rng(seed)
+    config = GPTConfig(vocab_size=7, n_positions=5, n_embd=4, n_layer=2, n_head=2, n_inner=6)
+    lora_config = LoRAConfig(
+        rank=2, alpha=3.0, targets=TARGETS, dropout=0.3, rank_pattern={"up": 1, "1.attn.q": 3}
+    )
+
+    def moved(x: Array) -> Array:
+        return x + 0.5 * rng.standard_normal(x.shape)
+
+    base = map_leaves(moved, gpt_init(config, seed=seed, dtype=np.float64))
+    lora = map_leaves(moved, lora_init(base, lora_config, seed=seed))
+    tokens = rng.integers(config.vocab_size, size=(2, 4))
+    targets = rng.integers(config.vocab_size, size=(2, 4))
+    targets[1, 0] = -100
+    masks = dropout_masks(lora, lora_config, rng=rng, shape=(2, 4))
+    return Model(base, lora, tokens, targets, config, lora_config, masks)
+
+
+def check_model(
+    model: Model,
+    *,
+    wrt: Literal["lora", "base", "both"],
+    seed: int = 0,
+    entries: int | None = None,
+) -> list[Check]:
+    """Compares the gradients of a whole model with central differences of its loss, leaf by leaf.
+
+    The trees must be float64. `entries` limits the entries compared per leaf.
+    """
+    constants = model._asdict()
+    trees = {"base": constants.pop("base"), "lora": constants.pop("lora")}
+    _, *gradients = loss_and_grads(**trees, **constants, wrt=wrt)
+    trained = ("base", "lora") if wrt == "both" else (wrt,)
+
+    def loss_of(flat: dict[str, Array]) -> float:
+        loss, _, _ = loss_and_grads(**{**trees, **unflatten(flat)}, **constants, wrt=wrt)
+        return float(loss)
+
+    flat = flatten({name: trees[name] for name in trained})
+    flat_gradients = flatten(
+        {name: g for name, g in zip(trees, gradients, strict=True) if g is not None}
+    )
+    return check_tree(loss_of, flat, flat_gradients, seed=seed, entries=entries)
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    name: str
+    error: float  # the largest relative error
+    entries: int  # entries compared
+    seconds: float
+
+
+def table(*, seed: int = 0) -> Iterator[Row]:
+    """The rows of `minilora gradcheck`, each as soon as it is known.
+
+    Every pair, the whole model (base alone; base and adapters on every target, with dropout), and
+    the LoRA factors alone, over a frozen base.
+    """
+    model = tiny_model(seed=seed)
+    for name, pair in PAIRS.items():
+        yield _row(name, lambda pair=pair: _check(pair, seed))  # type: ignore[misc]
+    yield _row("model, base", lambda: check_model(model, wrt="base", seed=seed))
+    yield _row("model, base and LoRA", lambda: check_model(model, wrt="both", seed=seed))
+    yield _row("model, LoRA factors", lambda: check_model(model, wrt="lora", seed=seed))
+
+
+def _check(pair: Pair, seed: int) -> list[Check]:
+    arguments, constants = pair.make(np.random.default_rng(seed))
+    return check_pair(
+        pair.forward, pair.backward, arguments, constants, seed=seed, frozen=pair.frozen
+    )
+
+
+def _row(name: str, run: Callable[[], list[Check]]) -> Row:
+    start = time.perf_counter()
+    checks = run()
+    seconds = time.perf_counter() - start
+    return Row(name, max_error(checks), sum(check.entries for check in checks), seconds)
