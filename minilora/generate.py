@@ -1,0 +1,204 @@
+"""Text from a model, token by token, with the keys and values of earlier tokens kept.
+
+Causal attention lets no token look ahead, so the keys and values of a token never change once they
+are computed. Kept in a cache, they leave one token's work per new token: the same linear maps
+whatever the length, and one row of attention.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from minilora.backend import Array, namespace, to_host
+from minilora.data import check_ids
+from minilora.errors import MiniloraError
+from minilora.gpt import GPTConfig, block_adapters, block_forward
+from minilora.lora import LoRAConfig, lora_embedding_forward
+from minilora.ops import (
+    embedding_forward,
+    head_forward,
+    layer_norm_forward,
+    merged_heads,
+    position_forward,
+    softmax_forward,
+    split_heads,
+)
+from minilora.tree import Tree
+
+
+def generate(
+    base: Tree,
+    lora: Tree | None = None,
+    *,
+    prompt_ids: Sequence[int] | Array,
+    config: GPTConfig,
+    lora_config: LoRAConfig | None = None,
+    max_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+) -> Iterator[int]:
+    """The `max_tokens` token ids that continue a prompt, each as soon as it is drawn.
+
+    `temperature`, `top_k` and `top_p` shape the distribution (see `distribution`); temperature 0
+    always takes the likeliest token. When the context of n_positions tokens is full, its last half
+    is read again as a new prompt and the text goes on from there. Raises MiniloraError, before
+    anything is computed, for a prompt that is empty, longer than the context or outside the
+    vocabulary, and for an option out of its range.
+    """
+    prompt = np.asarray(prompt_ids, np.int64)
+    if prompt.size == 0:
+        raise MiniloraError("the prompt is empty; it needs at least one token")
+    if prompt.size > config.n_positions:
+        raise MiniloraError(
+            f"the prompt has {prompt.size} tokens, more than the context of {config.n_positions}"
+        )
+    check_ids(prompt, config.vocab_size)
+    if max_tokens < 0:
+        raise MiniloraError(f"max_tokens {max_tokens} is negative; it is at least 0")
+    if not temperature >= 0:
+        raise MiniloraError(f"temperature {temperature} is not a number of at least 0")
+    if top_k is not None and top_k < 1:
+        raise MiniloraError(f"top_k {top_k} is too small; it is at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise MiniloraError(f"top_p {top_p} is not in (0, 1]")
+
+    def tokens() -> Iterator[int]:
+        rng = np.random.default_rng(seed)
+        context = config.n_positions
+        cache = new_cache(base, config, length=min(context, prompt.size + max_tokens))
+        text = prompt.tolist()
+        unread, position = text, 0
+        for _ in range(max_tokens):
+            if position + len(unread) > context:
+                unread, position = text[-max(1, context // 2) :], 0
+            logits = next_logits(
+                base,
+                lora,
+                tokens=np.array([unread]),
+                cache=cache,
+                position=position,
+                config=config,
+                lora_config=lora_config,
+            )
+            position += len(unread)
+            p = distribution(to_host(logits)[0], temperature=temperature, top_k=top_k, top_p=top_p)
+            unread = [int(rng.choice(p.size, p=p))]
+            text += unread
+            yield unread[0]
+
+    return tokens()
+
+
+# --- the model with its past -------------------------------------------------------------------
+
+
+class KeyValues(NamedTuple):
+    """The keys and values of one block, (B, H, P, K) each: written once, at their positions."""
+
+    keys: Array
+    values: Array
+
+
+def new_cache(base: Tree, config: GPTConfig, *, length: int, batch: int = 1) -> list[KeyValues]:
+    """Room for the keys and values of `length` positions in every block, not yet filled."""
+    wte = base["wte"]
+    shape = (batch, config.n_head, length, config.n_embd // config.n_head)
+    empty = partial(namespace(wte).empty, shape, dtype=wte.dtype)
+    return [KeyValues(empty(), empty()) for _ in range(config.n_layer)]
+
+
+def next_logits(
+    base: Tree,
+    lora: Tree | None = None,
+    *,
+    tokens: np.ndarray,
+    cache: list[KeyValues],
+    position: int,
+    config: GPTConfig,
+    lora_config: LoRAConfig | None = None,
+) -> Array:
+    """Logits of the token after `tokens`, which stand at `position` and on.  (B, T) -> (B, V)
+
+    `gpt_logits` at the last position, given that the cache holds the keys and values of all the
+    positions before; those of `tokens` are added to it. The token ids are on the host.
+    """
+    if lora is None:
+        lora, lora_config = {"blocks": [{} for _ in base["blocks"]]}, LoRAConfig()
+    if lora_config is None:
+        raise MiniloraError("adapters need their lora_config: it holds their scales")
+    index = namespace(base["wte"]).asarray(tokens)
+    x, _ = embedding_forward(base["wte"], index=index)
+    if "embedding" in lora:
+        scale = lora_config.scale_of("embedding")
+        update, _ = lora_embedding_forward(**lora["embedding"], index=index, scale=scale)
+        x += update
+    x, _ = position_forward(x, base["wpe"], offset=position, frozen=True)
+    for i, block in enumerate(base["blocks"]):
+        adapters = block_adapters(lora, i, config.n_embd, lora_config, {})
+        attend = partial(cached_attention, cache=cache[i], position=position)
+        x, _ = block_forward(x, block, adapters, config=config, frozen=True, attend=attend)
+    eps = config.layer_norm_epsilon
+    x, _ = layer_norm_forward(x[:, -1], **base["ln_f"], eps=eps, frozen=True)
+    return head_forward(x, base["wte"], frozen=True)[0]
+
+
+def cached_attention(
+    qkv: Array, *, heads: int, cache: KeyValues, position: int
+) -> tuple[Array, tuple[()]]:
+    """`attention_forward` [ATT.1-3] for the tokens at `position` and on.  (B, T, 3C) -> (B, T, C)
+
+    Writes their keys and values into the cache and attends to all that it then holds.
+    """
+    xp = namespace(qkv)
+    q, k, v = split_heads(qkv, heads)
+    T, K = q.shape[-2:]
+    end = position + T
+    cache.keys[:, :, position:end] = k
+    cache.values[:, :, position:end] = v
+    scores = q @ cache.keys[:, :, :end].swapaxes(-1, -2)
+    scores *= 1.0 / math.sqrt(K)  # [ATT.1]
+    scores += xp.triu(xp.full((T, end), -math.inf, dtype=qkv.dtype), position + 1)
+    att, _ = softmax_forward(scores)  # [ATT.2]
+    y, y_heads = merged_heads(qkv[..., : heads * K], heads)
+    xp.matmul(att, cache.values[:, :, :end], out=y_heads)  # [ATT.3]
+    return y, ()
+
+
+# --- the choice of a token ---------------------------------------------------------------------
+
+
+def distribution(
+    logits: np.ndarray, *, temperature: float, top_k: int | None = None, top_p: float | None = None
+) -> np.ndarray:
+    """The probabilities that the next token is drawn from, float64.  (V,) -> (V,)
+
+    softmax(logits / temperature), all on the likeliest token at temperature 0. top_k keeps the k
+    likeliest tokens (Fan et al. 2018, §5.1); top_p keeps of these the smallest set of likeliest
+    ones whose probability reaches p (Holtzman et al. 2020, eq. 2). What is kept is scaled to sum
+    to 1.
+    """
+    logits = logits.astype(np.float64)
+    if temperature == 0:
+        p = np.zeros_like(logits)
+        p[logits.argmax()] = 1.0
+        return p
+    p = np.exp((logits - logits.max()) / temperature)
+    p /= p.sum()
+    if top_k is None and top_p is None:
+        return p
+    likeliest = np.argsort(-p, kind="stable")
+    if top_k is not None:
+        p[likeliest[top_k:]] = 0.0
+        p /= p.sum()
+    if top_p is not None:
+        kept = 1 + np.searchsorted(p[likeliest].cumsum(), top_p)
+        p[likeliest[kept:]] = 0.0
+        p /= p.sum()
+    return p
