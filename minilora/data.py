@@ -4,8 +4,11 @@ Everything here lives on the host and is NumPy: tokens are 1-D int32 arrays, and
 comes from the generator that the caller passes in.
 """
 
+from __future__ import annotations
+
 import codecs
 import hashlib
+import os
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,13 +34,19 @@ class Tokenizer(Protocol):
     end_of_text: int | None  # the token between documents, where the vocabulary has one
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids of a text, 1-D int32."""
+        """Token ids of a text, 1-D int32.
+
+        Raises MiniloraError for an id outside the vocabulary: the tokenizer is another model's.
+        """
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of every text; some tokenizers share the work among threads."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
+        """Text of token ids; bytes that are not UTF-8 become U+FFFD.
+
+        Raises MiniloraError for an id outside the vocabulary.
+        """
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Text of token ids piece by piece as they come, never half a character.
@@ -70,15 +79,17 @@ class ByteTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of bytes; those that are not UTF-8 become U+FFFD, an id above 255 raises."""
-        return "".join(self.stream(ids))
+        """Text of bytes; those that are not UTF-8 become U+FFFD. Raises for an id above 255."""
+        values = np.fromiter(ids, np.int64)
+        check_ids(values, self.vocab_size)
+        return values.astype(np.uint8).tobytes().decode("utf-8", "replace")
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Text of bytes as they come; the bytes of an unfinished character wait for the rest."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for token in ids:
             check_ids(np.array([token]), self.vocab_size)
-            if piece := decoder.decode(bytes([token])):
+            if piece := decoder.decode(bytes([int(token)])):
                 yield piece
         if rest := decoder.decode(b"", final=True):
             yield rest
@@ -93,20 +104,23 @@ class BPETokenizer:
         self.end_of_text: int | None = tokenizer.token_to_id(END_OF_TEXT)
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids of a text, 1-D int32; MiniloraError for an id that the base lacks."""
+        """Token ids of a text, 1-D int32. Raises for an id that the base lacks."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of every text, on all cores."""
-        encodings = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         tokens = [np.array(encoding.ids, np.int32) for encoding in encodings]
         for ids in tokens:
             check_ids(ids, self.vocab_size)
         return tokens
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of token ids, special tokens included."""
-        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+        """Text of token ids, special tokens included. Raises for an id that the base lacks."""
+        values = np.fromiter(ids, np.int64)
+        check_ids(values, self.vocab_size)
+        text: str = self.tokenizer.decode(values.tolist(), skip_special_tokens=False)
+        return text
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Text of token ids as they come; tokens that end within a character wait for the rest."""
@@ -138,7 +152,7 @@ def load_tokenizer(folder: str | Path, vocab_size: int) -> Tokenizer:
         if vocab_size == ByteTokenizer.vocab_size:
             return ByteTokenizer()
         raise MiniloraError(
-            f"{folder} has {vocab_size} tokens but no tokenizer: expected tokenizer.json, "
+            f"{folder} has {vocab_size} tokens but no tokenizer; expected tokenizer.json, "
             "or vocab.json and merges.txt"
         )
     try:
@@ -186,27 +200,34 @@ def read_documents(source: str) -> list[Document]:
     """
     if source == "python":
         return read_python()
-    path = Path(source)
-    if path.is_dir():
-        documents = read_folder(path)
-        if not documents:
-            raise MiniloraError(f"{source} is a folder without text: expected UTF-8 files below it")
-        return documents
+    if source == "-":
+        return [Document("standard input", check_text(sys.stdin.buffer.read(), "standard input"))]
+    if not os.path.isdir(source):
+        return [Document(source, check_text(read_bytes(Path(source)), source))]
+    documents = read_folder(Path(source))
+    if not documents:
+        raise MiniloraError(f"{source} is a folder without text; expected UTF-8 files below it")
+    return documents
+
+
+def read_bytes(path: Path) -> bytes:
+    """The contents of a file; MiniloraError where the system refuses."""
     try:
-        data = sys.stdin.buffer.read() if source == "-" else path.read_bytes()
-    except FileNotFoundError as error:
-        raise MiniloraError(
-            f"{source} does not exist: expected a file, a folder, `python` or `-`"
-        ) from error
+        return path.read_bytes()
     except OSError as error:
-        raise MiniloraError(f"cannot read {source}: {error.strerror}") from error
-    name = "standard input" if source == "-" else source
+        raise MiniloraError(
+            f"cannot read {path} ({error.strerror}); expected a file, a folder, `python` or `-`"
+        ) from error
+
+
+def check_text(data: bytes, name: str) -> str:
+    """`decode_text` of a source that must be text; MiniloraError where it is none or is empty."""
     text = decode_text(data)
     if text is None:
-        raise MiniloraError(f"{name} is not UTF-8 text")
+        raise MiniloraError(f"{name} is not text in UTF-8")
     if not text:
-        raise MiniloraError(f"{name} is empty: expected text")
-    return [Document(name, text)]
+        raise MiniloraError(f"{name} is empty; expected text")
+    return text
 
 
 def decode_text(data: bytes) -> str | None:
@@ -223,15 +244,11 @@ def decode_text(data: bytes) -> str | None:
 def read_folder(folder: Path, pattern: str = "*", skipped: Iterable[str] = ()) -> list[Document]:
     """Every text file below a folder, sorted, named by its path within the folder."""
     documents = []
-    for path in sorted(folder.rglob(pattern), key=lambda path: path.relative_to(folder).parts):
-        parts = path.relative_to(folder).parts
-        if not path.is_file() or any(part.startswith(".") or part in skipped for part in parts):
+    for parts in sorted(path.relative_to(folder).parts for path in folder.rglob(pattern)):
+        path = folder.joinpath(*parts)
+        if any(part.startswith(".") or part in skipped for part in parts) or not path.is_file():
             continue
-        try:
-            text = decode_text(path.read_bytes())
-        except OSError as error:
-            raise MiniloraError(f"cannot read {path}: {error.strerror}") from error
-        if text:
+        if text := decode_text(read_bytes(path)):
             documents.append(Document("/".join(parts), text))
     return documents
 
@@ -291,7 +308,7 @@ def load_corpus(
     Raises MiniloraError for a bad source or a share outside [0, 1).
     """
     if not 0 <= held_out < 1:
-        raise MiniloraError(f"held_out is {held_out}: expected a share in [0, 1)")
+        raise MiniloraError(f"held_out {held_out} is not in [0, 1)")
     sources = [sources] if isinstance(sources, str) else sources
     train: list[str] = []
     apart: list[str] = []
@@ -358,7 +375,7 @@ def check_length(tokens: np.ndarray, *, context: int, name: str) -> None:
     """Raise MiniloraError unless there is one whole window with its targets."""
     if len(tokens) < context + 1:
         raise MiniloraError(
-            f"{name} has {len(tokens)} tokens: a context of {context} needs at least {context + 1}"
+            f"{name} has {len(tokens)} tokens; a context of {context} needs at least {context + 1}"
         )
 
 
@@ -377,7 +394,7 @@ def windows(
     """Consecutive windows: every token but the very first is a target exactly once.
 
     Yields (inputs, targets), int32 (B, T) with B at most `batch`; what is left after the last
-    whole window comes as a (1, rest) batch of its own.
+    whole window comes as a (1, rest) batch of its own. Fewer than two tokens yield nothing.
     """
     inputs, targets = tokens[:-1], tokens[1:]
     whole = len(inputs) // context
