@@ -1,0 +1,140 @@
+"""What holds for every pair of the register: right gradients, the dtype kept, any memory layout."""
+
+import inspect
+import types
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minilora import lora, ops
+from minilora.gradcheck import assert_close, check_pair
+from minilora.pairs import PAIRS, Sizes
+
+every_pair = pytest.mark.parametrize("name", PAIRS)
+
+sides = st.integers(1, 3)
+sizes = st.builds(
+    Sizes,
+    lead=st.lists(sides, min_size=1, max_size=3).map(tuple),
+    C=st.integers(1, 4),
+    O=sides,
+    R=sides,
+    V=st.integers(1, 5),
+    H=sides,
+)
+
+
+def call(name, arguments, constants, seed=1):
+    """y, dy and the gradients of one call of a pair."""
+    pair = PAIRS[name]
+    y, cache = pair.forward(*arguments, **constants)
+    dy = np.random.default_rng(seed).standard_normal(np.shape(y)).astype(y.dtype)
+    return y, dy, pair.backward(dy, cache)
+
+
+@every_pair
+@given(sizes=sizes, seed=st.integers(0, 2**32 - 1))
+def test_gradients_agree_with_central_differences(name, sizes, seed):
+    pair = PAIRS[name]
+    arguments, constants = pair.make(np.random.default_rng(seed), sizes)
+    checks = check_pair(
+        pair.forward,
+        pair.backward,
+        arguments,
+        constants,
+        seed=seed,
+        entries=6,
+        frozen=pair.frozen,
+    )
+    assert_close(checks, 1e-6)
+
+
+@every_pair
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_dtype_of_the_arguments_is_kept(name, dtype):
+    arguments, constants = PAIRS[name].make(np.random.default_rng(0))
+    y64, _, gradients64 = call(name, arguments, constants)
+
+    arguments = [x.astype(dtype) for x in arguments]
+    constants = {
+        key: value.astype(dtype)
+        if np.asarray(value).dtype == np.float64 and np.ndim(value)
+        else value
+        for key, value in constants.items()
+    }
+    y, _, gradients = call(name, arguments, constants)
+    close = {"rtol": 1e-3, "atol": 1e-5} if dtype == np.float32 else {"rtol": 0}
+    assert y.dtype == dtype
+    np.testing.assert_allclose(y, y64, **close)
+    for gradient, gradient64 in zip(gradients, gradients64, strict=True):
+        if gradient64 is not None:
+            assert gradient.dtype == dtype
+            np.testing.assert_allclose(gradient, gradient64, **close)
+
+
+def every_second(x):
+    """The same values as a view that skips memory, back to front."""
+    if x.ndim == 0:
+        return x
+    room = np.zeros((*x.shape[:-1], 2 * x.shape[-1]), x.dtype)
+    view = room[..., ::-2]
+    view[...] = x
+    return view
+
+
+def columns_first(x):
+    return np.asfortranarray(x)
+
+
+@every_pair
+@pytest.mark.parametrize("layout", [every_second, columns_first])
+def test_the_memory_layout_does_not_matter(name, layout):
+    pair = PAIRS[name]
+    arguments, constants = pair.make(np.random.default_rng(0))
+    y, dy, gradients = call(name, arguments, constants)
+
+    constants = {
+        key: layout(value) if isinstance(value, np.ndarray) else value
+        for key, value in constants.items()
+    }
+    y_again, cache = pair.forward(*map(layout, arguments), **constants)
+    np.testing.assert_allclose(y_again, y, rtol=1e-12, atol=1e-14)
+    for gradient, again in zip(gradients, pair.backward(layout(dy), cache), strict=True):
+        if gradient is not None:
+            np.testing.assert_allclose(again, gradient, rtol=1e-12, atol=1e-14)
+
+
+@every_pair
+def test_nothing_given_is_written_to(name):
+    pair = PAIRS[name]
+    arguments, constants = pair.make(np.random.default_rng(0))
+    for array in [*arguments, *constants.values()]:
+        if isinstance(array, np.ndarray):
+            array.flags.writeable = False
+    y, cache = pair.forward(*arguments, **constants)
+    dy = np.asarray(np.random.default_rng(1).standard_normal(np.shape(y)))
+    dy.flags.writeable = False
+    pair.backward(dy, cache)
+
+
+def test_the_register_holds_every_pair():
+    def backwards(module: types.ModuleType) -> set[str]:
+        return {name for name in vars(module) if name.endswith("_backward")}
+
+    registered = {pair.backward.__name__ for pair in PAIRS.values()}
+    assert registered == backwards(ops) | backwards(lora)
+
+
+@every_pair
+def test_positional_arguments_are_differentiable_and_the_others_keyword_only(name):
+    pair = PAIRS[name]
+    parameters = inspect.signature(pair.forward).parameters.values()
+    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert len(positional) == len(pair.arguments)
+    assert all(p.kind is p.KEYWORD_ONLY for p in parameters if p.name not in positional)
+    assert list(inspect.signature(pair.backward).parameters)[-1] == "cache"
+    assert pair.forward.__name__.removesuffix("_forward") == pair.backward.__name__.removesuffix(
+        "_backward"
+    )
