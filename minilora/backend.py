@@ -36,7 +36,7 @@ def load_cupy() -> ModuleType:
     Raises MiniloraError saying which is missing: the package, a usable GPU, or CUDA's libraries.
     """
     try:
-        import cupy  # type: ignore[import-not-found,import-untyped,unused-ignore]
+        import cupy
     except ImportError as error:
         raise MiniloraError(
             "the device cuda needs CuPy: pip install 'minilora[cuda13]' (or [cuda12], "
@@ -54,7 +54,7 @@ def load_cupy() -> ModuleType:
             f"the GPU is there but CUDA's libraries do not load ({error}); "
             "pip install 'cupy-cuda13x[ctk]' (or cupy-cuda12x[ctk]) brings them"
         ) from error
-    return cupy  # type: ignore[no-any-return,unused-ignore]
+    return cupy
 
 
 def resolve_device(device: str) -> str:

@@ -56,7 +56,7 @@ from minilora.tree import Tree
 class GPTConfig:
     """The sizes of a GPT-2, by their names in Hugging Face's config.json; GPT-2 small by default.
 
-    n_inner is the MLP's width, 4 n_embd when None. Raises MiniloraError for sizes that make no model.
+    n_inner is the MLP's width, 4 n_embd when None. Raises MiniloraError for impossible sizes.
     """
 
     vocab_size: int = 50257
@@ -84,7 +84,7 @@ class GPTConfig:
 
 
 def gpt_init(config: GPTConfig, *, seed: int, dtype: Any = np.float32) -> Tree:
-    """A base tree to pretrain, drawn on the host: weights N(0, 0.02²), biases 0, layer norms 1 and 0.
+    """A base tree to pretrain: weights N(0, 0.02²), biases 0, layer norms 1 and 0; on the host.
 
     The two projections that feed the residual stream start smaller, by 1/√(2 n_layer)
     (Radford et al. 2019, §2.3).
@@ -323,7 +323,8 @@ def gpt_backward(dlogits: Array, cache: Cache) -> tuple[Tree | None, Tree]:
     dblocks: list[Tree] = []
     dlora: Tree = {"blocks": []}
     for block_cache in reversed(cache.blocks):
-        dblock, dblock_lora = {}, {}
+        dblock: Tree = {}
+        dblock_lora: Tree = {}
         if block_cache is not None:
             dx, dblock, dblock_lora = block_backward(dx, block_cache)
         dblocks.insert(0, dblock)

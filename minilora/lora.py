@@ -257,7 +257,7 @@ def dropout_masks(
 
 
 def merge(base: Tree, lora: Tree, config: LoRAConfig) -> Tree:
-    """The base with every update added, W + s A B [LORA.10] (Hu et al. 2021, §4.1); both trees stay.
+    """The base with every update added, W + s A B [LORA.10] (Hu et al. 2021, §4.1); a new tree.
 
     Equal to the unmerged model up to rounding, and as fast as the base. An adapter of the embedding
     cannot be merged, since the tied head would change with it: that raises MiniloraError.

@@ -102,7 +102,7 @@ def position_backward(dy: Array, cache: Cache) -> tuple[Array, Array | None]:
 def layer_norm_forward(
     x: Array, w: Array, b: Array, *, eps: float = 1e-5, frozen: bool = False
 ) -> tuple[Array, Cache]:
-    """y = w ∘ x̂ + b with x̂ = (x - μ) / √(σ² + ε) along the last axis [LN.1-4] (Ba et al. 2016, eq. 4).
+    """y = w ∘ x̂ + b, x̂ = (x - μ) / √(σ² + ε) along the last axis [LN.1-4] (Ba et al. 2016, eq. 4).
 
     (..., C), (C,), (C,) -> (..., C). μ and σ² are the mean and the (biased) variance of each row.
     Keeps x̂ and 1/√(σ² + ε) rather than x: they are what every gradient is made of.
@@ -174,7 +174,7 @@ def _gelu_tanh(x: Array, square: Array) -> Array:
     u = square * (GELU_CUBIC * GELU_SCALE)
     u += GELU_SCALE
     u *= x  # [GELU.1] u = √(2/π) (x + 0.044715 x³)
-    return namespace(x).tanh(u, out=u)  # type: ignore[no-any-return]
+    return namespace(x).tanh(u, out=u)
 
 
 # --- softmax and causal attention --------------------------------------------------------------
