@@ -24,7 +24,7 @@ END_OF_TEXT = "<|endoftext|>"  # the token that GPT-2 puts between documents
 PYTHON_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
-# --- Tokenizers ---------------------------------------------------------------------------------
+# --- Tokenizers --------------------------------------------------------------------------------
 
 
 class Tokenizer(Protocol):
@@ -101,7 +101,8 @@ class BPETokenizer:
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
-        self.end_of_text: int | None = tokenizer.token_to_id(END_OF_TEXT)
+        end = tokenizer.token_to_id(END_OF_TEXT)
+        self.end_of_text: int | None = end if end in range(vocab_size) else None
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text, 1-D int32. Raises for an id that the base lacks."""
@@ -178,7 +179,7 @@ def load_tokenizer(folder: str | Path, vocab_size: int) -> Tokenizer:
     return BPETokenizer(tokenizer, vocab_size)
 
 
-# --- Text ---------------------------------------------------------------------------------------
+# --- Text --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -283,7 +284,7 @@ def end_with_blank_line(text: str) -> str:
     return text + "\n" * (2 - min(2, len(text) - len(text.rstrip("\n"))))
 
 
-# --- Corpora ------------------------------------------------------------------------------------
+# --- Corpora -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -340,7 +341,7 @@ def split_tails(documents: Sequence[Document], held_out: float) -> tuple[list[st
 def split_files(documents: Sequence[Document], held_out: float) -> tuple[list[str], list[str]]:
     """Texts for training and texts held out: whole documents, in the order of a hash of their name.
 
-    The hash makes the choice the same on every machine, and nearly so for every Python version.
+    The hash makes the choice the same on every machine, and much the same for every Python.
     """
     names = sorted((document.name for document in documents), key=name_hash)
     sizes = {document.name: len(document.text) for document in documents}
@@ -368,7 +369,7 @@ def load_text(sources: str | Sequence[str], tokenizer: Tokenizer) -> tuple[np.nd
     return join_documents(texts, tokenizer)
 
 
-# --- Batches ------------------------------------------------------------------------------------
+# --- Batches -----------------------------------------------------------------------------------
 
 
 def check_length(tokens: np.ndarray, *, context: int, name: str) -> None:
