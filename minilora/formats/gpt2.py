@@ -1,0 +1,221 @@
+"""A base as transformers stores GPT-2: a folder with config.json and model.safetensors.
+
+GPT-2 stores its linear weights (in, out), as we do, so nothing is transposed here.
+"""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minilora.backend import to_host
+from minilora.errors import MiniloraError
+from minilora.formats.files import field, make_folder, read_json, write_json
+from minilora.formats.tensors import (
+    Entry,
+    Shape,
+    check_shapes,
+    read_header,
+    read_weight,
+    write_tensors,
+)
+from minilora.gpt import GPTConfig
+from minilora.tree import Tree, flatten, unflatten
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+PREFIX = "transformer."
+
+# Fields that change the mathematics, with the values that mean what `gpt` computes; the first is
+# what transformers takes when the field is missing.
+REQUIRED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "pruned_heads": (None, {}),
+    "quantization_config": (None,),
+}
+# Other names that transformers takes for the same fields.
+ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+# The causal mask, which older files hold as a constant of every block.
+MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
+
+
+# --- names and shapes --------------------------------------------------------------------------
+
+
+def tensor_table(config: GPTConfig) -> dict[str, tuple[str, Shape]]:
+    """For every tensor of a GPT-2, without `transformer.`: its path in our tree, and its shape."""
+    C, F = config.n_embd, config.inner
+    table: dict[str, tuple[str, Shape]] = {
+        "wte.weight": ("wte", (config.vocab_size, C)),
+        "wpe.weight": ("wpe", (config.n_positions, C)),
+    }
+
+    def add(name: str, path: str, *shape: int) -> None:
+        table[f"{name}.weight"] = (f"{path}.w", shape)
+        table[f"{name}.bias"] = (f"{path}.b", shape[-1:])
+
+    for i in range(config.n_layer):
+        add(f"h.{i}.ln_1", f"blocks.{i}.ln_1", C)
+        add(f"h.{i}.attn.c_attn", f"blocks.{i}.attn.qkv", C, 3 * C)
+        add(f"h.{i}.attn.c_proj", f"blocks.{i}.attn.o", C, C)
+        add(f"h.{i}.ln_2", f"blocks.{i}.ln_2", C)
+        add(f"h.{i}.mlp.c_fc", f"blocks.{i}.mlp.up", C, F)
+        add(f"h.{i}.mlp.c_proj", f"blocks.{i}.mlp.down", F, C)
+    add("ln_f", "ln_f", C)
+    return table
+
+
+# --- loading -----------------------------------------------------------------------------------
+
+
+def load_base(folder: str | Path, *, dtype: Any = np.float32) -> tuple[Tree, GPTConfig]:
+    """The base tree and its configuration from a folder in Hugging Face's GPT-2 layout.
+
+    Every array is of `dtype`, float32 or float64, whatever the file holds. Raises MiniloraError for
+    a missing or damaged file, for a configuration that `gpt` does not compute (naming the field),
+    and for tensors that are missing, left over or of another shape (listing them).
+    """
+    folder = Path(folder)
+    document = read_json(folder / CONFIG)
+    config = read_config(document, folder / CONFIG)
+    entries = _strip_prefix(read_header(folder / WEIGHTS)[0])
+    entries = {name: entry for name, entry in entries.items() if not MASK.fullmatch(name)}
+    head = entries.pop("lm_head.weight", None)
+
+    blocks = len({name.split(".")[1] for name in entries if name.startswith("h.")})
+    if config.n_layer != blocks:  # before a table of as many blocks as the configuration claims
+        raise MiniloraError(
+            f"{folder / CONFIG}: n_layer is {config.n_layer}, "
+            f"but {WEIGHTS} holds {blocks} blocks (tensors named h.0.…, h.1.…)"
+        )
+    table = tensor_table(config)
+    check_shapes(
+        f"{folder / WEIGHTS} does not hold the model that its {CONFIG} describes",
+        {name: entry.shape for name, entry in entries.items()},
+        {name: shape for name, (_, shape) in table.items()},
+    )
+    tied = field(document, "tie_word_embeddings", bool, True, where=folder / CONFIG)
+    _check_head(head, entries["wte.weight"], tied=tied)
+    flat = {path: read_weight(entries[name], dtype) for name, (path, _) in table.items()}
+    return unflatten(flat), config
+
+
+def read_config(document: Mapping[str, Any], path: Path) -> GPTConfig:
+    """The GPTConfig that a config.json means, as transformers reads it.
+
+    Raises MiniloraError naming the field whose value is no size or asks for another mathematics.
+    """
+    for name, accepted in REQUIRED.items():
+        value = document.get(name, accepted[0])
+        if value not in accepted:
+            raise MiniloraError(
+                f"{path}: {name} is {reprlib.repr(value)}, which minilora does not compute; "
+                f"expected {' or '.join(map(repr, accepted))}"
+            )
+    sizes = {ALIASES.get(name, name): value for name, value in document.items()}
+    sizes |= {name: document[name] for name in ALIASES.values() if name in document}
+    names = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head"]
+    if sizes.get("n_inner") is not None:
+        names.append("n_inner")
+    small = GPTConfig()  # GPT-2 small, transformers' default too
+    values = {name: field(sizes, name, int, getattr(small, name), where=path) for name in names}
+    epsilon = field(document, "layer_norm_epsilon", float, small.layer_norm_epsilon, where=path)
+    try:
+        return GPTConfig(**values, layer_norm_epsilon=epsilon)
+    except MiniloraError as error:
+        raise MiniloraError(f"{path}: {error}") from None
+
+
+def _strip_prefix(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """The entries without `transformer.`, which a GPT2LMHeadModel's names carry."""
+    stripped: dict[str, Entry] = {}
+    for name, entry in entries.items():
+        short = name.removeprefix(PREFIX)
+        if short in stripped:
+            raise MiniloraError(f"{entry.path} holds {short} twice, with {PREFIX} and without")
+        stripped[short] = entry
+    return stripped
+
+
+def _check_head(head: Entry | None, wte: Entry, *, tied: bool) -> None:
+    """Refuse a head that is not the embedding table: `gpt` computes logits with wte."""
+    if head is None and not tied:
+        raise MiniloraError(
+            f"{wte.path}: tie_word_embeddings is false, but there is no lm_head.weight"
+        )
+    if head is not None and (
+        head.shape != wte.shape
+        or not np.array_equal(read_weight(head, np.float32), read_weight(wte, np.float32))
+    ):
+        raise MiniloraError(
+            f"{wte.path}: lm_head.weight differs from wte.weight; "
+            "minilora computes logits with the embedding table (tied weights) only"
+        )
+
+
+# --- saving ------------------------------------------------------------------------------------
+
+
+def save_base(
+    folder: str | Path, base: Tree, config: GPTConfig, *, dtype: Any = np.float32
+) -> None:
+    """Write a base as a folder that transformers opens as GPT2LMHeadModel, in `dtype`.
+
+    Only config.json and model.safetensors are replaced, each in one step; other files stay. Raises
+    MiniloraError for a weight that `dtype` cannot hold and where the system refuses to write.
+    """
+    folder = make_folder(folder)
+    weights = flatten(to_host(base))
+    tensors = {}
+    for name, (path, _) in tensor_table(config).items():
+        with np.errstate(over="ignore"):
+            tensors[PREFIX + name] = weights[path].astype(dtype, copy=False)
+        if not np.isfinite(tensors[PREFIX + name]).all():
+            raise MiniloraError(
+                f"{path} holds numbers that are not finite in {np.dtype(dtype)}; nothing was saved"
+            )
+    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    write_json(folder / CONFIG, _config_document(config))
+
+
+def _config_document(config: GPTConfig) -> dict[str, Any]:
+    # GPT-2's own vocabulary ends in its one special token; no other vocabulary has one here.
+    special = 50256 if config.vocab_size == 50257 else None
+    return {
+        "activation_function": "gelu_new",
+        "add_cross_attention": False,
+        "architectures": ["GPT2LMHeadModel"],
+        "attn_pdrop": 0.0,
+        "bos_token_id": special,
+        # What transformers computes in; the file may be in float16 to be small.
+        "dtype": "float32",
+        "embd_pdrop": 0.0,
+        "eos_token_id": special,
+        "layer_norm_epsilon": config.layer_norm_epsilon,
+        "model_type": "gpt2",
+        "n_ctx": config.n_positions,
+        "n_embd": config.n_embd,
+        "n_head": config.n_head,
+        "n_inner": config.n_inner,
+        "n_layer": config.n_layer,
+        "n_positions": config.n_positions,
+        "reorder_and_upcast_attn": False,
+        "resid_pdrop": 0.0,
+        "scale_attn_by_inverse_layer_idx": False,
+        "scale_attn_weights": True,
+        "tie_word_embeddings": True,
+        "vocab_size": config.vocab_size,
+    }

@@ -1,0 +1,435 @@
+"""An adapter as PEFT stores it: a folder of adapter_config.json and adapter_model.safetensors.
+
+PEFT's A is (R, in) and its B is (out, R), the transposes of ours; this is the one file that
+transposes. PEFT has one adapter for GPT-2's fused c_attn, our `qkv`; adapters on its columns q, k
+and v are written as one c_attn adapter that computes exactly the same:
+
+    A = [A_q A_v],   B = [[B_q 0 0], [0 0 B_v]],   R = R_q + R_v
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import reprlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from minilora.backend import Array, to_host
+from minilora.errors import MiniloraError
+from minilora.formats.files import field, make_folder, read_json, write_json
+from minilora.formats.gpt2 import PREFIX, tensor_table
+from minilora.formats.tensors import Shape, check_shapes, read_header, read_weight, write_tensors
+from minilora.gpt import GPTConfig
+from minilora.lora import TARGETS, LoRAConfig, adapters, weight_of
+from minilora.tree import Tree, flatten, unflatten
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+KEY_PREFIX = "base_model.model."
+
+Value = TypeVar("Value", int, float)
+
+
+# --- modules: PEFT's names of our weights ------------------------------------------------------
+
+
+class Module(NamedTuple):
+    """A weight that PEFT can adapt: its LoRA path (`qkv` for c_attn), and its shape (in, out)."""
+
+    path: str
+    shape: Shape
+
+
+def modules_of(config: GPTConfig) -> dict[str, Module]:
+    """The modules of a base by PEFT's names, `transformer.h.0.attn.c_attn` and the like."""
+    return {
+        PREFIX + name.removesuffix(".weight"): Module(
+            "embedding" if path == "wte" else path.removesuffix(".w"), shape
+        )
+        for name, (path, shape) in tensor_table(config).items()
+        if len(shape) == 2 and path != "wpe"
+    }
+
+
+def tensor_names(module: str) -> tuple[str, str]:
+    """The names of a module's A and B in PEFT's file."""
+    if module == f"{PREFIX}wte":
+        return f"{KEY_PREFIX}{module}.lora_embedding_A", f"{KEY_PREFIX}{module}.lora_embedding_B"
+    return f"{KEY_PREFIX}{module}.lora_A.weight", f"{KEY_PREFIX}{module}.lora_B.weight"
+
+
+def _tensor_shapes(modules: Mapping[str, Module], ranks: Mapping[str, int]) -> dict[str, Shape]:
+    """The shapes of PEFT's A (R, in) and B (out, R), by name, for the modules that have a rank."""
+    shapes: dict[str, Shape] = {}
+    for module, rank in ranks.items():
+        n_in, n_out = modules[module].shape
+        name_A, name_B = tensor_names(module)
+        shapes |= {name_A: (rank, n_in), name_B: (n_out, rank)}
+    return shapes
+
+
+def _shorten(names: Iterable[str], every: Iterable[str], kind: Callable[[str], str]) -> list[str]:
+    """The names, but one kind for all of its names where none of `every` is missing."""
+    names, total = list(names), Counter(map(kind, every))
+    present = Counter(map(kind, names))
+    return list(dict.fromkeys(kind(n) if present[kind(n)] == total[kind(n)] else n for n in names))
+
+
+# --- saving ------------------------------------------------------------------------------------
+
+
+class Fused(NamedTuple):
+    """One adapter over a whole weight: A (in, R), B (R, out), and its α."""
+
+    A: Array
+    B: Array
+    alpha: float
+
+
+def fused_blocks(lora: Tree) -> list[int]:
+    """The blocks whose adapters on q, k or v `save_adapter` writes as one on c_attn."""
+    columns = [path for path in adapters(lora) if path.rpartition(".")[2] in ("q", "k", "v")]
+    return sorted({int(path.split(".")[1]) for path in columns})
+
+
+def save_adapter(
+    folder: str | Path,
+    lora: Tree,
+    lora_config: LoRAConfig,
+    config: GPTConfig,
+    *,
+    base_name: str | None = None,
+) -> None:
+    """Write an adapter as a folder that PEFT loads, in its own dtype.
+
+    Only adapter_config.json and adapter_model.safetensors are replaced, each in one step; other
+    files stay. `base_name` is where PEFT looks for the base. Adapters on q, k, v are fused, and
+    `fused_blocks` tells where. Raises MiniloraError for a tree that does not fit the two
+    configurations, and where the system refuses to write.
+    """
+    modules, found = modules_of(config), adapters(to_host(lora))
+    if not found:
+        raise MiniloraError("there is no adapter to save: the tree is empty")
+    check_shapes(
+        "the adapters do not fit the base and the LoRA configuration",
+        {path: factor.shape for path, factor in flatten(lora).items()},
+        _tree_shapes(found, lora_config, modules),
+    )
+    fused = _fuse(found, lora_config, modules)
+    tensors: dict[str, Array] = {}
+    for name, adapter in fused.items():
+        name_A, name_B = tensor_names(name)
+        tensors |= {name_A: adapter.A.T, name_B: adapter.B.T}
+    folder = make_folder(folder)
+    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    write_json(folder / CONFIG, _config_document(fused, modules, lora_config, base_name))
+
+
+def _whole(path: str) -> str:
+    """The LoRA path of an adapter over the whole weight that the adapter at `path` acts on."""
+    parent, _, name = path.rpartition(".")
+    return f"{parent}.qkv" if name in ("q", "k", "v") else path
+
+
+def _tree_shapes(
+    paths: Iterable[str], lora_config: LoRAConfig, modules: Mapping[str, Module]
+) -> dict[str, Shape]:
+    """The shapes that our A and B must have at these LoRA paths; a path of no module has none."""
+    weights = {module.path: module.shape for module in modules.values()}
+    shapes: dict[str, Shape] = {}
+    for path in paths:
+        whole, rank = _whole(path), lora_config.rank_of(path)
+        if whole in weights:
+            n_in, n_out = weights[whole]
+            columns = n_out if path == whole else n_out // 3
+            shapes |= {f"{path}.A": (n_in, rank), f"{path}.B": (rank, columns)}
+    return shapes
+
+
+def _fuse(
+    found: Mapping[str, dict[str, Array]], lora_config: LoRAConfig, modules: Mapping[str, Module]
+) -> dict[str, Fused]:
+    """One adapter for each adapted module, by its name, that computes the sum of those found there.
+
+    Their A side by side, and each B in its own rows and columns. The sum has one scale s: the
+    largest of theirs, so that a B of smaller scale is multiplied by the ratio. One adapter over the
+    whole weight stays as it is, to the last bit.
+    """
+    fused = {}
+    for name, module in modules.items():
+        parts = [path for path in found if _whole(path) == module.path]
+        if not parts:
+            continue
+        scales = [lora_config.scale_of(path) for path in parts]
+        A = np.concatenate([found[path]["A"] for path in parts], axis=1)
+        rank, n_out = A.shape[1], module.shape[1]
+        B = np.zeros((rank, n_out), A.dtype)
+        row = 0
+        for path, scale in zip(parts, scales, strict=True):
+            part = found[path]["B"]
+            _, columns = weight_of(path, n_out // 3)
+            B[row : row + len(part), columns] = part * (scale / max(scales))
+            row += len(part)
+        largest = parts[scales.index(max(scales))]
+        growth = rank / lora_config.rank_of(largest)  # α grows with R, to keep s = α / R or α / √R
+        alpha = lora_config.alpha_of(largest) * (
+            math.sqrt(growth) if lora_config.rslora else growth
+        )
+        fused[name] = Fused(A, B, alpha)
+    return fused
+
+
+def _config_document(
+    fused: Mapping[str, Fused],
+    modules: Mapping[str, Module],
+    lora_config: LoRAConfig,
+    base_name: str | None,
+) -> dict[str, Any]:
+    """PEFT's adapter_config.json: the commonest rank and α, and patterns where they differ."""
+
+    def number(x: float) -> float | int:
+        return int(x) if float(x).is_integer() else float(x)
+
+    ranks = {name: len(adapter.B) for name, adapter in fused.items()}
+    alphas = {name: number(adapter.alpha) for name, adapter in fused.items()}
+    rank, alpha = (Counter(d.values()).most_common(1)[0][0] for d in (ranks, alphas))
+    return {
+        # PEFT's keys are regular expressions, so that the dots are escaped.
+        "alpha_pattern": {re.escape(name): a for name, a in alphas.items() if a != alpha},
+        "base_model_name_or_path": base_name,
+        "bias": "none",
+        "fan_in_fan_out": True,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": alpha,
+        "lora_dropout": lora_config.dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": {re.escape(name): r for name, r in ranks.items() if r != rank},
+        # Its target names match a whole name or its end after a dot: `c_proj` would hit two.
+        "target_modules": _shorten(fused, modules, lambda name: name.split(".", 3)[-1]),
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": lora_config.rslora,
+    }
+
+
+# --- loading -----------------------------------------------------------------------------------
+
+# Fields of adapter_config.json that are read, or that change nothing in what an adapter computes.
+# Any other must be empty: what PEFT may one day add is refused by name, never ignored.
+UNDERSTOOD = {
+    *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("lora_dropout", "bias", "fan_in_fan_out", "task_type", "inference_mode", "runtime_config"),
+    *("base_model_name_or_path", "revision", "auto_mapping", "peft_version"),
+    *("init_lora_weights", "eva_config", "corda_config", "lora_ga_config", "loftq_config"),
+    *("megatron_core", "qalora_group_size"),  # PEFT writes their defaults
+}
+# Starts of A and B that leave the base's weights as they are. The others (PiSSA, OLoRA, …) train
+# against a changed base, which PEFT computes anew when it loads them.
+PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
+
+
+def load_adapter(
+    folder: str | Path, config: GPTConfig, *, dtype: Any = np.float32
+) -> tuple[Tree, LoRAConfig]:
+    """The adapter tree and its configuration from a folder that PEFT or `save_adapter` wrote.
+
+    Every array is of `dtype`. The configuration names each module's rank and α by its exact LoRA
+    path. Raises MiniloraError for a missing or damaged file, for what minilora does not compute
+    (naming the field), and for tensors that are missing, left over or of another shape than the
+    base's and the configuration's (listing them with both shapes).
+    """
+    folder = Path(folder)
+    path = folder / CONFIG
+    document = read_json(path)
+    _refuse_unknown(document, path)
+    entries, _ = read_header(folder / WEIGHTS)
+    modules = modules_of(config)
+    adapted = _targets(document, modules, path)
+    if adapted is None:
+        adapted = [name for name in modules if any(n in entries for n in tensor_names(name))]
+
+    rank = field(document, "r", int, 8, where=path)
+    alpha = field(document, "lora_alpha", float, 8.0, where=path)
+    dropout = field(document, "lora_dropout", float, 0.0, where=path)
+    rslora = field(document, "use_rslora", bool, False, where=path)
+    ranks = _resolve(document, "rank_pattern", int, adapted, rank, path)
+    alphas = _resolve(document, "alpha_pattern", float, adapted, alpha, path)
+    check_shapes(
+        f"{folder / WEIGHTS} was made for another base, or does not fit its {CONFIG}",
+        {name: entry.shape for name, entry in entries.items()},
+        _tensor_shapes(modules, ranks),
+    )
+    if not adapted:
+        raise MiniloraError(f"{folder / WEIGHTS} holds no adapter of a GPT-2")
+
+    paths = {name: modules[name].path for name in adapted}
+    every = [module.path for module in modules.values()]
+    targets = _shorten(paths.values(), every, lambda p: p.rpartition(".")[2])
+    try:
+        lora_config = LoRAConfig(
+            rank=rank,
+            alpha=alpha,
+            targets=tuple(t if t in TARGETS else re.escape(t) for t in targets),
+            dropout=dropout,
+            rslora=rslora,
+            rank_pattern={re.escape(paths[m]): r for m, r in ranks.items() if r != rank},
+            alpha_pattern={re.escape(paths[m]): a for m, a in alphas.items() if a != alpha},
+        )
+    except MiniloraError as error:
+        raise MiniloraError(f"{path}: {error}") from None
+
+    flat = {}
+    for name in adapted:
+        for factor, key in zip("AB", tensor_names(name), strict=True):
+            flat[f"{paths[name]}.{factor}"] = np.ascontiguousarray(
+                read_weight(entries[key], dtype).T
+            )
+    lora = unflatten(flat)
+    blocks = lora.get("blocks", [])
+    lora["blocks"] = blocks + [{} for _ in range(config.n_layer - len(blocks))]
+    return lora, lora_config
+
+
+def _refuse_unknown(document: Mapping[str, Any], path: Path) -> None:
+    """Raise MiniloraError naming the first field that asks for more than plain LoRA."""
+    accepted = {
+        "peft_type": ("LORA",),
+        "bias": (None, "none"),
+        "init_lora_weights": PLAIN_STARTS,
+    }
+    for name, values in accepted.items():
+        if document.get(name) not in values:
+            raise MiniloraError(
+                f"{path}: {name} is {reprlib.repr(document.get(name))}, "
+                f"expected {' or '.join(map(repr, values))}"
+            )
+    for name, value in document.items():
+        if name not in UNDERSTOOD and value:
+            raise MiniloraError(
+                f"{path}: {name} is {reprlib.repr(value)}, which minilora does not compute; "
+                "it loads plain LoRA only"
+            )
+
+
+# --- PEFT's patterns ---------------------------------------------------------------------------
+
+
+def _targets(
+    document: Mapping[str, Any], modules: Mapping[str, Module], path: Path
+) -> list[str] | None:
+    """The modules that the configuration says are adapted, as PEFT finds them.
+
+    None where it does not say, or says it in a regular expression that is not safe to run: then
+    the tensors alone tell. Raises MiniloraError for a value of the wrong kind.
+    """
+    target = document.get("target_modules")
+    if target == "all-linear":
+        chosen: set[str] | None = set(modules) - {f"{PREFIX}wte"}
+    else:
+        chosen = _named(document, "target_modules", modules, path)
+    excluded = _named(document, "exclude_modules", modules, path)
+    if chosen is None or (excluded is None and document.get("exclude_modules")):
+        return None
+    chosen -= excluded or set()
+
+    layers = document.get("layers_to_transform")
+    if isinstance(target, list) and layers is not None and layers != []:
+        if document.get("layers_pattern") not in (None, [], "", "h", ["h"]):
+            return None
+        numbers = layers if isinstance(layers, list) else [layers]
+        if not all(type(number) is int for number in numbers):
+            raise MiniloraError(f"{path}: layers_to_transform is no list of block numbers")
+        blocks = {f"{PREFIX}h.{number}" for number in numbers}
+        chosen = {name for name in chosen if name.rsplit(".", 2)[0] in blocks}
+    return [name for name in modules if name in chosen]
+
+
+def _named(
+    document: Mapping[str, Any], name: str, modules: Iterable[str], path: Path
+) -> set[str] | None:
+    """The modules that a list of names or a regular expression names; None for None or unsafe."""
+    value = document.get(name)
+    if value is None:
+        return None
+    if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+        return {module for module in modules if not _ends(module).isdisjoint(value)}
+    if not isinstance(value, str):
+        raise MiniloraError(
+            f"{path}: {name} is {reprlib.repr(value)}, expected a list of names or a text"
+        )
+    if not is_quick([value], modules):
+        return None
+    expression = _compile(value, name, path)
+    return {module for module in modules if expression.fullmatch(module)}
+
+
+def _ends(name: str) -> set[str]:
+    """A dotted name, and what follows each of its dots."""
+    words = name.split(".")
+    return {".".join(words[i:]) for i in range(len(words))}
+
+
+def _resolve(
+    document: Mapping[str, Any],
+    name: str,
+    kind: type[Value],
+    modules: list[str],
+    default: Value,
+    path: Path,
+) -> dict[str, Value]:
+    """The rank or α of each module: that of the first key that matches it, or the default.
+
+    Raises MiniloraError for a value of the wrong kind or a key that is not safe to run.
+    """
+    patterns = document.get(name) or {}
+    if not isinstance(patterns, dict):
+        raise MiniloraError(f"{path}: {name} is {reprlib.repr(patterns)}, expected an object")
+    if not is_quick(patterns, modules):
+        raise MiniloraError(
+            f"{path}: {name} holds patterns that would take too long to match; "
+            "expected names of modules, or patterns with few repeats"
+        )
+    found: dict[str, Value] = {}
+    for key in patterns:
+        expression = _compile(rf"(.*\.)?({key})$", name, path)  # as in PEFT's get_pattern_key
+        value = field(patterns, key, kind, default, where=f"{path}: {name}")
+        for module in modules:
+            if module not in found and expression.match(module):
+                found[module] = value
+    return {module: found.get(module, default) for module in modules}
+
+
+def _compile(pattern: str, name: str, path: Path) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise MiniloraError(
+            f"{path}: {name} holds {reprlib.repr(pattern)}, no regular expression: {error}"
+        ) from None
+
+
+def is_quick(patterns: Iterable[str], names: Iterable[str], limit: float = 1e8) -> bool:
+    """Whether matching each pattern with each name takes at most some `limit` steps.
+
+    Python's engine tries every choice: a repeat stops after any of n characters, an alternative is
+    any of m, so k repeats and g groups cost n^k m^g steps at most, if no group is repeated; (a+)+
+    alone would cost 2^n. Patterns come from files, so that what may be slow is never run.
+    """
+    names = list(names)
+    n = max(map(len, names), default=0)
+    steps = 0.0  # a step is some 20 ns; to compile a character costs 500 of them
+    for pattern in patterns:
+        bare = re.sub(r"\\.", "x", pattern, flags=re.DOTALL).replace("(?:", "(")
+        repeats, groups, bars = len(re.findall(r"[*+?{]", bare)), bare.count("("), bare.count("|")
+        if "(?" in bare or re.search(r"\)[*+{]", bare) or max(repeats, groups) > 20:
+            return False
+        steps += 500 * len(pattern) + len(names) * n**repeats * (bars + 1.0) ** (groups + 1)
+    return steps <= limit

@@ -1,0 +1,160 @@
+"""Safetensors files: named arrays behind a JSON header, and no code that could run.
+
+The layout is eight bytes of header length, the header, and the arrays' bytes. The safetensors
+package writes files and checks headers; the arrays themselves are read here, one at a time, since
+its NumPy side knows no bfloat16 and keeps the whole file mapped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from minilora.backend import Array, to_host
+from minilora.errors import MiniloraError
+from minilora.formats.files import check_file, replacing
+
+Shape = tuple[int, ...]
+
+# Everything is little-endian. A bfloat16 is the upper half of a float32.
+DTYPES = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<u2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "i1",
+    "U64": "<u8",
+    "U32": "<u4",
+    "U16": "<u2",
+    "U8": "u1",
+    "BOOL": "?",
+}
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class Entry(NamedTuple):
+    """One array in a file: its dtype by safetensors' name, its shape, its first byte."""
+
+    path: Path
+    name: str
+    dtype: str
+    shape: Shape
+    offset: int
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+def read_header(path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """What a safetensors file holds, by name, and its metadata; no array is read.
+
+    Raises MiniloraError for a file that is missing, empty, cut off, or of another format.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = check_file(path)
+    try:
+        with safe_open(str(path), framework="numpy") as checked:  # sizes, offsets, overlaps, ends
+            metadata = checked.metadata() or {}
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except SafetensorError as error:
+        raise MiniloraError(f"{path} is no safetensors file, or a damaged one: {error}") from None
+    except OSError as error:
+        raise MiniloraError(f"{path} cannot be read: {error.strerror or error}") from error
+    header.pop("__metadata__", None)
+    entries = {
+        name: Entry(path, name, e["dtype"], tuple(e["shape"]), 8 + length + e["data_offsets"][0])
+        for name, e in header.items()
+    }
+    return entries, metadata
+
+
+def read_array(entry: Entry) -> Array:
+    """The array of an entry in its own dtype, bfloat16 as float32.
+
+    Raises MiniloraError for a dtype that NumPy lacks (eight bits and less).
+    """
+    if entry.dtype not in DTYPES:
+        raise MiniloraError(f"{entry.path}: {entry.name} is of the unsupported dtype {entry.dtype}")
+    flat = np.fromfile(
+        entry.path, DTYPES[entry.dtype], count=math.prod(entry.shape), offset=entry.offset
+    )
+    if entry.dtype == "BF16":
+        wide = flat.astype(np.uint32)
+        wide <<= 16
+        flat = wide.view(np.float32)
+    return flat.reshape(entry.shape)
+
+
+def read_weight(entry: Entry, dtype: Any) -> Array:
+    """The array of an entry in a floating-point dtype of our choice.
+
+    Raises MiniloraError unless it holds floating-point numbers, all of them finite.
+    """
+    if entry.dtype not in FLOATS:
+        raise MiniloraError(
+            f"{entry.path}: {entry.name} is of dtype {entry.dtype}, expected {', '.join(FLOATS)}"
+        )
+    with np.errstate(over="ignore"):
+        weight = read_array(entry).astype(dtype, copy=False)
+    if not np.isfinite(weight).all():
+        raise MiniloraError(f"{entry.path}: {entry.name} holds numbers that are not finite")
+    return weight
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Array], dict[str, str]]:
+    """Every array of a safetensors file by name, and its metadata; errors as in `read_header`."""
+    entries, metadata = read_header(path)
+    return {name: read_array(entry) for name, entry in entries.items()}, metadata
+
+
+def check_shapes(problem: str, found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
+    """Raise MiniloraError, `problem` and the names with their shapes, unless the two are equal."""
+    missing = [f"{name} {expected[name]}" for name in expected if name not in found]
+    left_over = [f"{name} {found[name]}" for name in found if name not in expected]
+    wrong = [
+        f"{name} is {found[name]}, expected {expected[name]}"
+        for name in expected
+        if name in found and found[name] != expected[name]
+    ]
+    kinds = {"of the wrong shape": wrong, "missing": missing, "left over": left_over}
+    lists = [
+        f"{kind}: " + ", ".join(names[:6]) + (f" and {len(names) - 6} more" if names[6:] else "")
+        for kind, names in kinds.items()
+        if names
+    ]
+    if lists:
+        raise MiniloraError(f"{problem}; {'; '.join(lists)}")
+
+
+# --- writing -----------------------------------------------------------------------------------
+
+
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Replace the file in one step by a safetensors file of these arrays, brought to the host.
+
+    Equal arrays give equal files; with two or more entries of metadata, their order may differ.
+    Raises MiniloraError where the system refuses to write.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    # The package writes an array's memory as it lies, so a transpose must be copied first.
+    arrays = {name: np.asarray(to_host(array), order="C") for name, array in tensors.items()}
+    with replacing(path) as temporary:
+        try:
+            save_file(arrays, str(temporary), dict(metadata) if metadata else None)
+        except SafetensorError as error:
+            raise MiniloraError(f"cannot write {path}: {error}") from error
