@@ -125,18 +125,17 @@ class BPETokenizer:
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Text of token ids as they come; tokens that end within a character wait for the rest."""
-        from tokenizers.decoders import DecodeStream
-
-        decoder = DecodeStream(skip_special_tokens=False)
-        seen: list[int] = []
-        length = 0
+        before: list[int] = []  # some tokenizers decode a token by the one before it
+        new: list[int] = []
+        piece = ""
         for token in ids:
-            seen.append(int(token))
-            if piece := decoder.step(self.tokenizer, seen[-1]):
-                length += len(piece)
+            new.append(int(token))
+            piece = self.decode(before + new)[len(self.decode(before)) :]
+            if piece and not piece.endswith("\ufffd"):
                 yield piece
-        if rest := self.decode(seen)[length:]:
-            yield rest
+                before, new, piece = new, [], ""
+        if piece:
+            yield piece
 
 
 def load_tokenizer(folder: str | Path, vocab_size: int) -> Tokenizer:

@@ -102,6 +102,17 @@ def test_bpe_stream_never_emits_half_a_character(bpe):
     assert list(bpe.stream(bpe.encode("é🙂b"))) == ["é", "🙂", "b"]
 
 
+def test_words_whose_spaces_depend_on_the_word_before_stream_too(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    model = tokenizers.models.WordLevel({"one": 0, "two": 1, "##s": 2}, unk_token="one")
+    words = tokenizers.Tokenizer(model)
+    words.decoder = tokenizers.decoders.WordPiece()
+    words.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path, 3)
+    assert list(tokenizer.stream([0, 1, 2, 0])) == ["one", " two", "s", " one"]
+    assert tokenizer.decode([0, 1, 2, 0]) == "one twos one"
+
+
 def test_a_batch_encodes_as_its_texts_do(bpe):
     for tokenizer in (BYTES, bpe):
         for text, ids in zip(TEXTS, tokenizer.encode_batch(TEXTS), strict=True):
