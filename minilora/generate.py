@@ -180,9 +180,8 @@ def distribution(
     """The probabilities that the next token is drawn from, float64.  (V,) -> (V,)
 
     softmax(logits / temperature), all on the likeliest token at temperature 0. top_k keeps the k
-    likeliest tokens (Fan et al. 2018, §5.1); top_p keeps of these the smallest set of likeliest
-    ones whose probability reaches p (Holtzman et al. 2020, eq. 2). What is kept is scaled to sum
-    to 1.
+    likeliest tokens (Fan et al. 2018); top_p keeps of these the smallest set of likeliest ones
+    whose probability reaches p (Holtzman et al. 2020). What is kept is scaled to sum to 1.
     """
     logits = logits.astype(np.float64)
     if temperature == 0:
