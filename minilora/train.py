@@ -15,6 +15,7 @@ import os
 import signal
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -195,7 +196,7 @@ def batch_loss_and_grads(
 # --- evaluation --------------------------------------------------------------------------------
 
 
-def evaluate(
+def evaluate_tokens(
     base: Tree,
     lora: Tree | None,
     tokens: np.ndarray,
@@ -387,7 +388,9 @@ def train(
     check_length(corpus.train, context=settings.context, name=f"the training part of {corpus.name}")
     if settings.method == "lora" and lora is None:
         raise MiniloraError("method 'lora' needs an adapter tree; lora_init makes one")
-    fingerprint = run_fingerprint(config, lora_config, settings, corpus)
+    if len(corpus.held_out) < 2:
+        raise MiniloraError(f"{corpus.name} is too short: nothing of it can be held out")
+    fingerprint = run_fingerprint(base, config, lora_config, settings, corpus)
     state = load_checkpoint(folder, fingerprint, device) if folder and resume else None
     base = to_device(base, device)
     if state is None:
@@ -399,14 +402,28 @@ def train(
 
 
 def run_fingerprint(
-    config: GPTConfig, lora_config: LoRAConfig | None, settings: TrainConfig, corpus: Corpus
+    base: Tree,
+    config: GPTConfig,
+    lora_config: LoRAConfig | None,
+    settings: TrainConfig,
+    corpus: Corpus,
 ) -> dict[str, Any]:
-    """What must be equal for a run to go on: sizes, adapters, settings and the text's length."""
+    """What must be equal for a run to go on: the settings, and checksums of base and text."""
     parts = dataclasses.asdict(config) | dataclasses.asdict(settings)
     if lora_config is not None and settings.method == "lora":
         parts |= dataclasses.asdict(lora_config)
     parts["threads"] = settings.threads or cores()
-    return parts | {"training tokens": len(corpus.train)}
+    parts["checksum of the base"] = checksum(tree.flatten(to_host(base)).values())
+    parts["checksum of the text"] = checksum([corpus.train, corpus.held_out])
+    return parts
+
+
+def checksum(arrays: Iterable[np.ndarray]) -> int:
+    """CRC-32 of the arrays' bytes, one after the other."""
+    crc = 0
+    for array in arrays:
+        crc = zlib.crc32(np.ascontiguousarray(array), crc)
+    return crc
 
 
 @dataclass(frozen=True)

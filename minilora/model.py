@@ -1,0 +1,132 @@
+"""A model ready for use: base, sizes, tokenizer and perhaps an adapter, in one value.
+
+The functions here are what the command line calls, and what most programs need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minilora import lora as lora_math
+from minilora.data import Tokenizer, load_text, load_tokenizer
+from minilora.errors import MiniloraError
+from minilora.generate import generate
+from minilora.gpt import GPTConfig, gpt_logits
+from minilora.lora import LoRAConfig
+from minilora.train import Evaluation, evaluate_tokens
+from minilora.tree import Tree
+
+BUILT_IN = Path(__file__).parent / "base"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A base and its tokenizer, with an adapter on top where `lora` is not None."""
+
+    base: Tree
+    config: GPTConfig
+    tokenizer: Tokenizer
+    folder: Path
+    lora: Tree | None = None
+    lora_config: LoRAConfig | None = None
+
+    @property
+    def is_built_in(self) -> bool:
+        """Whether the base is the one that comes with minilora."""
+        return self.folder == BUILT_IN
+
+    def with_adapter(self, lora: Tree, lora_config: LoRAConfig) -> Model:
+        """The same base with this adapter; the base's arrays are shared, not copied."""
+        return replace(self, lora=lora, lora_config=lora_config)
+
+    def merged(self) -> Model:
+        """A model without an adapter that computes the same, its weights being W + s A B."""
+        if self.lora is None or self.lora_config is None:
+            raise MiniloraError("there is no adapter to merge")
+        merged = lora_math.merge(self.base, self.lora, self.lora_config)
+        return replace(self, base=merged, lora=None, lora_config=None)
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        """Logits of every next token, (B, T) token ids -> (B, T, V)."""
+        return gpt_logits(
+            self.base, self.lora, tokens=tokens, config=self.config, lora_config=self.lora_config
+        )
+
+
+def load_model(
+    base: str | Path | None = None, adapter: str | Path | None = None, *, dtype: Any = np.float32
+) -> Model:
+    """The base in a folder (None: the one that comes with minilora), with an adapter if given.
+
+    The base is in Hugging Face's GPT-2 layout, the adapter in PEFT's. Raises MiniloraError for
+    files that are missing, damaged, or do not belong together.
+    """
+    from minilora.formats import load_adapter, load_base
+
+    folder = BUILT_IN if base is None else Path(base)
+    weights, config = load_base(folder, dtype=dtype)
+    model = Model(weights, config, load_tokenizer(folder, config.vocab_size), folder)
+    if adapter is None:
+        return model
+    return model.with_adapter(*load_adapter(adapter, config, dtype=dtype))
+
+
+def evaluate(
+    model: Model, sources: str | Sequence[str], *, threads: int = 0, device: str = "cpu"
+) -> Evaluation:
+    """The loss on all the text of the sources (see `data.read_documents`), nats and bits per byte.
+
+    Windows of the base's whole context follow each other, so that every token but the very first is
+    predicted exactly once. Raises MiniloraError for a bad source or fewer than two tokens.
+    """
+    tokens, text_bytes = load_text(sources, model.tokenizer)
+    return evaluate_stream(model, tokens, text_bytes, threads=threads, device=device)
+
+
+def evaluate_stream(
+    model: Model, tokens: np.ndarray, text_bytes: int, *, threads: int = 0, device: str = "cpu"
+) -> Evaluation:
+    """`evaluate` of token ids that stand for `text_bytes` bytes of text."""
+    return evaluate_tokens(
+        model.base,
+        model.lora,
+        tokens,
+        text_bytes=text_bytes,
+        config=model.config,
+        lora_config=model.lora_config,
+        threads=threads,
+        device=device,
+    )
+
+
+def complete(
+    model: Model,
+    prompt: str,
+    *,
+    max_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+) -> Iterator[int]:
+    """The token ids that continue a prompt, as they are drawn; `generate` says what it raises.
+
+    `model.tokenizer.stream` turns them into text as they come, `model.tokenizer.decode` at once.
+    """
+    return generate(
+        model.base,
+        model.lora,
+        prompt_ids=model.tokenizer.encode(prompt),
+        config=model.config,
+        lora_config=model.lora_config,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )

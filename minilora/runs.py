@@ -1,0 +1,229 @@
+"""A training run and its folder: claimed, trained, saved, and taken up again after a stop.
+
+While a run goes on, its folder holds a checkpoint. When it ends, the result is written, then a
+record of the run, and only then is the checkpoint deleted: whatever moment a run is killed at,
+`resume` finds what it needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minilora import tree
+from minilora.data import Corpus
+from minilora.errors import MiniloraError
+from minilora.formats import save_adapter, save_base
+from minilora.formats.files import make_folder, read_json, write_json
+from minilora.gpt import GPTConfig, gpt_init
+from minilora.lora import LoRAConfig, lora_init
+from minilora.model import Model
+from minilora.train import (
+    CHECKPOINT,
+    History,
+    Progress,
+    TrainConfig,
+    Trained,
+    check_same_run,
+    run_fingerprint,
+    train,
+)
+from minilora.tree import Tree
+
+RECORD = "training.json"
+ADAPTER_WEIGHTS, BASE_WEIGHTS = "adapter_model.safetensors", "model.safetensors"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its figures by the names that `--json` writes, and its losses."""
+
+    figures: dict[str, float | int]
+    history: History
+    resumed_when_finished: bool = False
+
+
+Report = Callable[[Progress], None]
+
+
+def silent(progress: Progress) -> None:
+    """A report that shows nothing."""
+
+
+def adapt(
+    model: Model,
+    corpus: Corpus,
+    lora_config: LoRAConfig | None = None,
+    settings: TrainConfig | None = None,
+    *,
+    device: str = "cpu",
+    report: Report = silent,
+) -> tuple[Model, Trained]:
+    """A model adapted to a corpus: with a trained adapter, or a trained base (method `full`).
+
+    The given model stays as it is. Raises MiniloraError as `lora_init` and `train` do.
+    """
+    settings = settings or TrainConfig()
+    lora_config = lora_config or LoRAConfig()
+    lora = None
+    if settings.method == "lora":
+        lora = lora_init(model.base, lora_config, seed=settings.seed)
+    trained = train(
+        model.base, lora, corpus, config=model.config, lora_config=lora_config,
+        settings=settings, device=device, report=report,
+    )  # fmt: skip
+    return _with_trained(model, lora_config, settings, trained.params), trained
+
+
+def adapt_in_folder(
+    model: Model,
+    corpus: Corpus,
+    lora_config: LoRAConfig,
+    settings: TrainConfig,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    device: str = "cpu",
+    report: Report = silent,
+) -> Run:
+    """`adapt`, its result saved in a folder: an adapter in PEFT's layout, or a base (`full`).
+
+    With `resume`, an unfinished run in the folder goes on and ends in the same files, bit for bit;
+    where there is none, a new one starts. Raises MiniloraError when the folder holds anything else.
+    """
+    lora = None
+    if settings.method == "lora":
+        lora = lora_init(model.base, lora_config, seed=settings.seed)
+
+    def save(folder: Path, params: Tree) -> Path:
+        adapted = _with_trained(model, lora_config, settings, params)
+        if adapted.lora is None:
+            save_base(folder, adapted.base, model.config)
+            for name in TOKENIZER_FILES:
+                if (model.folder / name).exists():
+                    shutil.copyfile(model.folder / name, folder / name)
+            return folder / BASE_WEIGHTS
+        name = "minilora" if model.is_built_in else str(model.folder)
+        save_adapter(folder, adapted.lora, lora_config, model.config, base_name=name)
+        return folder / ADAPTER_WEIGHTS
+
+    return _run_in_folder(
+        model.base, lora, corpus, model.config, lora_config, settings, Path(folder), save,
+        resume=resume, device=device, report=report,
+    )  # fmt: skip
+
+
+def pretrain_in_folder(
+    config: GPTConfig,
+    corpus: Corpus,
+    settings: TrainConfig,
+    folder: str | Path,
+    *,
+    dtype: Any = np.float32,
+    resume: bool = False,
+    device: str = "cpu",
+    report: Report = silent,
+) -> Run:
+    """A base trained from `gpt_init` on, saved in a folder as `dtype`; see `adapt_in_folder`."""
+
+    def save(folder: Path, params: Tree) -> Path:
+        save_base(folder, params, config, dtype=dtype)
+        return folder / BASE_WEIGHTS
+
+    base = gpt_init(config, seed=settings.seed)
+    return _run_in_folder(
+        base, None, corpus, config, None, settings, Path(folder), save,
+        resume=resume, device=device, report=report,
+    )  # fmt: skip
+
+
+def _with_trained(
+    model: Model, lora_config: LoRAConfig, settings: TrainConfig, params: Tree
+) -> Model:
+    if settings.method == "lora":
+        return model.with_adapter(params, lora_config)
+    return dataclasses.replace(model, base=params)
+
+
+def _run_in_folder(
+    base: Tree,
+    lora: Tree | None,
+    corpus: Corpus,
+    config: GPTConfig,
+    lora_config: LoRAConfig | None,
+    settings: TrainConfig,
+    folder: Path,
+    save: Callable[[Path, Tree], Path],
+    *,
+    resume: bool,
+    device: str,
+    report: Report,
+) -> Run:
+    fingerprint = run_fingerprint(base, config, lora_config, settings, corpus)
+    finished = claim_folder(folder, resume=resume)
+    if finished is not None:
+        check_same_run(folder / RECORD, finished["settings"], fingerprint)
+        (folder / CHECKPOINT).unlink(missing_ok=True)
+        return Run(finished["figures"], History(**finished["history"]), resumed_when_finished=True)
+    trained = train(
+        base, lora, corpus, config=config, lora_config=lora_config, settings=settings,
+        folder=folder, resume=resume, device=device, report=report,
+    )  # fmt: skip
+    weights = save(folder, trained.params)
+    history = trained.history
+    figures: dict[str, float | int] = {
+        "loss_before": history.held_out[0][1],
+        "loss_after": history.held_out[-1][1],
+        "trainable_parameters": tree.count(trained.params),
+        "base_parameters": tree.count(base),
+        "adapter_bytes": weights.stat().st_size,
+        "seconds": trained.seconds,
+        "tokens_per_second": trained.tokens_per_second,
+    }
+    record = {
+        "settings": fingerprint,
+        "figures": figures,
+        "history": dataclasses.asdict(history),
+    }
+    write_json(folder / RECORD, record)
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+    return Run(figures, history)
+
+
+def claim_folder(folder: Path, *, resume: bool) -> dict[str, Any] | None:
+    """Make the folder this run's own; the record of the run that ended there, when resuming it.
+
+    Raises MiniloraError when it holds anything but, with `resume`, a run's files.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise MiniloraError(f"{folder} is a file; expected a folder to write to")
+    entries = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    entries = [name for name in entries if name != CHECKPOINT + ".tmp"]  # of a run just begun
+    run_is_here = CHECKPOINT in entries or RECORD in entries
+    if resume and RECORD in entries:
+        return read_json(folder / RECORD)
+    if run_is_here and not resume:
+        raise MiniloraError(
+            f"{folder} holds another training run; continue it with --resume "
+            "or choose another output folder"
+        )
+    if entries and not run_is_here:
+        raise MiniloraError(
+            f"{folder} already holds {entries[0]}; expected a new or an empty output folder"
+        )
+    make_folder(folder)
+    return None
