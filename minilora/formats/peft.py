@@ -416,20 +416,23 @@ def _compile(pattern: str, name: str, path: Path) -> re.Pattern[str]:
         ) from None
 
 
-def is_quick(patterns: Iterable[str], names: Iterable[str], limit: float = 1e8) -> bool:
-    """Whether matching each pattern with each name takes at most some `limit` steps.
+def is_quick(patterns: Iterable[str], names: Iterable[str], limit: float = 3e7) -> bool:
+    """Whether matching each pattern with each name takes at most some `limit` steps (seconds).
 
-    Python's engine tries every choice: a repeat stops after any of n characters, an alternative is
-    any of m, so k repeats and g groups cost n^k m^g steps at most, if no group is repeated; (a+)+
-    alone would cost 2^n. Patterns come from files, so that what may be slow is never run.
+    Python's engine tries every choice. With no group repeated, k repeats can share n characters in
+    comb(n + k, k) ways, and g groups of at most m alternatives add a factor m^g; with one repeated,
+    (a+)+ alone takes 2^n. Patterns come from files, so that what may be slow is never run.
     """
     names = list(names)
     n = max(map(len, names), default=0)
-    steps = 0.0  # a step is some 20 ns; to compile a character costs 500 of them
+    steps = 0.0
     for pattern in patterns:
         bare = re.sub(r"\\.", "x", pattern, flags=re.DOTALL).replace("(?:", "(")
         repeats, groups, bars = len(re.findall(r"[*+?{]", bare)), bare.count("("), bare.count("|")
         if "(?" in bare or re.search(r"\)[*+{]", bare) or max(repeats, groups) > 20:
             return False
-        steps += 500 * len(pattern) + len(names) * n**repeats * (bars + 1.0) ** (groups + 1)
-    return steps <= limit
+        ways = math.comb(n + repeats, repeats) * (bars + 1.0) ** (groups + 1)
+        steps += len(names) * ways + 500 * len(pattern)  # to compile it
+        if steps > limit:
+            return False
+    return True

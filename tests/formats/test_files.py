@@ -1,0 +1,113 @@
+"""Writing in one step, and JSON that is not what it should be."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from minilora.errors import MiniloraError
+from minilora.formats import files
+
+
+def test_text_and_json_are_written_as_they_are(tmp_path):
+    files.write_text(tmp_path / "a.txt", "é\r\n\n")
+    assert (tmp_path / "a.txt").read_bytes() == "é\r\n\n".encode()
+    files.write_json(tmp_path / "a.json", {"b": 1, "a": [None, 2.5]})
+    assert (tmp_path / "a.json").read_text().startswith('{\n  "a": [\n')
+    assert files.read_json(tmp_path / "a.json") == {"a": [None, 2.5], "b": 1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.txt"]
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "x.bin"
+    files.write_bytes(path, b"old")
+    with pytest.raises(RuntimeError), files.replacing(path) as temporary:
+        temporary.write_bytes(b"half")
+        assert path.read_bytes() == b"old"
+        raise RuntimeError("stopped in the middle")
+    assert [p.name for p in tmp_path.iterdir()] == ["x.bin"] and path.read_bytes() == b"old"
+
+
+def test_what_a_killed_run_left_is_overwritten(tmp_path):
+    (tmp_path / "x.bin.tmp").write_bytes(b"left by a killed run, and longer than the new file")
+    files.write_bytes(tmp_path / "x.bin", b"new")
+    assert [p.name for p in tmp_path.iterdir()] == ["x.bin"]
+    assert (tmp_path / "x.bin").read_bytes() == b"new"
+
+
+def test_where_nothing_can_be_written_is_said(tmp_path):
+    with pytest.raises(MiniloraError, match=r"cannot write .*missing.x\.json"):
+        files.write_json(tmp_path / "missing" / "x.json", {})
+    (tmp_path / "file").touch()
+    with pytest.raises(MiniloraError, match=r"cannot make the folder .*file"):
+        files.make_folder(tmp_path / "file" / "below")
+    (tmp_path / "x.tmp").mkdir()
+    with pytest.raises(MiniloraError, match=r"cannot write .*x"):
+        files.write_text(tmp_path / "x", "")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is not JSON"),
+        (b"{", "is not JSON"),
+        (b'{"a": 1}}', "is not JSON"),
+        (b"\xff\xfe{}", "is not UTF-8"),
+        (b"[1]", "holds no JSON object"),
+        (b"null", "holds no JSON object"),
+        (b"[" * 100_000, "is not JSON"),
+        (b'{"a": ' + b"9" * 5000 + b"}", None),  # too long for int() in some versions of Python
+    ],
+)
+def test_json_that_is_none(tmp_path, content, message):
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    if message is None:
+        try:
+            assert files.read_json(path)["a"] > 0
+        except MiniloraError as error:
+            assert "is not JSON" in str(error)
+        return
+    with pytest.raises(MiniloraError, match=message) as caught:
+        files.read_json(path)
+    assert str(path) in str(caught.value)
+
+
+def test_json_that_is_missing(tmp_path):
+    with pytest.raises(MiniloraError, match=r"a\.json does not exist"):
+        files.read_json(tmp_path / "a.json")
+    with pytest.raises(MiniloraError, match="is not a file"):
+        files.read_json(tmp_path)
+    with pytest.raises(MiniloraError, match="nul|does not exist|cannot be read"):
+        files.read_json(Path("a\0b"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        (int, [0, -3], [1.0, True, "1", None, [1]]),
+        (float, [1, 2.5, -1], [True, "1", None, float("nan"), float("inf"), 10**400]),
+        (bool, [True, False], [0, 1, "true", None]),
+        (str, ["", "a"], [1, None, ["a"]]),
+    ],
+)
+def test_fields_are_of_their_kind(kind, good, bad):
+    for value in good:
+        assert type(files.field({"x": value}, "x", kind, kind(), where="f")) is kind
+    assert files.field({}, "x", kind, kind(1), where="f") == kind(1)
+    for value in bad:
+        with pytest.raises(MiniloraError, match=r"^f\.json: x is .*, expected "):
+            files.field({"x": value}, "x", kind, kind(), where="f.json")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX systems")
+def test_files_may_be_read_by_whom_the_system_says(tmp_path):
+    (tmp_path / "by_hand").write_bytes(b"")
+    files.write_bytes(tmp_path / "by_us", b"")
+    assert (tmp_path / "by_us").stat().st_mode == (tmp_path / "by_hand").stat().st_mode
+
+
+def test_json_refuses_what_json_cannot_say(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        files.write_json(tmp_path / "a.json", {"loss": float("nan")})
+    assert not list(tmp_path.iterdir())

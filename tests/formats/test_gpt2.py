@@ -1,0 +1,254 @@
+"""Bases in Hugging Face's layout: round trips, and what is refused by name."""
+
+import json
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from minilora.errors import MiniloraError
+from minilora.formats.gpt2 import load_base, save_base
+from minilora.formats.tensors import read_tensors, write_tensors
+from minilora.gpt import GPTConfig, gpt_init, gpt_logits
+from minilora.tree import flatten, map_leaves
+
+CONFIG = GPTConfig(vocab_size=13, n_positions=7, n_embd=6, n_layer=2, n_head=3, n_inner=10)
+
+
+def drawn(config, seed=0, dtype=np.float32):
+    """A base whose every number is random."""
+    rng = np.random.default_rng(seed)
+    base = gpt_init(config, seed=seed, dtype=dtype)
+    return map_leaves(lambda x: rng.standard_normal(x.shape).astype(dtype), base)
+
+
+def same(tree, other):
+    """Whether two trees are equal bit for bit, dtypes and memory order included."""
+    flat, others = flatten(tree), flatten(other)
+    assert flat.keys() == others.keys()
+    for path, leaf in flat.items():
+        assert leaf.dtype == others[path].dtype and leaf.shape == others[path].shape, path
+        assert leaf.tobytes() == others[path].tobytes(), path
+        assert others[path].flags.c_contiguous and others[path].flags.writeable, path
+    return True
+
+
+def edit_config(folder, **fields):
+    path = folder / "config.json"
+    document = json.loads(path.read_text())
+    document.update(fields)
+    path.write_text(json.dumps({k: v for k, v in document.items() if v is not ...}))
+
+
+def edit_tensors(folder, change):
+    path = folder / "model.safetensors"
+    tensors, metadata = read_tensors(path)
+    change(tensors)
+    write_tensors(path, tensors, metadata)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_base(tmp_path / "base", drawn(CONFIG), CONFIG)
+    return tmp_path / "base"
+
+
+# --- what is read is what was written ----------------------------------------------------------
+
+
+@given(
+    heads=st.integers(1, 3),
+    head_width=st.integers(1, 4),
+    layers=st.integers(1, 3),
+    inner=st.none() | st.integers(1, 9),
+    vocab=st.integers(1, 20),
+    positions=st.integers(1, 9),
+    epsilon=st.sampled_from([1e-5, 1e-6, 0.1]),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=25)
+def test_round_trip(
+    tmp_path_factory, heads, head_width, layers, inner, vocab, positions, epsilon, seed
+):
+    config = GPTConfig(vocab, positions, heads * head_width, layers, heads, inner, epsilon)
+    base, folder = drawn(config, seed), tmp_path_factory.mktemp("base")
+    save_base(folder, base, config)
+    loaded, loaded_config = load_base(folder)
+    assert loaded_config == config and same(base, loaded)
+    first = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert first.keys() == {"config.json", "model.safetensors"}
+    save_base(folder, loaded, loaded_config)
+    assert first == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_names_and_orientation_are_hugging_faces(folder):
+    tensors, metadata = read_tensors(folder / "model.safetensors")
+    assert metadata == {"format": "pt"} and len(tensors) == 4 + 12 * CONFIG.n_layer
+    base = drawn(CONFIG)
+    assert np.array_equal(tensors["transformer.wte.weight"], base["wte"])
+    attention = base["blocks"][1]["attn"]
+    assert np.array_equal(tensors["transformer.h.1.attn.c_attn.weight"], attention["qkv"]["w"])
+    assert np.array_equal(tensors["transformer.h.1.attn.c_proj.bias"], attention["o"]["b"])
+    down = tensors["transformer.h.0.mlp.c_proj.weight"]
+    assert np.array_equal(down, base["blocks"][0]["mlp"]["down"]["w"]) and down.shape == (10, 6)
+    document = json.loads((folder / "config.json").read_text())
+    assert document["architectures"] == ["GPT2LMHeadModel"] and document["model_type"] == "gpt2"
+    assert document["n_inner"] == 10 and document["eos_token_id"] is None
+
+
+def test_the_output_is_the_same(folder):
+    tokens = np.random.default_rng(1).integers(0, CONFIG.vocab_size, (2, 7))
+    base, config = load_base(folder, dtype=np.float64)
+    assert all(leaf.dtype == np.float64 for leaf in flatten(base).values())
+    expected = gpt_logits(
+        map_leaves(lambda x: x.astype(np.float64), drawn(CONFIG)), tokens=tokens, config=CONFIG
+    )
+    assert np.array_equal(gpt_logits(base, tokens=tokens, config=config), expected)
+
+
+def test_half_precision_files_load_as_float32(tmp_path):
+    base = drawn(CONFIG)
+    save_base(tmp_path, base, CONFIG, dtype=np.float16)
+    tensors, _ = read_tensors(tmp_path / "model.safetensors")
+    assert all(tensor.dtype == np.float16 for tensor in tensors.values())
+    rounded = map_leaves(lambda x: x.astype(np.float16).astype(np.float32), base)
+    assert same(rounded, load_base(tmp_path)[0])
+
+
+def test_a_number_that_float16_cannot_hold_is_not_saved(tmp_path):
+    base = drawn(CONFIG)
+    base["blocks"][1]["ln_2"]["b"][3] = 1e5
+    with pytest.raises(MiniloraError, match=r"blocks\.1\.ln_2\.b .* float16"):
+        save_base(tmp_path, base, CONFIG, dtype=np.float16)
+    assert not (tmp_path / "model.safetensors").exists()
+    save_base(tmp_path, base, CONFIG)
+
+
+def test_only_the_named_files_are_replaced(folder):
+    (folder / "tokenizer.json").write_text("mine")
+    save_base(folder, drawn(CONFIG, seed=5), CONFIG)
+    assert (folder / "tokenizer.json").read_text() == "mine"
+    assert len(list(folder.iterdir())) == 3 and same(drawn(CONFIG, seed=5), load_base(folder)[0])
+
+
+# --- what other writers do ---------------------------------------------------------------------
+
+
+def test_names_without_prefix_masks_and_an_equal_head(folder):
+    def as_the_first_gpt2_file(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        tensors["lm_head.weight"] = tensors["wte.weight"].copy()
+        for i in range(CONFIG.n_layer):
+            tensors[f"h.{i}.attn.bias"] = np.tril(np.ones((1, 1, 7, 7), np.uint8))
+            tensors[f"h.{i}.attn.masked_bias"] = np.array(-1e4, np.float32)
+
+    edit_tensors(folder, as_the_first_gpt2_file)
+    assert same(drawn(CONFIG), load_base(folder)[0])
+    edit_config(folder, tie_word_embeddings=False)
+    assert same(drawn(CONFIG), load_base(folder)[0])
+
+
+def test_fields_that_change_nothing_and_other_names_of_sizes(folder):
+    edit_config(folder, reorder_and_upcast_attn=True, activation_function="gelu_pytorch_tanh")
+    edit_config(folder, attn_pdrop=0.1, task_specific_params={"a": 1}, architectures=["GPT2Model"])
+    assert load_base(folder)[1] == CONFIG
+    edit_config(folder, n_head=..., num_attention_heads=3, n_embd=..., hidden_size=6)
+    assert load_base(folder)[1] == CONFIG
+    edit_config(folder, n_head=2)  # both: the field itself counts
+    assert load_base(folder)[1].n_head == 2
+
+
+def test_missing_fields_are_transformers_defaults(folder):
+    edit_config(folder, n_head=..., layer_norm_epsilon=..., model_type=..., activation_function=...)
+    edit_config(folder, vocab_size=...)
+    with pytest.raises(MiniloraError, match="n_embd 6 is not a multiple of n_head 12"):
+        load_base(folder)
+    edit_config(folder, n_head=6)
+    with pytest.raises(MiniloraError, match=r"wte\.weight is \(13, 6\), expected \(50257, 6\)"):
+        load_base(folder)
+
+
+# --- what is refused ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("activation_function", "gelu"),
+        ("activation_function", "relu"),
+        ("activation_function", None),
+        ("scale_attn_weights", False),
+        ("scale_attn_by_inverse_layer_idx", True),
+        ("add_cross_attention", True),
+        ("model_type", "llama"),
+        ("pruned_heads", {"0": [1]}),
+        ("quantization_config", {"bits": 4}),
+        ("tie_word_embeddings", False),
+        ("tie_word_embeddings", "yes"),
+        ("n_layer", 1),
+        ("n_layer", 10**9),
+        ("n_layer", "2"),
+        ("n_layer", 0),
+        ("n_head", 4),
+        ("n_head", True),
+        ("n_embd", -6),
+        ("n_inner", 2.5),
+        ("vocab_size", None),
+        ("n_positions", [7]),
+        ("layer_norm_epsilon", "small"),
+        ("layer_norm_epsilon", float("nan")),
+    ],
+)
+def test_a_field_that_is_not_understood_is_named(folder, field, value):
+    edit_config(folder, **{field: value})
+    with pytest.raises(MiniloraError, match=field) as caught:
+        load_base(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_tensors_that_do_not_fit_are_listed(folder):
+    def change(tensors):
+        tensors["transformer.extra"] = tensors.pop("transformer.h.1.ln_2.bias")
+        name = "transformer.h.0.mlp.c_fc.weight"
+        tensors[name] = tensors[name].T
+
+    edit_tensors(folder, change)
+    with pytest.raises(MiniloraError) as caught:
+        load_base(folder)
+    for part in (
+        "model.safetensors does not hold the model that its config.json describes",
+        "of the wrong shape: h.0.mlp.c_fc.weight is (10, 6), expected (6, 10)",
+        "missing: h.1.ln_2.bias (6,)",
+        "left over: extra (6,)",
+    ):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.update({"wte.weight": t["transformer.wte.weight"]}), "wte.weight twice"),
+        (lambda t: t.update({"lm_head.weight": np.zeros((13, 6))}), "lm_head.weight differs"),
+        (lambda t: t.update({"lm_head.weight": np.zeros((6, 13))}), "lm_head.weight differs"),
+        (lambda t: t.update({"transformer.wpe.weight": np.zeros((7, 6), int)}), "dtype I64"),
+        (lambda t: t["transformer.ln_f.bias"].fill(np.nan), "ln_f.bias .* not finite"),
+        (lambda t: t.clear(), "n_layer is 2, but model.safetensors holds 0 blocks"),
+    ],
+)
+def test_other_tensors_that_are_refused(folder, change, message):
+    edit_tensors(folder, change)
+    with pytest.raises(MiniloraError, match=message) as caught:
+        load_base(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_files_that_are_missing(folder):
+    (folder / "model.safetensors").rename(folder / "away")
+    with pytest.raises(MiniloraError, match=r"model\.safetensors does not exist"):
+        load_base(folder)
+    with pytest.raises(MiniloraError, match=r"nowhere.config\.json does not exist"):
+        load_base(folder / "nowhere")
+    with pytest.raises(MiniloraError, match="cannot make the folder"):
+        save_base(folder / "away", drawn(CONFIG), CONFIG)
