@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from minilora import lora as lora_math
+from minilora.backend import to_device
 from minilora.data import Tokenizer, load_text, load_tokenizer
 from minilora.errors import MiniloraError
 from minilora.generate import generate
@@ -50,6 +51,11 @@ class Model:
             raise MiniloraError("there is no adapter to merge")
         merged = lora_math.merge(self.base, self.lora, self.lora_config)
         return replace(self, base=merged, lora=None, lora_config=None)
+
+    def on(self, device: str) -> Model:
+        """The same model with its arrays on a device, "cpu" or "cuda"."""
+        lora = None if self.lora is None else to_device(self.lora, device)
+        return replace(self, base=to_device(self.base, device), lora=lora)
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """Logits of every next token, (B, T) token ids -> (B, T, V)."""

@@ -8,7 +8,6 @@ record of the run, and only then is the checkpoint deleted: whatever moment a ru
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from minilora import tree
 from minilora.data import Corpus
 from minilora.errors import MiniloraError
 from minilora.formats import save_adapter, save_base
-from minilora.formats.files import make_folder, read_json, write_json
+from minilora.formats.files import make_folder, read_json, write_bytes, write_json
 from minilora.gpt import GPTConfig, gpt_init
 from minilora.lora import LoRAConfig, lora_init
 from minilora.model import Model
@@ -54,7 +53,7 @@ class Run:
 
     figures: dict[str, float | int]
     history: History
-    resumed_when_finished: bool = False
+    was_finished: bool = False
 
 
 Report = Callable[[Progress], None]
@@ -113,9 +112,7 @@ def adapt_in_folder(
         adapted = _with_trained(model, lora_config, settings, params)
         if adapted.lora is None:
             save_base(folder, adapted.base, model.config)
-            for name in TOKENIZER_FILES:
-                if (model.folder / name).exists():
-                    shutil.copyfile(model.folder / name, folder / name)
+            copy_tokenizer(model.folder, folder)
             return folder / BASE_WEIGHTS
         name = "minilora" if model.is_built_in else str(model.folder)
         save_adapter(folder, adapted.lora, lora_config, model.config, base_name=name)
@@ -125,6 +122,13 @@ def adapt_in_folder(
         model.base, lora, corpus, model.config, lora_config, settings, Path(folder), save,
         resume=resume, device=device, report=report,
     )  # fmt: skip
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy whatever tokenizer files a base's folder has to another."""
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            write_bytes(target / name, (source / name).read_bytes())
 
 
 def pretrain_in_folder(
@@ -178,7 +182,7 @@ def _run_in_folder(
     if finished is not None:
         check_same_run(folder / RECORD, finished["settings"], fingerprint)
         (folder / CHECKPOINT).unlink(missing_ok=True)
-        return Run(finished["figures"], History(**finished["history"]), resumed_when_finished=True)
+        return Run(finished["figures"], History(**finished["history"]), was_finished=True)
     trained = train(
         base, lora, corpus, config=config, lora_config=lora_config, settings=settings,
         folder=folder, resume=resume, device=device, report=report,

@@ -418,11 +418,11 @@ def run_fingerprint(
     return parts
 
 
-def checksum(arrays: Iterable[np.ndarray]) -> int:
+def checksum(arrays: Iterable[Array]) -> int:
     """CRC-32 of the arrays' bytes, one after the other."""
     crc = 0
     for array in arrays:
-        crc = zlib.crc32(np.ascontiguousarray(array), crc)
+        crc = zlib.crc32(np.ascontiguousarray(array).data, crc)
     return crc
 
 

@@ -1,0 +1,40 @@
+"""Low-rank adaptation of a GPT in plain NumPy, every gradient written by hand and checked.
+
+    model = minilora.load_model()
+    corpus = minilora.load_corpus("python", model.tokenizer)
+    adapted, trained = minilora.adapt(model, corpus, minilora.LoRAConfig(rank=2))
+
+The mathematics is in `minilora.ops`, `minilora.lora` and `minilora.gpt`; read them in this order.
+"""
+
+from minilora.data import load_corpus
+from minilora.errors import MiniloraError
+from minilora.formats import load_adapter, load_base, save_adapter, save_base
+from minilora.gpt import GPTConfig, loss_and_grads
+from minilora.lora import LoRAConfig, lora_init, merge, unmerge
+from minilora.model import Model, complete, evaluate, load_model
+from minilora.runs import adapt
+from minilora.train import TrainConfig
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GPTConfig",
+    "LoRAConfig",
+    "MiniloraError",
+    "Model",
+    "TrainConfig",
+    "adapt",
+    "complete",
+    "evaluate",
+    "load_adapter",
+    "load_base",
+    "load_corpus",
+    "load_model",
+    "lora_init",
+    "loss_and_grads",
+    "merge",
+    "save_adapter",
+    "save_base",
+    "unmerge",
+]
