@@ -189,6 +189,8 @@ ADAPT_DEFAULTS: dict[str, Any] = {
     "steps": 200,
     "batch": 8,
     "context": 256,
+    "short_context": 128,
+    "short_steps": 0,
     "lr": None,
     "warmup": 20,
     "weight_decay": 0.0,
@@ -198,9 +200,11 @@ ADAPT_DEFAULTS: dict[str, Any] = {
 }
 ADAPT_LR = {"lora": 5e-3, "full": 1e-3}
 PRETRAIN_DEFAULTS: dict[str, Any] = {
-    "steps": 7200,
+    "steps": 5600,
     "batch": 8,
     "context": 512,
+    "short_context": 128,
+    "short_steps": 3400,
     "lr": 2e-3,
     "warmup": 100,
     "weight_decay": 0.1,
@@ -260,6 +264,8 @@ def add_training(sub: argparse.ArgumentParser, defaults: dict[str, Any]) -> None
     option("context", int, "tokens in a sequence")
     rates = ", ".join(f"{rate:g} for {method}" for method, rate in ADAPT_LR.items())
     option("lr", float, "peak learning rate" + ("" if defaults["lr"] else f" (default: {rates})"))
+    option("short_context", int, "tokens in a sequence of the first --short-steps steps")
+    option("short_steps", int, "steps that read as many tokens in shorter sequences")
     option("warmup", int, "steps in which the learning rate rises; a cosine follows")
     option("weight_decay", float, "AdamW's decoupled decay of matrices")
     option("beta2", float, "AdamW's decay of the squared gradient's mean")

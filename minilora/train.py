@@ -43,7 +43,9 @@ CHECKPOINT = "checkpoint.safetensors"
 class TrainConfig:
     """How to train. `method` says which tree: the adapters (`lora`) or the base (`full`).
 
-    `batch` sequences of `context` tokens a step; `warmup` in steps; `clip` bounds the gradient's
+    `batch` sequences of `context` tokens a step; the first `short_steps` steps read as many tokens
+    in sequences of `short_context`, from which nearby positions are learned sooner (Press et al.
+    2021, Shortformer, §3); `warmup` in steps; `clip` bounds the gradient's
     global norm; `eval_every`, `log_every` and `checkpoint_every` in steps; `eval_tokens` bounds the
     held-out text that is read during training; `threads` share each batch (0: one for each core).
     """
@@ -52,6 +54,8 @@ class TrainConfig:
     steps: int = 200
     batch: int = 8
     context: int = 256
+    short_context: int = 0
+    short_steps: int = 0
     lr: float = 1e-3
     warmup: int = 20
     weight_decay: float = 0.0
@@ -72,12 +76,22 @@ class TrainConfig:
                      "checkpoint_every"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise MiniloraError(f"{name} {getattr(self, name)} is too small; it is at least 1")
-        for name in ("warmup", "weight_decay", "seed", "threads"):
+        for name in ("warmup", "weight_decay", "seed", "threads", "short_steps"):
             if getattr(self, name) < 0:
                 raise MiniloraError(f"{name} {getattr(self, name)} is negative")
+        if self.short_steps and not 1 <= self.short_context <= self.context:
+            raise MiniloraError(
+                f"short_context {self.short_context} is not between 1 and context {self.context}"
+            )
         for name in ("lr", "clip"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise MiniloraError(f"{name} {getattr(self, name)} is not a positive number")
+
+    def shape(self, step: int) -> tuple[int, int]:
+        """(B, T) of a step's batch."""
+        if step > self.short_steps:
+            return self.batch, self.context
+        return self.batch * self.context // self.short_context, self.short_context
 
 
 @dataclass
@@ -490,7 +504,7 @@ class Loop:
         """The state after one more step, and its loss and gradient norm as an array (2,)."""
         settings, step = self.settings, state.step + 1
         rng = np.random.default_rng([settings.seed, step])
-        batch, context = settings.batch, settings.context
+        batch, context = settings.shape(step)
         tokens, targets = draw_batch(self.corpus.train, batch=batch, context=context, rng=rng)
         base, lora = self.trees(state.params)
         masks = None
