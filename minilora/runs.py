@@ -19,7 +19,7 @@ from minilora import tree
 from minilora.data import Corpus
 from minilora.errors import MiniloraError
 from minilora.formats import save_adapter, save_base
-from minilora.formats.files import make_folder, read_json, write_bytes, write_json
+from minilora.formats.files import read_json, write_bytes, write_json
 from minilora.gpt import GPTConfig, gpt_init
 from minilora.lora import LoRAConfig, lora_init
 from minilora.model import Model
@@ -209,7 +209,7 @@ def _run_in_folder(
 
 
 def claim_folder(folder: Path, *, resume: bool) -> dict[str, Any] | None:
-    """Make the folder this run's own; the record of the run that ended there, when resuming it.
+    """See that a folder is free to write to; the record of the run that ended there, if resumed.
 
     Raises MiniloraError when it holds anything but, with `resume`, a run's files.
     """
@@ -219,7 +219,10 @@ def claim_folder(folder: Path, *, resume: bool) -> dict[str, Any] | None:
     entries = [name for name in entries if name != CHECKPOINT + ".tmp"]  # of a run just begun
     run_is_here = CHECKPOINT in entries or RECORD in entries
     if resume and RECORD in entries:
-        return read_json(folder / RECORD)
+        record = read_json(folder / RECORD)
+        if not all(type(record.get(part)) is dict for part in ("settings", "figures", "history")):
+            raise MiniloraError(f"{folder / RECORD} is not the record of a training run")
+        return record
     if run_is_here and not resume:
         raise MiniloraError(
             f"{folder} holds another training run; continue it with --resume "
@@ -229,5 +232,4 @@ def claim_folder(folder: Path, *, resume: bool) -> dict[str, Any] | None:
         raise MiniloraError(
             f"{folder} already holds {entries[0]}; expected a new or an empty output folder"
         )
-    make_folder(folder)
     return None

@@ -27,8 +27,10 @@ import numpy as np
 
 from minilora import tree
 from minilora.backend import Array, namespace, to_device, to_host
-from minilora.data import Corpus, check_length, draw_batch, windows
+from minilora.data import Corpus, check_ids, check_length, draw_batch, windows
 from minilora.errors import MiniloraError
+from minilora.formats.files import make_folder
+from minilora.formats.tensors import read_tensors, write_tensors
 from minilora.gpt import GPTConfig, gpt_logits, loss_and_grads
 from minilora.lora import LoRAConfig, dropout_masks
 from minilora.ops import cross_entropy_forward
@@ -77,19 +79,20 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise MiniloraError(f"{name} {getattr(self, name)} is too small; it is at least 1")
         for name in ("warmup", "weight_decay", "seed", "threads", "short_steps"):
-            if getattr(self, name) < 0:
-                raise MiniloraError(f"{name} {getattr(self, name)} is negative")
-        if self.short_steps and not 1 <= self.short_context <= self.context:
-            raise MiniloraError(
-                f"short_context {self.short_context} is not between 1 and context {self.context}"
-            )
+            if not 0 <= getattr(self, name) < math.inf:
+                raise MiniloraError(f"{name} {getattr(self, name)} is not a number of at least 0")
+        if self.short_steps and self.short_context < 1:
+            raise MiniloraError(f"short_context {self.short_context} is too small")
         for name in ("lr", "clip"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+            if not 0 < getattr(self, name) < math.inf:
                 raise MiniloraError(f"{name} {getattr(self, name)} is not a positive number")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise MiniloraError(f"{name} {getattr(self, name)} is not in [0, 1)")
 
     def shape(self, step: int) -> tuple[int, int]:
         """(B, T) of a step's batch."""
-        if step > self.short_steps:
+        if step > self.short_steps or self.short_context > self.context:
             return self.batch, self.context
         return self.batch * self.context // self.short_context, self.short_context
 
@@ -124,7 +127,7 @@ class Evaluation:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Training was stopped by Ctrl-C after its state was saved."""
+    """Training was stopped by Ctrl-C between two steps, after its state was saved."""
 
 
 # --- one step ----------------------------------------------------------------------------------
@@ -149,7 +152,8 @@ class Workers:
         from threadpoolctl import threadpool_limits
 
         self._limits = threadpool_limits(1 if self.threads > 1 else None, user_api="blas")
-        self._pool = ThreadPoolExecutor(self.threads)
+        # An overflow ends in a loss that is not finite, which is reported as such.
+        self._pool = ThreadPoolExecutor(self.threads, initializer=np.seterr, initargs=("ignore",))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -224,15 +228,19 @@ def evaluate_tokens(
     """The model's loss on a stream of tokens that stands for `text_bytes` bytes of text.
 
     Consecutive windows of the base's whole context, so that every token but the very first is
-    predicted exactly once. Raises MiniloraError below two tokens.
+    predicted exactly once. Raises MiniloraError below two tokens, for token ids outside the
+    vocabulary, and for a loss that is not finite.
     """
     if len(tokens) < 2:
-        raise MiniloraError(f"{len(tokens)} tokens are too few to evaluate; two are the least")
+        raise MiniloraError(f"a text of {len(tokens)} tokens is too short: an evaluation needs two")
+    check_ids(tokens, config.vocab_size)
     context = config.n_positions
     batches = windows(tokens, context=context, batch=max(1, SHARD_TOKENS // context))
     base, lora = to_device(base, device), to_device(lora, device) if lora else None
     with Workers(threads, device) as workers:
         total, predicted = sum_nats(workers, base, lora, batches, config, lora_config, device)
+    if not math.isfinite(total):
+        raise MiniloraError("the loss is not finite: the model's numbers overflow on this text")
     return Evaluation(total / predicted, total / math.log(2) / text_bytes, predicted)
 
 
@@ -263,6 +271,7 @@ def held_out_batches(
 
     The same windows at every call, so that losses during training can be compared.
     """
+    context = min(context, len(tokens) - 1)
     rows = max(1, SHARD_TOKENS // context)
     if len(tokens) - 1 <= limit:
         return list(windows(tokens, context=context, batch=rows))
@@ -290,8 +299,6 @@ class State:
 
 def save_checkpoint(folder: Path, state: State, settings: Mapping[str, Any]) -> None:
     """Write the state and the run's settings to one file, atomically."""
-    from minilora.formats.tensors import write_tensors
-
     trees = {"params": state.params, "m": state.moments.m, "v": state.moments.v}
     write_tensors(
         folder / CHECKPOINT,
@@ -305,13 +312,13 @@ def save_checkpoint(folder: Path, state: State, settings: Mapping[str, Any]) -> 
     )
 
 
-def load_checkpoint(folder: Path, settings: Mapping[str, Any], device: str = "cpu") -> State | None:
-    """The state saved in a folder, or None where there is none.
+def load_checkpoint(
+    folder: Path, settings: Mapping[str, Any], params: Tree, device: str = "cpu"
+) -> State | None:
+    """The state saved in a folder, its trees of the structure of `params`; None if there is none.
 
     Raises MiniloraError naming the first setting that differs from those of the saved run.
     """
-    from minilora.formats.tensors import read_tensors
-
     path = folder / CHECKPOINT
     if not path.exists():
         return None
@@ -328,7 +335,10 @@ def load_checkpoint(folder: Path, settings: Mapping[str, Any], device: str = "cp
     except (KeyError, ValueError, TypeError) as error:
         raise MiniloraError(f"{path} is not a checkpoint of minilora's training") from error
     check_same_run(path, saved, settings)
-    trees = to_device(tree.unflatten(flat), device)
+    # A file of paths cannot tell of blocks without an adapter, so their places come from `params`.
+    trees = dict.fromkeys(("params", "m", "v"), params)
+    leaves = iter([flat[name] for name in tree.flatten(trees)])
+    trees = to_device(tree.map_leaves(lambda _: next(leaves), trees), device)
     return State(step, trees["params"], Moments(trees["m"], trees["v"]), history, seconds)
 
 
@@ -392,8 +402,8 @@ def train(
 
     With a `folder`, the state is saved there every `checkpoint_every` steps, and `resume` goes on
     from it, or starts afresh where there is none. Neither tree is changed. Raises MiniloraError for
-    text that is too short, a context beyond the base's, or a loss that is not finite (the last
-    checkpoint stays); Interrupted after Ctrl-C, the state being saved.
+    text that is too short or of another vocabulary, a context beyond the base's, or a loss that is
+    not finite (the last checkpoint stays); Interrupted after Ctrl-C, the state being saved.
     """
     if settings.context > config.n_positions:
         raise MiniloraError(
@@ -404,13 +414,22 @@ def train(
         raise MiniloraError("method 'lora' needs an adapter tree; lora_init makes one")
     if len(corpus.held_out) < 2:
         raise MiniloraError(f"{corpus.name} is too short: nothing of it can be held out")
+    for tokens in (corpus.train, corpus.held_out):
+        check_ids(tokens, config.vocab_size)
     fingerprint = run_fingerprint(base, config, lora_config, settings, corpus)
-    state = load_checkpoint(folder, fingerprint, device) if folder and resume else None
     base = to_device(base, device)
+    params = to_device(lora, device) if settings.method == "lora" else base
+    state = None
+    if folder:
+        make_folder(folder)
+        state = load_checkpoint(folder, fingerprint, params, device) if resume else None
     if state is None:
-        params = to_device(lora if settings.method == "lora" else base, device)
         state = State(0, params, adamw_init(params), History())
-    with Workers(settings.threads, device) as workers, ctrl_c_sets_flag() as stop:
+    with (
+        Workers(settings.threads, device) as workers,
+        ctrl_c_sets_flag() as stop,
+        np.errstate(all="ignore"),  # as in Workers
+    ):
         loop = Loop(base, lora, corpus, config, lora_config, settings, device, workers)
         return loop.run(state, folder, fingerprint, stop, report)
 
@@ -465,7 +484,7 @@ class Loop:
         settings = self.settings
         started = time.perf_counter() - state.seconds
         if state.step == 0:
-            state.history.held_out.append((0, self.held_out_loss(state.params)))
+            state.history.held_out.append((0, self.held_out_loss(state)))
         pending: list[Array] = []
         while state.step < settings.steps:
             state, loss_and_norm = self.step(state)
@@ -479,16 +498,19 @@ class Loop:
                 pending = []
                 held_out = None
                 if evaluating:
-                    held_out = self.held_out_loss(state.params)
+                    held_out = self.held_out_loss(state)
                     state.history.held_out.append((step, held_out))
                 state.seconds = time.perf_counter() - started
                 speed = self.tokens_per_step * step / state.seconds
                 left = (settings.steps - step) * self.tokens_per_step / speed
                 report(Progress(step, settings.steps, losses[-1], held_out, speed, left))
+            if saving:
+                check_finite("a trained weight", step, state.params)
             if folder and saving:
                 save_checkpoint(folder, state, fingerprint)
             if stopping and not last:
-                raise Interrupted
+                saved = "; its state is saved, and --resume goes on from it" if folder else ""
+                raise Interrupted(f" at step {step}{saved}")
         speed = self.tokens_per_step * state.step / state.seconds
         return Trained(to_host(state.params), state.history, state.seconds, speed)
 
@@ -536,7 +558,7 @@ class Loop:
         loss_and_norm = namespace(loss).stack([loss, norm])
         return State(step, params, moments, state.history, state.seconds), loss_and_norm
 
-    def held_out_loss(self, params: Tree) -> float:
+    def held_out_loss(self, state: State) -> float:
         """Nats per token on the held-out text, or on `eval_tokens` tokens spread over it."""
         batches = held_out_batches(
             self.corpus.held_out,
@@ -545,12 +567,13 @@ class Loop:
         )
         total, predicted = sum_nats(
             self.workers,
-            *self.trees(params),
+            *self.trees(state.params),
             batches,
             self.config,
             self.lora_config,
             self.device,
         )
+        check_finite("the held-out loss", state.step, np.float64(total))
         return total / predicted
 
 
@@ -560,10 +583,16 @@ def read_finite(pending: list[Array], step: int) -> list[float]:
     Raises MiniloraError at the first whose loss or gradient norm is not finite.
     """
     values = to_host(namespace(pending[0]).stack(pending))
-    for loss_and_norm, at in zip(values, range(step - len(values) + 1, step + 1), strict=True):
-        if not np.isfinite(loss_and_norm).all():
-            raise MiniloraError(
-                f"the loss or its gradient is not finite at step {at} (loss {loss_and_norm[0]}); "
-                "a lower learning rate usually helps, and the last checkpoint is kept"
-            )
+    for at, loss_and_norm in enumerate(values, step - len(values) + 1):
+        check_finite("the loss or its gradient", at, loss_and_norm)
     return [float(loss) for loss in values[:, 0]]
+
+
+def check_finite(what: str, step: int, values: Tree) -> None:
+    """Raise MiniloraError, naming what and the step, unless all the numbers are finite."""
+    if not all(namespace(x).isfinite(x).all() for x in tree.flatten(values).values()):
+        raise MiniloraError(
+            f"{what} is not finite at step {step}: "
+            + ("a lower learning rate usually helps; the last checkpoint is kept" if step
+               else "the numbers of the base overflow")
+        )  # fmt: skip
