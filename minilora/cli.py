@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from minilora.errors import MiniloraError
 
@@ -26,22 +26,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a Windows console may not know every character
             stream.reconfigure(errors="replace")
-    arguments = parser().parse_args(argv)
     try:
+        arguments = parser().parse_args(argv)
         if arguments.json is not None:
             check_writable(arguments.json, "--json")
-        if getattr(arguments, "plot", None) is not None:
-            check_writable(arguments.plot, "--plot")
-        return int(arguments.run(arguments))
-    except MiniloraError as error:
-        print(f"minilora: {error}", file=sys.stderr)
-        return 2
+        status = int(arguments.run(arguments))
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt as interrupt:
         print(f"minilora: stopped{interrupt}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except MemoryError as error:
+        print(f"minilora: not enough memory: {error}", file=sys.stderr)
+        return 2
+    except (MiniloraError, OSError) as error:
+        print(f"minilora: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        return 2
 
 
 # --- parsers -----------------------------------------------------------------------------------
@@ -49,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The parser of every command; the reference of the command line is made from it."""
-    root = argparse.ArgumentParser(
+    root = Parser(
         prog="minilora",
         description="Low-rank adaptation of a GPT in plain NumPy, every gradient written by hand.",
         epilog="minilora COMMAND --help explains a command; `minilora demo` is the place to start.",
@@ -81,8 +84,8 @@ def parser() -> argparse.ArgumentParser:
         "those of adapt, and bits_per_byte_before, bits_per_byte_after, "
         "merge_max_abs_difference, gradcheck_max_relative_error",
     )
-    demo.add_argument("--seed", type=int, default=0, help="seed of everything random")
-    demo.add_argument("--threads", type=int, default=0, help=THREADS_HELP)
+    demo.add_argument("--seed", type=natural, default=0, help="seed of everything random")
+    demo.add_argument("--threads", type=natural, default=0, help=THREADS_HELP)
     demo.add_argument("--device", default="cpu", help=DEVICE_HELP)
 
     training_figures = (
@@ -130,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
         help="only the part that adapt and pretrain hold out: the last 5%% of every file, "
         "and whole files of `python`",
     )
-    evaluate.add_argument("--threads", type=int, default=0, help=THREADS_HELP)
+    evaluate.add_argument("--threads", type=natural, default=0, help=THREADS_HELP)
     evaluate.add_argument("--device", default="cpu", help=DEVICE_HELP)
 
     generate = command(
@@ -147,7 +150,7 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--top-p", type=float, help="draw from the likeliest tokens that reach probability p"
     )
-    generate.add_argument("--seed", type=int, default=0, help="seed of the draws")
+    generate.add_argument("--seed", type=natural, default=0, help="seed of the draws")
     generate.add_argument("--device", default="cpu", help=DEVICE_HELP)
 
     merge = command(
@@ -169,8 +172,15 @@ def parser() -> argparse.ArgumentParser:
         "hold every gradient against central differences in float64",
         "max_relative_error, pairs (name to error)",
     )
-    gradcheck.add_argument("--seed", type=int, default=0, help="seed of the random arguments")
+    gradcheck.add_argument("--seed", type=natural, default=0, help="seed of the random arguments")
     return root
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the options in one sentence, as all errors are reported."""
+
+    def error(self, message: str) -> NoReturn:
+        raise MiniloraError(f"{message}; {self.prog} --help lists what is expected")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -276,8 +286,8 @@ def add_training(sub: argparse.ArgumentParser, defaults: dict[str, Any]) -> None
     )
     option("checkpoint_every", int, "steps between checkpoints")
     group.add_argument("--log-every", type=int, default=10, help="steps between reports")
-    group.add_argument("--seed", type=int, default=0, help="seed of everything random")
-    group.add_argument("--threads", type=int, default=0, help=THREADS_HELP)
+    group.add_argument("--seed", type=natural, default=0, help="seed of everything random")
+    group.add_argument("--threads", type=natural, default=0, help=THREADS_HELP)
     group.add_argument("--device", default="cpu", help=DEVICE_HELP)
     group.add_argument(
         "--resume",
@@ -285,6 +295,13 @@ def add_training(sub: argparse.ArgumentParser, defaults: dict[str, Any]) -> None
         help="go on with the run in the output folder, or start it if there is none",
     )
     group.add_argument("--plot", type=Path, metavar="FILE.png", help="draw both loss curves")
+
+
+def natural(text: str) -> int:
+    """The whole number of at least 0 that an option is."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
 
 
 # --- commands ----------------------------------------------------------------------------------
@@ -328,7 +345,8 @@ def adapt_command(args: argparse.Namespace) -> int:
         )  # fmt: skip
     finish_training(args, run)
     if args.method == "lora":
-        print_next(f"minilora generate {base_flag(args)}--adapter {args.out}")
+        base = [] if args.base is None else ["--base", args.base]
+        print_next("generate", *base, "--adapter", args.out)
         if any(matches_qkv_part(path) for path in adapted_paths(lora_config, model.config.n_layer)):
             print("the adapters of q, k and v were written as one equal adapter of c_attn")
     return 0
@@ -344,8 +362,12 @@ def pretrain_command(args: argparse.Namespace) -> int:
     from minilora.gpt import GPTConfig
     from minilora.runs import pretrain_in_folder
 
-    config = GPTConfig(ByteTokenizer.vocab_size, args.context, args.width, args.layers, args.heads)
     settings = settings_of(args, method="full")
+    sizes = {"n_embd": args.width, "n_layer": args.layers, "n_head": args.heads}
+    try:
+        config = GPTConfig(ByteTokenizer.vocab_size, args.context, **sizes)
+    except MiniloraError as error:
+        raise MiniloraError(f"--width, --layers, --heads: {error}") from None
     device = chosen_device(args)
     corpus = load_corpus(args.data, ByteTokenizer())
     with progress_bar(args, "pretrain") as report:
@@ -354,38 +376,42 @@ def pretrain_command(args: argparse.Namespace) -> int:
             dtype=args.dtype, resume=args.resume, device=device, report=report,
         )  # fmt: skip
     finish_training(args, run)
-    print_next(f"minilora generate --base {args.out}")
+    print_next("generate", "--base", args.out)
     return 0
 
 
 def evaluate_command(args: argparse.Namespace) -> int:
-    from minilora.data import load_corpus, load_text
+    from minilora.data import check_length, load_corpus, load_text
     from minilora.model import evaluate_stream, load_model
 
     device = chosen_device(args)
     model = load_model(args.base, args.adapter)
+    name = " ".join(args.data)
     if args.held_out:
         corpus = load_corpus(args.data, model.tokenizer)
         tokens, text_bytes = corpus.held_out, corpus.held_out_bytes
+        name = f"the held-out part of {name}"
     else:
         tokens, text_bytes = load_text(args.data, model.tokenizer)
+    check_length(tokens, context=1, name=name)
     result = evaluate_stream(model, tokens, text_bytes, threads=args.threads, device=device)
     figures = {
         "loss": result.loss,
         "bits_per_byte": result.bits_per_byte,
         "tokens": result.tokens,
     }
-    print_figures(figures)
     write_figures(args, figures)
+    print_figures(figures)
     return 0
 
 
 def generate_command(args: argparse.Namespace) -> int:
+    from minilora.data import read_documents
     from minilora.model import complete, load_model
 
     device = chosen_device(args)
     model = load_model(args.base, args.adapter).on(device)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = read_documents("-")[0].text if args.prompt == "-" else args.prompt
     drawn = complete(
         model, prompt, max_tokens=args.tokens, temperature=args.temperature,
         top_k=args.top_k, top_p=args.top_p, seed=args.seed,
@@ -415,9 +441,9 @@ def merge_command(args: argparse.Namespace) -> int:
     from minilora.model import load_model
     from minilora.runs import BASE_WEIGHTS, claim_folder, copy_tokenizer
 
+    claim_folder(args.out, resume=False)
     model = load_model(args.base, args.adapter)
     merged = model.merged()
-    claim_folder(args.out, resume=False)
     save_base(args.out, merged.base, merged.config, dtype=args.dtype)
     copy_tokenizer(model.folder, args.out)
     saved = load_model(args.out)
@@ -430,9 +456,9 @@ def merge_command(args: argparse.Namespace) -> int:
         "parameters": tree.count(merged.base),
         "bytes": (args.out / BASE_WEIGHTS).stat().st_size,
     }
-    print_figures(figures)
-    print_next(f"minilora generate --base {args.out}")
     write_figures(args, figures)
+    print_figures(figures)
+    print_next("generate", "--base", args.out)
     return 0
 
 
@@ -490,31 +516,28 @@ def pairs_of(entries: list[str], kind: Callable[[str], Any], option: str) -> dic
     return pairs
 
 
-def base_flag(args: argparse.Namespace) -> str:
-    """The --base option to repeat in a command that follows this one."""
-    return f"--base {args.base} " if args.base else ""
-
-
 def progress_bar(args: argparse.Namespace, what: str) -> Any:
-    """The reports of a training run; a missing matplotlib is noticed before it starts."""
-    from minilora.report import ProgressBar, require_matplotlib
+    """The reports of a training run; a plot that cannot be drawn is noticed before it starts."""
+    from minilora.report import ProgressBar, check_plot
 
     if args.plot is not None:
-        require_matplotlib()
+        check_writable(args.plot, "--plot")
+        check_plot(args.plot)
     return ProgressBar(args.steps, what)
 
 
 def finish_training(args: argparse.Namespace, run: Any) -> None:
     """Print, draw and write what a training run gave."""
+    write_figures(args, run.figures)
+    if args.plot is not None:
+        from minilora.report import plot_losses
+
+        more = f" and {len(args.data) - 1} more" if args.data[1:] else ""
+        plot_losses(run.history, args.plot, title=args.data[0] + more)
     if run.was_finished:
         print(f"{args.out} holds this run, finished; nothing was left to do")
     print_figures(run.figures)
     print(f"saved in {args.out}")
-    if args.plot is not None:
-        from minilora.report import plot_losses
-
-        plot_losses(run.history, args.plot, title=f"{' '.join(args.data)}")
-    write_figures(args, run.figures)
 
 
 def print_figures(figures: dict[str, Any]) -> None:
@@ -524,9 +547,10 @@ def print_figures(figures: dict[str, Any]) -> None:
         print(f"{name.replace('_', ' '):<26} {shown}")
 
 
-def print_next(command: str) -> None:
+def print_next(*words: object) -> None:
     """Say which command comes next."""
-    print(f"next: {command}")
+    quoted = (f'"{word}"' if " " in str(word) else str(word) for word in words)
+    print("next: minilora", *quoted)
 
 
 def check_writable(path: Path, option: str) -> None:

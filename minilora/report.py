@@ -7,7 +7,10 @@ from pathlib import Path
 from types import TracebackType
 
 from minilora.errors import MiniloraError
+from minilora.formats.files import replacing
 from minilora.train import History, Progress
+
+PLOTS = (".png", ".svg", ".pdf")
 
 
 class ProgressBar:
@@ -25,7 +28,13 @@ class ProgressBar:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(total=self.steps, desc=self.what, unit="step", dynamic_ncols=True)
+            self.bar = tqdm(
+                total=self.steps,
+                desc=self.what,
+                dynamic_ncols=True,
+                delay=1e-9,  # not before the first report, so that an error before it stands alone
+                bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
+            )
         return self
 
     def __exit__(
@@ -45,16 +54,13 @@ class ProgressBar:
         if self.held_out is not None:
             figures += f", held-out {self.held_out:.3f}"
         figures += f", {progress.tokens_per_second:,.0f} tokens/s"
+        figures += f", {time_left(progress.seconds_left)} left"
         if self.bar is not None:
             self.bar.set_postfix_str(figures, refresh=False)
             self.bar.update(progress.step - self.bar.n)
         else:
-            left = f"{time_left(progress.seconds_left)} left"
-            print(
-                f"{self.what}: step {progress.step}/{self.steps}, {figures}, {left}",
-                file=sys.stderr,
-                flush=True,
-            )
+            line = f"{self.what}: step {progress.step}/{self.steps}, {figures}"
+            print(line, file=sys.stderr, flush=True)
 
 
 def time_left(seconds: float) -> str:
@@ -64,8 +70,10 @@ def time_left(seconds: float) -> str:
     return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
 
 
-def require_matplotlib() -> None:
-    """Raise MiniloraError unless matplotlib is there; called before a run that ends in a plot."""
+def check_plot(path: Path) -> None:
+    """Raise MiniloraError unless `path` can be drawn; called before a run that ends in a plot."""
+    if path.suffix.lower() not in PLOTS:
+        raise MiniloraError(f"--plot {path}: expected a name that ends in {', '.join(PLOTS)}")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -74,11 +82,13 @@ def require_matplotlib() -> None:
 
 def plot_losses(history: History, path: str | Path, *, title: str) -> None:
     """Draw the training and held-out losses (nats per token) against the step; PNG, SVG or PDF."""
-    require_matplotlib()
+    path = Path(path)
+    check_plot(path)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(title=title, xlabel="step", ylabel="loss (nats per token)")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
+    axes.set_title(title, parse_math=False)  # a file's name may hold a $
     if history.train:
         steps, losses = zip(*history.train, strict=True)
         axes.plot(steps, losses, color="#9ecae1", linewidth=0.8, label="training batch")
@@ -88,11 +98,8 @@ def plot_losses(history: History, path: str | Path, *, title: str) -> None:
     axes.plot(steps, losses, color="#d94801", marker="o", markersize=3, label="held out")
     axes.grid(alpha=0.3)
     axes.legend()
-    from minilora.formats.files import replacing
-
-    path = Path(path)
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=150, format=path.suffix.lstrip(".") or "png")
+        figure.savefig(temporary, dpi=150, format=path.suffix.lstrip("."))
 
 
 def smoothed(losses: tuple[float, ...], decay: float = 0.95) -> list[float]:
