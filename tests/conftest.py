@@ -1,0 +1,30 @@
+"""Settings of every test: Hypothesis profiles, and a loud line where the oracles are missing."""
+
+import importlib.util
+import os
+
+import pytest
+from hypothesis import settings
+
+# A shared machine is sometimes slow, so no example has a deadline. In CI the examples are the same
+# in every run, and a failure prints what reproduces it.
+settings.register_profile("minilora", deadline=None)
+settings.register_profile("minilora-ci", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("minilora-ci" if os.environ.get("CI") else "minilora")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line when oracle tests were left out and could not have run: torch is not there."""
+    left_out = [
+        report
+        for outcome in ("skipped", "deselected")
+        for report in terminalreporter.stats.get(outcome, [])
+        if "oracle" in report.nodeid or "oracle" in getattr(report, "keywords", ())
+    ]
+    if left_out and importlib.util.find_spec("torch") is None:
+        terminalreporter.write_line(
+            "ORACLE TESTS NOT RUN: torch is not installed, so nothing was compared with PyTorch, "
+            "Transformers or PEFT (pip install '.[test,oracle]', then python -m pytest -m oracle)",
+            red=True,
+            bold=True,
+        )
