@@ -87,7 +87,7 @@ def configurations(draw):
 
 
 @given(lora_config=configurations(), seed=st.integers(0, 99))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 def test_round_trip_computes_the_same(tmp_path_factory, lora_config, seed):
     lora, folder = drawn(lora_config, dtype=np.float64, seed=seed), tmp_path_factory.mktemp("a")
     save_adapter(folder, lora, lora_config, CONFIG)
@@ -102,7 +102,7 @@ def test_round_trip_computes_the_same(tmp_path_factory, lora_config, seed):
 
 
 @given(lora_config=configurations(), seed=st.integers(0, 99))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 def test_save_load_save_is_exact(tmp_path_factory, lora_config, seed):
     lora, folder = drawn(lora_config, seed=seed), tmp_path_factory.mktemp("a")
     save_adapter(folder, lora, lora_config, CONFIG, base_name="a/b")
@@ -466,7 +466,7 @@ def test_the_slowest_patterns_that_are_run_take_a_moment(adapter, pattern):
 
 
 def test_very_many_patterns_are_refused_soon(adapter):
-    edit(adapter, alpha_pattern={f"h.0.c{i}": 2 for i in range(100_000)})
+    edit(adapter, alpha_pattern={f"h.0.c{i}": 2 for i in range(20_000)})
     start = time.process_time()
     with pytest.raises(MiniloraError, match="alpha_pattern"):
         load_adapter(adapter, CONFIG)
