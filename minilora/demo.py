@@ -105,7 +105,7 @@ def check_factors(adapted: Model, *, seed: int) -> float:
 
 def indented(text: str) -> str:
     """The text, set off from what surrounds it."""
-    return "\n".join(f"    {line}" for line in text.splitlines())
+    return "\n".join(f"    {line}".rstrip() for line in text.splitlines())
 
 
 def summary(figures: dict[str, Any]) -> str:
