@@ -48,7 +48,8 @@ def loss_of(A, B):
 # ⟨dy, s x δA B⟩ = ⟨s xᵀ dy Bᵀ, δA⟩.
 #
 # What stands beside δA is the gradient: dA = s xᵀ (dy Bᵀ). In the same way dB = s (x A)ᵀ dy. W gets
-# no gradient at all. The brackets matter: dy Bᵀ has only R columns, so no I × O matrix is ever made.
+# no gradient at all. The brackets matter: dy Bᵀ has only R columns, so that the I × O matrix xᵀ dy,
+# the gradient that W would have, is never made.
 
 
 # %%
@@ -63,9 +64,9 @@ def gradients_of(A, B):
 # %% [markdown]
 # ## Is it right? Ask the loss itself
 #
-# The central difference (L(A + ε V) - L(A - ε V)) / 2ε, with one entry of V equal to 1, is one entry
-# of the gradient. We compare all of them, at a B that is not zero: at B = 0 the true dA is zero and a
-# wrong formula could hide.
+# The central difference (L(A + ε V) - L(A - ε V)) / 2ε, with a V that is 1 in one entry and 0 in
+# the others, is that entry of the gradient. We compare all of them, at a B that is not zero: at
+# B = 0 the true dA is zero, and a wrong formula could hide.
 
 
 # %%
@@ -105,8 +106,8 @@ for step in range(201):
 # ## What we have
 #
 # The learned update is the true change, W was never touched, and we trained R (I + O) numbers
-# instead of I O. Afterwards the update can be added to W, so that the adapted map costs what the old
-# one did. And minilora's own LoRA pair gives the same gradients as the two lines above.
+# instead of I O. Afterwards the update can be added to W, so that the adapted map costs what the
+# old one did. And minilora's own LoRA pair gives the same gradients as the two lines above.
 
 # %%
 from minilora.lora import lora_backward, lora_forward  # noqa: E402
