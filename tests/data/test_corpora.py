@@ -191,6 +191,11 @@ def test_python_holds_out_whole_files(library):
     assert 4 <= len(held_out) <= 8
 
 
+def test_the_same_files_are_held_out_on_every_machine():
+    documents = [Document(f"file{i}.py", f"{i}") for i in range(10)]
+    assert split_files(documents, 0.3)[1] == ["0", "5", "6"]
+
+
 def test_the_held_out_part_is_cut_between_characters(tmp_path):
     write(tmp_path, {"a.txt": "é" * 101})
     corpus = load_corpus([str(tmp_path / "a.txt")], BYTES)
