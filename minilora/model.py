@@ -5,6 +5,7 @@ The functions here are what the command line calls, and what most programs need.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -122,9 +123,9 @@ def complete(
 ) -> Iterator[int]:
     """The token ids that continue a prompt, as they are drawn; `generate` says what it raises.
 
-    `model.tokenizer.stream` turns them into text as they come, `model.tokenizer.decode` at once.
+    Ends before `max_tokens` at the vocabulary's end-of-text token, where it has one. `model.tokenizer.stream` turns them into text as they come, `model.tokenizer.decode` at once.
     """
-    return generate(
+    drawn = generate(
         model.base,
         model.lora,
         prompt_ids=model.tokenizer.encode(prompt),
@@ -136,3 +137,4 @@ def complete(
         top_p=top_p,
         seed=seed,
     )
+    return itertools.takewhile(lambda token: token != model.tokenizer.end_of_text, drawn)

@@ -241,7 +241,8 @@ def evaluate_tokens(
         total, predicted = sum_nats(workers, base, lora, batches, config, lora_config, device)
     if not math.isfinite(total):
         raise MiniloraError("the loss is not finite: the model's numbers overflow on this text")
-    return Evaluation(total / predicted, total / math.log(2) / text_bytes, predicted)
+    loss = total / predicted
+    return Evaluation(loss, loss / math.log(2) * len(tokens) / text_bytes, predicted)
 
 
 def sum_nats(
