@@ -123,7 +123,8 @@ def complete(
 ) -> Iterator[int]:
     """The token ids that continue a prompt, as they are drawn; `generate` says what it raises.
 
-    Ends before `max_tokens` at the vocabulary's end-of-text token, where it has one. `model.tokenizer.stream` turns them into text as they come, `model.tokenizer.decode` at once.
+    Ends before `max_tokens` at the vocabulary's end-of-text token, where it has one.
+    `model.tokenizer.stream` turns ids into text as they come, `model.tokenizer.decode` at once.
     """
     drawn = generate(
         model.base,
