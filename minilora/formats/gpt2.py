@@ -177,7 +177,6 @@ def save_base(
     Only config.json and model.safetensors are replaced, each in one step; other files stay. Raises
     MiniloraError for a weight that `dtype` cannot hold and where the system refuses to write.
     """
-    folder = make_folder(folder)
     weights = flatten(to_host(base))
     tensors = {}
     for name, (path, _) in tensor_table(config).items():
@@ -187,11 +186,13 @@ def save_base(
             raise MiniloraError(
                 f"{path} holds numbers that are not finite in {np.dtype(dtype)}; nothing was saved"
             )
+    folder = make_folder(folder)
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     write_json(folder / CONFIG, _config_document(config))
 
 
 def _config_document(config: GPTConfig) -> dict[str, Any]:
+    """The fields of transformers' GPT2Config that say what `gpt` computes."""
     # GPT-2's own vocabulary ends in its one special token; no other vocabulary has one here.
     special = 50256 if config.vocab_size == 50257 else None
     return {

@@ -314,7 +314,7 @@ def _refuse_unknown(document: Mapping[str, Any], path: Path) -> None:
     for name, value in document.items():
         if name not in UNDERSTOOD and value:
             raise MiniloraError(
-                f"{path}: {name} is {reprlib.repr(value)}, which minilora does not compute; "
+                f"{path}: {name!r} is {reprlib.repr(value)}, which minilora does not compute; "
                 "it loads plain LoRA only"
             )
 

@@ -121,7 +121,11 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Array], dict[str, str]]:
 def check_shapes(problem: str, found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
     """Raise MiniloraError, `problem` and the names with their shapes, unless the two are equal."""
     missing = [f"{name} {expected[name]}" for name in expected if name not in found]
-    left_over = [f"{name} {found[name]}" for name in found if name not in expected]
+    left_over = [
+        f"{name if name.isprintable() else repr(name)} {found[name]}"  # a name from a file
+        for name in found
+        if name not in expected
+    ]
     wrong = [
         f"{name} is {found[name]}, expected {expected[name]}"
         for name in expected

@@ -120,8 +120,8 @@ def test_a_number_that_float16_cannot_hold_is_not_saved(tmp_path):
     base = drawn(CONFIG)
     base["blocks"][1]["ln_2"]["b"][3] = 1e5
     with pytest.raises(MiniloraError, match=r"blocks\.1\.ln_2\.b .* float16"):
-        save_base(tmp_path, base, CONFIG, dtype=np.float16)
-    assert not (tmp_path / "model.safetensors").exists()
+        save_base(tmp_path / "new", base, CONFIG, dtype=np.float16)
+    assert not (tmp_path / "new").exists()
     save_base(tmp_path, base, CONFIG)
 
 
@@ -234,7 +234,10 @@ def test_tensors_that_do_not_fit_are_listed(folder):
         (lambda t: t.update({"lm_head.weight": np.zeros((6, 13))}), "lm_head.weight differs"),
         (lambda t: t.update({"transformer.wpe.weight": np.zeros((7, 6), int)}), "dtype I64"),
         (lambda t: t["transformer.ln_f.bias"].fill(np.nan), "ln_f.bias .* not finite"),
-        (lambda t: t.clear(), "n_layer is 2, but model.safetensors holds 0 blocks"),
+        (
+            lambda t: [t.pop(n) for n in list(t) if ".h." in n],
+            "n_layer is 2, but model.safetensors holds 0 blocks",
+        ),
     ],
 )
 def test_other_tensors_that_are_refused(folder, change, message):

@@ -31,7 +31,7 @@ def info(dtype, shape, start, end):
 
 
 @given(
-    shapes=st.lists(st.lists(st.integers(0, 4), max_size=3), max_size=6),
+    shapes=st.lists(st.lists(st.integers(0, 4), max_size=3), min_size=1, max_size=6),
     kinds=st.lists(st.sampled_from(KINDS), min_size=6, max_size=6),
     seed=st.integers(0, 2**32 - 1),
 )
@@ -158,5 +158,7 @@ def test_shapes_that_differ_are_listed():
         "it does not fit; of the wrong shape: a is (1,), expected (2,); "
         "missing: b (4, 5); left over: c (3,)"
     )
+    with pytest.raises(MiniloraError, match=r"left over: 'a\\n\\x1b' \(\)$"):
+        check_shapes("it does not fit", {"a\n\x1b": ()}, {})
     with pytest.raises(MiniloraError, match=r"n5 \(\) and 4 more$"):
         check_shapes("it does not fit", {}, {f"n{i}": () for i in range(10)})
