@@ -85,4 +85,4 @@ def to_device(arrays: Any, device: str) -> Any:
 
 def to_host(arrays: Any) -> Any:
     """An array or tree as NumPy arrays; what is NumPy already is not copied."""
-    return tree.map_leaves(lambda x: x if isinstance(x, np.ndarray) else x.get(), arrays)
+    return tree.map_leaves(lambda x: x if namespace(x) is np else x.get(), arrays)

@@ -71,6 +71,8 @@ class GPTConfig:
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
             if getattr(self, name) < 1:
                 raise MiniloraError(f"{name} {getattr(self, name)} is too small; it is at least 1")
+        if not 0.0 < self.layer_norm_epsilon < math.inf:
+            raise MiniloraError(f"layer_norm_epsilon {self.layer_norm_epsilon} is not positive")
         if self.n_embd % self.n_head:
             raise MiniloraError(
                 f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}: "
