@@ -1,0 +1,252 @@
+"""A run that was stopped, at whatever step and in whatever way, ends as if it had not been."""
+
+import dataclasses
+import signal
+import threading
+
+import numpy as np
+import pytest
+
+from minilora import tree
+from minilora.data import Corpus
+from minilora.errors import MiniloraError
+from minilora.formats.tensors import read_tensors, write_tensors
+from minilora.gpt import GPTConfig, gpt_init
+from minilora.lora import LoRAConfig, lora_init
+from minilora.train import CHECKPOINT, Interrupted, TrainConfig, ctrl_c_sets_flag, train
+
+CONFIG = GPTConfig(vocab_size=32, n_positions=8, n_embd=8, n_layer=3, n_head=2)
+BASE = gpt_init(CONFIG, seed=0)
+STEPS = 6
+SETTINGS = TrainConfig(
+    steps=STEPS, batch=3, context=8, lr=0.05, warmup=2, weight_decay=0.1, threads=2,
+    log_every=1, eval_every=2, checkpoint_every=2,
+)  # fmt: skip
+LORA_CONFIGS = {
+    "dropout": LoRAConfig(rank=2, targets=("qkv", "o", "up", "down"), dropout=0.3),
+    "first block only": LoRAConfig(rank=2, targets=(r"0\.attn\.qkv",), dropout=0.2),
+    "last block only": LoRAConfig(rank=1, targets=(r"2\.mlp\.up",)),
+    "embedding only": LoRAConfig(rank=2, targets=("embedding",)),
+    "patterns": LoRAConfig(
+        rank=2, targets=("q", "v", "down"), rslora=True, dropout=0.1,
+        rank_pattern={r"1\.attn\.q": 3}, alpha_pattern={"down": 5.0},
+    ),
+}  # fmt: skip
+
+
+def corpus(seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 32, size=500, dtype=np.int32)
+    return Corpus(tokens[:450], tokens[450:], 450, 50, 1, "a text")
+
+
+def run(kind="dropout", folder=None, base=BASE, text=0, report=None, resume=True, **changes):
+    lora_config = None if kind == "full" else LORA_CONFIGS[kind]
+    method = "full" if kind == "full" else "lora"
+    return train(
+        base,
+        None if kind == "full" else lora_init(base, lora_config, seed=0),
+        corpus(text),
+        config=CONFIG,
+        lora_config=lora_config,
+        settings=dataclasses.replace(SETTINGS, method=method, **changes),
+        folder=folder,
+        resume=resume,
+        report=report or (lambda progress: None),
+    )
+
+
+def assert_same_result(actual, expected):
+    flat, flat_expected = tree.flatten(actual.params), tree.flatten(expected.params)
+    assert flat.keys() == flat_expected.keys()
+    for name, leaf in flat_expected.items():
+        np.testing.assert_array_equal(flat[name], leaf, err_msg=name)
+    assert actual.history == expected.history
+    # Blocks without an adapter have no leaves, but they have their places.
+    assert len(actual.params.get("blocks", [])) == len(expected.params.get("blocks", []))
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def killed_at(step):
+    def report(progress):
+        if progress.step == step:
+            raise Killed
+
+    return report
+
+
+def ctrl_c_at(step):
+    def report(progress):
+        if progress.step == step:
+            signal.raise_signal(signal.SIGINT)
+
+    return report
+
+
+@pytest.mark.parametrize("kind", [*LORA_CONFIGS, "full"])
+def test_killed_at_every_step_in_turn(tmp_path, kind):
+    expected = run(kind)
+    for step in range(1, STEPS + 1):
+        folder = tmp_path / str(step)
+        with pytest.raises(Killed):
+            run(kind, folder, report=killed_at(step))
+        assert_same_result(run(kind, folder), expected)
+
+
+def test_killed_again_and_again(tmp_path):
+    expected = run()
+    for step in (1, 2, 3, 3, 4, 5, 6):
+        with pytest.raises(Killed):
+            run(folder=tmp_path, report=killed_at(step))
+    assert_same_result(run(folder=tmp_path), expected)
+
+
+def test_a_resumed_run_does_only_the_rest(tmp_path):
+    with pytest.raises(Killed):
+        run(folder=tmp_path, report=killed_at(5))
+    reports = []
+    run(folder=tmp_path, report=reports.append)
+    assert [report.step for report in reports] == [5, 6]  # the checkpoint is of step 4
+    reports.clear()
+    run(folder=tmp_path, report=reports.append)
+    assert reports == []
+
+
+def test_seconds_add_up_over_the_parts(tmp_path):
+    with pytest.raises(Killed):
+        run(folder=tmp_path, report=killed_at(5))
+    metadata = read_tensors(tmp_path / CHECKPOINT)[1]
+    assert run(folder=tmp_path).seconds > float(metadata["seconds"]) > 0
+
+
+@pytest.mark.parametrize("step", range(1, STEPS))
+def test_ctrl_c_saves_at_the_end_of_the_step(tmp_path, step):
+    with pytest.raises(Interrupted, match=f"at step {step + 1}; its state is saved"):
+        run(folder=tmp_path, report=ctrl_c_at(step), steps=STEPS + 1)
+    assert read_tensors(tmp_path / CHECKPOINT)[1]["step"] == str(step + 1)
+    assert_same_result(run(folder=tmp_path, steps=STEPS + 1), run(steps=STEPS + 1))
+
+
+def test_ctrl_c_in_the_last_step_changes_nothing(tmp_path):
+    assert_same_result(run(folder=tmp_path, report=ctrl_c_at(STEPS)), run())
+
+
+def test_ctrl_c_without_a_folder_does_not_speak_of_one():
+    with pytest.raises(Interrupted) as caught:
+        run(report=ctrl_c_at(1))
+    assert str(caught.value) == " at step 2"
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    with pytest.raises(KeyboardInterrupt) as caught, ctrl_c_sets_flag() as pressed:
+        assert not pressed.is_set()
+        signal.raise_signal(signal.SIGINT)
+        assert pressed.is_set()
+        signal.raise_signal(signal.SIGINT)
+    assert not isinstance(caught.value, Interrupted)
+
+
+def test_the_handler_of_ctrl_c_is_put_back(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted):
+        run(folder=tmp_path, report=ctrl_c_at(1))
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_training_works_outside_the_main_thread():
+    results = []
+    thread = threading.Thread(target=lambda: results.append(run()))
+    thread.start()
+    thread.join()
+    assert_same_result(results[0], run())
+
+
+def test_killed_while_a_checkpoint_is_written(tmp_path):
+    with pytest.raises(Killed):
+        run(folder=tmp_path, report=killed_at(3))
+    (tmp_path / (CHECKPOINT + ".tmp")).write_bytes(b"half a checkpoint")
+    assert_same_result(run(folder=tmp_path), run())
+    assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]
+
+
+def test_without_resume_a_run_starts_afresh(tmp_path):
+    with pytest.raises(Killed):
+        run(folder=tmp_path, report=killed_at(5))
+    reports = []
+    run(folder=tmp_path, report=reports.append, resume=False)
+    assert len(reports) == STEPS
+
+
+# --- checkpoints that do not belong --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"lr": 0.04}, "lr 0.05, but this one has 0.04"),
+        ({"seed": 1}, "seed"),
+        ({"steps": 7}, "steps"),
+        ({"threads": 1}, "threads"),
+        ({"kind": "patterns"}, "alpha_pattern"),
+        ({"kind": "full"}, "alpha"),
+        ({"text": 1}, "checksum of the text"),
+        ({"base": gpt_init(CONFIG, seed=1)}, "checksum of the base"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_another_run_is_refused_by_what_differs(tmp_path, changes, name):
+    with pytest.raises(Killed):
+        run(folder=tmp_path, report=killed_at(3))
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    with pytest.raises(MiniloraError, match=name):
+        run(folder=tmp_path, **changes)
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"not safetensors at all"),
+        lambda path: path.write_bytes(path.read_bytes()[:-100]),
+        lambda path: write_tensors(path, {"x": np.zeros(3)}),
+        lambda path: write_tensors(path, {"x": np.zeros(3)}, {"settings": "{", "step": "1"}),
+    ],
+    ids=["empty", "foreign", "truncated", "no metadata", "bad metadata"],
+)
+def test_a_damaged_checkpoint_is_named_and_kept(tmp_path, spoil):
+    with pytest.raises(Killed):
+        run(folder=tmp_path, report=killed_at(3))
+    path = tmp_path / CHECKPOINT
+    spoil(path)
+    before = path.read_bytes()
+    with pytest.raises(MiniloraError, match="checkpoint.safetensors"):
+        run(folder=tmp_path)
+    assert path.read_bytes() == before
+
+
+def test_numbers_that_are_not_finite_leave_the_last_good_checkpoint(tmp_path, monkeypatch):
+    """The rate becomes absurd at step 5: the checkpoint of step 4 stays, and it goes on from it."""
+    from minilora.optim import warmup_cosine
+
+    def absurd(step, **schedule):
+        return 1e300 if step == 5 else warmup_cosine(step, **schedule)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("minilora.train.warmup_cosine", absurd)
+        with pytest.raises(MiniloraError, match="not finite at step [56]: .*checkpoint is kept"):
+            run(folder=tmp_path, checkpoint_every=1)
+    tensors, metadata = read_tensors(tmp_path / CHECKPOINT)
+    assert metadata["step"] == "4"
+    assert all(np.isfinite(tensor).all() for tensor in tensors.values())
+    assert_same_result(run(folder=tmp_path, checkpoint_every=1), run(checkpoint_every=1))
+
+
+def test_bad_text_leaves_no_folder_behind(tmp_path):
+    folder = tmp_path / "new"
+    with pytest.raises(MiniloraError, match="exceeds"):
+        run(folder=folder, context=9)
+    assert not folder.exists()

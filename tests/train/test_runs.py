@@ -1,0 +1,277 @@
+"""A run's folder: what is in it at every moment, and that `resume` finds what it needs."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from minilora import tree
+from minilora.data import ByteTokenizer, Corpus
+from minilora.errors import MiniloraError
+from minilora.formats import load_adapter, load_base, save_base
+from minilora.gpt import GPTConfig, gpt_init
+from minilora.lora import LoRAConfig
+from minilora.model import Model
+from minilora.runs import (
+    ADAPTER_WEIGHTS,
+    BASE_WEIGHTS,
+    RECORD,
+    adapt,
+    adapt_in_folder,
+    claim_folder,
+    copy_tokenizer,
+    pretrain_in_folder,
+)
+from minilora.train import CHECKPOINT, TrainConfig
+
+CONFIG = GPTConfig(vocab_size=256, n_positions=8, n_embd=8, n_layer=2, n_head=2)
+LORA_CONFIG = LoRAConfig(rank=2, targets=("qkv", "down"), dropout=0.1)
+SETTINGS = TrainConfig(
+    steps=4, batch=2, context=8, lr=0.05, warmup=1, threads=1, log_every=1, checkpoint_every=1
+)
+ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", RECORD]
+NAMES = {
+    "loss_before", "loss_after", "trainable_parameters", "base_parameters", "adapter_bytes",
+    "seconds", "tokens_per_second",
+}  # fmt: skip
+
+
+def corpus(seed=0):
+    tokens = np.random.default_rng(seed).integers(0, 256, size=300, dtype=np.int32)
+    return Corpus(tokens[:250], tokens[250:], 250, 50, 1, "a text")
+
+
+@pytest.fixture
+def model(tmp_path):
+    base = gpt_init(CONFIG, seed=0)
+    save_base(tmp_path / "base", base, CONFIG)
+    return Model(base, CONFIG, ByteTokenizer(), tmp_path / "base")
+
+
+def run(model, folder, *, resume=False, report=lambda progress: None, text=0, **changes):
+    settings = dataclasses.replace(SETTINGS, **changes)
+    return adapt_in_folder(
+        model, corpus(text), LORA_CONFIG, settings, folder, resume=resume, report=report
+    )
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def result(folder):
+    """The bytes of the files that must not depend on stops."""
+    return {name: (folder / name).read_bytes() for name in names(folder) if name != RECORD}
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def stop_at(step):
+    def report(progress):
+        if progress.step == step:
+            raise Killed
+
+    return report
+
+
+def test_a_run_leaves_the_adapter_and_a_record(tmp_path, model):
+    finished = run(model, tmp_path / "out")
+    assert names(tmp_path / "out") == ADAPTER_FILES
+    assert finished.figures.keys() == NAMES
+    assert not finished.was_finished
+    lora, lora_config = load_adapter(tmp_path / "out", CONFIG)
+    assert tree.count(lora) == finished.figures["trainable_parameters"]
+    assert tree.count(model.base) == finished.figures["base_parameters"]
+    size = (tmp_path / "out" / ADAPTER_WEIGHTS).stat().st_size
+    assert finished.figures["adapter_bytes"] == size
+    assert lora_config.rank_of("blocks.0.attn.qkv") == 2
+    assert finished.figures["loss_before"] == finished.history.held_out[0][1]
+    assert finished.figures["loss_after"] == finished.history.held_out[-1][1]
+
+
+def test_the_saved_adapter_is_the_one_that_was_trained(tmp_path, model):
+    run(model, tmp_path / "out")
+    adapted, trained = adapt(model, corpus(), LORA_CONFIG, SETTINGS)
+    saved, _ = load_adapter(tmp_path / "out", CONFIG)
+    for name, leaf in tree.flatten(saved).items():
+        np.testing.assert_array_equal(leaf, tree.flatten(trained.params)[name])
+    assert adapted.lora is trained.params
+    assert adapted.base is model.base
+    assert model.lora is None
+
+
+def test_a_full_run_leaves_a_base(tmp_path, model):
+    (model.folder / "tokenizer_config.json").write_text("{}", encoding="utf-8")
+    run(model, tmp_path / "out", method="full")
+    assert names(tmp_path / "out") == [
+        "config.json", "model.safetensors", "tokenizer_config.json", RECORD,
+    ]  # fmt: skip
+    base, config = load_base(tmp_path / "out")
+    assert config == CONFIG
+    _, trained = adapt(model, corpus(), settings=dataclasses.replace(SETTINGS, method="full"))
+    for name, leaf in tree.flatten(base).items():
+        np.testing.assert_array_equal(leaf, tree.flatten(trained.params)[name])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_pretraining_leaves_a_base_in_the_dtype_asked_for(tmp_path, dtype):
+    settings = dataclasses.replace(SETTINGS, method="full")
+    finished = pretrain_in_folder(CONFIG, corpus(), settings, tmp_path / "out", dtype=dtype)
+    assert names(tmp_path / "out") == ["config.json", "model.safetensors", RECORD]
+    base, _ = load_base(tmp_path / "out")
+    start = gpt_init(CONFIG, seed=0)
+    assert not np.array_equal(base["wte"], start["wte"])
+    bits = np.dtype(dtype).itemsize
+    size = (tmp_path / "out" / BASE_WEIGHTS).stat().st_size
+    assert tree.count(base) * bits < size < tree.count(base) * bits + 10000
+    assert finished.figures["trainable_parameters"] == finished.figures["base_parameters"]
+
+
+@pytest.mark.parametrize("step", range(1, 5))
+def test_a_stopped_run_ends_in_the_same_files(tmp_path, model, step):
+    run(model, tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(model, tmp_path / "out", report=stop_at(step))
+    finished = run(model, tmp_path / "out", resume=True)
+    assert result(tmp_path / "out") == result(tmp_path / "whole")
+    assert not finished.was_finished
+
+
+def states_of_the_folder():
+    """The folder after a kill at each moment of writing the result, from a finished run."""
+
+    def keep(*kept):
+        def spoil(folder):
+            for path in folder.iterdir():
+                if path.name not in kept:
+                    path.unlink()
+
+        return spoil
+
+    def and_half_of(name, spoil):
+        def half(folder):
+            data = (folder / name).read_bytes()
+            spoil(folder)
+            (folder / (name + ".tmp")).write_bytes(data[: len(data) // 2])
+
+        return half
+
+    config, weights, record = ADAPTER_FILES
+    return {
+        "the folder alone": keep(),
+        "the first checkpoint half written": and_half_of(CHECKPOINT, keep()),
+        "the last checkpoint": keep(CHECKPOINT),
+        "weights half written": and_half_of(weights, keep(CHECKPOINT)),
+        "weights alone": keep(CHECKPOINT, weights),
+        "configuration half written": and_half_of(config, keep(CHECKPOINT, weights)),
+        "no record": keep(CHECKPOINT, weights, config),
+        "record half written": and_half_of(record, keep(CHECKPOINT, weights, config)),
+        "checkpoint not yet deleted": keep(CHECKPOINT, *ADAPTER_FILES),
+    }
+
+
+@pytest.mark.parametrize("state", states_of_the_folder())
+def test_killed_while_the_result_is_written(tmp_path, model, monkeypatch, state):
+    run(model, tmp_path / "whole")
+    folder = tmp_path / "out"
+    with monkeypatch.context() as patched:  # the last checkpoint, as it is before its deletion
+        patched.setattr("pathlib.Path.unlink", lambda self, missing_ok=False: None)
+        run(model, folder)
+    assert CHECKPOINT in names(folder)
+    shutil.rmtree(tmp_path / "base")  # nothing is read from it again
+    states_of_the_folder()[state](folder)
+    run(model, folder, resume=True)
+    assert names(folder) == ADAPTER_FILES
+    assert result(folder) == result(tmp_path / "whole")
+
+
+def test_a_finished_run_is_not_run_again(tmp_path, model):
+    first = run(model, tmp_path / "out")
+    before = {name: (tmp_path / "out" / name).read_bytes() for name in ADAPTER_FILES}
+    again = run(model, tmp_path / "out", resume=True, report=stop_at(1))
+    assert again.was_finished
+    assert again.figures == first.figures
+    assert again.history.held_out == [list(point) for point in first.history.held_out]
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in ADAPTER_FILES} == before
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "name"), [({"lr": 0.01}, "lr"), ({"text": 1}, "text"), ({"steps": 5}, "steps")]
+)
+def test_resuming_as_another_run_is_refused(tmp_path, model, finished, changes, name):
+    folder = tmp_path / "out"
+    if finished:
+        run(model, folder)
+    else:
+        with pytest.raises(Killed):
+            run(model, folder, report=stop_at(3))
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(MiniloraError, match=f"with [a-z ]*{name} .* but this one has"):
+        run(model, folder, resume=True, **changes)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_folder_with_a_run_needs_resume(tmp_path, model):
+    run(model, tmp_path / "out")
+    with pytest.raises(MiniloraError, match="out holds another training run; .*--resume"):
+        run(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("name", ["notes.txt", "adapter_model.safetensors", ".hidden", "folder"])
+def test_a_folder_with_anything_else_is_refused(tmp_path, model, resume, name):
+    (tmp_path / "out").mkdir()
+    if name == "folder":
+        (tmp_path / "out" / name).mkdir()
+    else:
+        (tmp_path / "out" / name).write_text("mine", encoding="utf-8")
+    with pytest.raises(MiniloraError, match=f"out already holds {name}"):
+        run(model, tmp_path / "out", resume=resume)
+    assert names(tmp_path / "out") == [name]
+
+
+def test_a_file_is_no_folder(tmp_path, model):
+    (tmp_path / "out").write_text("mine", encoding="utf-8")
+    with pytest.raises(MiniloraError, match="out is a file"):
+        run(model, tmp_path / "out")
+    with pytest.raises(MiniloraError, match="cannot make the folder"):
+        run(model, tmp_path / "out" / "below")
+    assert (tmp_path / "out").read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize("record", ["{}", '{"settings": 1}', "[]", "{", ""])
+def test_a_record_that_is_none_is_named(tmp_path, model, record):
+    folder = tmp_path / "out"
+    run(model, folder)
+    (folder / RECORD).write_text(record, encoding="utf-8")
+    with pytest.raises(MiniloraError, match=RECORD):
+        run(model, folder, resume=True)
+
+
+def test_claiming_a_folder_does_not_make_it(tmp_path):
+    assert claim_folder(tmp_path / "new", resume=False) is None
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_record_is_one_json_object_with_the_figures(tmp_path, model):
+    finished = run(model, tmp_path / "out")
+    record = json.loads((tmp_path / "out" / RECORD).read_text(encoding="utf-8"))
+    assert record["figures"] == finished.figures
+    assert record["settings"]["targets"] == ["qkv", "down"]
+    assert [step for step, _ in record["history"]["train"]] == [1, 2, 3, 4]
+
+
+def test_tokenizer_files_are_copied_and_nothing_else(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    for name in ("vocab.json", "merges.txt", "README.md"):
+        (source / name).write_bytes(name.encode())
+    copy_tokenizer(source, target)
+    assert names(target) == ["merges.txt", "vocab.json"]
+    assert (target / "vocab.json").read_bytes() == b"vocab.json"

@@ -1,0 +1,460 @@
+"""The training loop: what it changes, what it leaves, and that nothing depends on chance."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minilora import tree
+from minilora.data import Corpus, draw_batch
+from minilora.errors import MiniloraError
+from minilora.gpt import GPTConfig, gpt_init, gpt_logits, loss_and_grads
+from minilora.lora import LoRAConfig, dropout_masks, lora_init
+from minilora.train import (
+    SHARD_TOKENS,
+    TrainConfig,
+    Workers,
+    batch_loss_and_grads,
+    evaluate_tokens,
+    held_out_batches,
+    train,
+)
+
+CONFIG = GPTConfig(vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+BASE = gpt_init(CONFIG, seed=0)
+LORA_CONFIG = LoRAConfig(rank=2, alpha=4.0, targets=("qkv", "o", "up", "down"), dropout=0.1)
+SETTINGS = TrainConfig(
+    steps=8, batch=4, context=16, lr=0.02, warmup=2, threads=2, log_every=3, eval_every=4
+)
+
+
+def corpus_of(length=3000, held_out=300):
+    """A text with a pattern that is quickly learned: each token is one of two after the last."""
+    rng = np.random.default_rng(0)
+    tokens = np.cumsum(rng.integers(1, 3, size=length + held_out), dtype=np.int32) % 32
+    return Corpus(tokens[:length], tokens[length:], length, held_out, 1, "a text")
+
+
+CORPUS = corpus_of()
+
+
+def run(base=BASE, lora_config=LORA_CONFIG, corpus=CORPUS, seed=0, **changes):
+    settings = dataclasses.replace(SETTINGS, seed=seed, **changes)
+    lora = lora_init(base, lora_config, seed=seed) if settings.method == "lora" else None
+    return train(base, lora, corpus, config=CONFIG, lora_config=lora_config, settings=settings)
+
+
+def assert_same_bits(actual, expected):
+    actual, expected = tree.flatten(actual), tree.flatten(expected)
+    assert actual.keys() == expected.keys()
+    for name, leaf in expected.items():
+        assert actual[name].dtype == leaf.dtype
+        np.testing.assert_array_equal(actual[name], leaf, err_msg=name)
+
+
+def copied(arrays):
+    return tree.map_leaves(np.copy, arrays)
+
+
+# --- what training changes ---------------------------------------------------------------------
+
+
+def test_the_loss_of_a_new_base_falls():
+    trained = run(method="full", lr=0.01, steps=60, warmup=5)
+    before, after = trained.history.held_out[0][1], trained.history.held_out[-1][1]
+    assert before == pytest.approx(math.log(32), rel=0.05)  # a base at its start knows nothing
+    assert after < before - 0.5
+    losses = [loss for _, loss in trained.history.train]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.5
+
+
+def test_the_loss_of_adapters_falls():
+    base = copied(BASE)
+    base["wte"] *= 10.0  # a table whose rows differ: adapters cannot change the head
+    trained = run(base=base, lr=0.05, steps=60, warmup=5)
+    before, after = trained.history.held_out[0][1], trained.history.held_out[-1][1]
+    assert after < before - 0.5
+
+
+def test_adapters_train_and_the_base_keeps_its_bits():
+    base = copied(BASE)
+    lora = lora_init(base, LORA_CONFIG, seed=0)
+    start = copied(lora)
+    trained = train(
+        base, lora, CORPUS, config=CONFIG, lora_config=LORA_CONFIG, settings=SETTINGS
+    ).params
+    assert_same_bits(base, BASE)
+    assert_same_bits(lora, start)
+    for name, leaf in tree.flatten(trained).items():
+        assert not np.array_equal(leaf, tree.flatten(start)[name]), f"{name} was not trained"
+        assert leaf.dtype == np.float32
+
+
+def test_full_training_moves_every_weight_of_a_copy():
+    base = copied(BASE)
+    trained = train(
+        base, None, CORPUS, config=CONFIG, settings=dataclasses.replace(SETTINGS, method="full")
+    ).params
+    assert_same_bits(base, BASE)
+    for name, leaf in tree.flatten(trained).items():
+        assert not np.array_equal(leaf, tree.flatten(base)[name]), f"{name} was not trained"
+
+
+def test_history_holds_every_step_once_and_the_evaluations_asked_for():
+    trained = run(steps=8, log_every=3, eval_every=5, checkpoint_every=4)
+    assert [step for step, _ in trained.history.train] == list(range(1, 9))
+    assert [step for step, _ in trained.history.held_out] == [0, 5, 8]
+    assert trained.seconds > 0
+    assert trained.tokens_per_second == pytest.approx(8 * 4 * 16 / trained.seconds)
+
+
+def test_reports_come_at_every_step_that_has_news():
+    reports = []
+    train(
+        BASE,
+        lora_init(BASE, LORA_CONFIG, seed=0),
+        CORPUS,
+        config=CONFIG,
+        lora_config=LORA_CONFIG,
+        settings=dataclasses.replace(SETTINGS, steps=8, log_every=3, eval_every=4),
+        report=reports.append,
+    )
+    assert [report.step for report in reports] == [3, 4, 6, 8]
+    assert [report.held_out is not None for report in reports] == [False, True, False, True]
+    assert all(report.steps == 8 and report.tokens_per_second > 0 for report in reports)
+    assert reports[-1].seconds_left == 0
+    assert all(report.seconds_left > 0 for report in reports[:-1])
+
+
+def test_the_first_loss_is_that_of_the_batch_drawn_from_seed_and_step():
+    trained = run(lora_config=dataclasses.replace(LORA_CONFIG, dropout=0.0), seed=7, steps=1)
+    rng = np.random.default_rng([7, 1])
+    tokens, targets = draw_batch(CORPUS.train, batch=4, context=16, rng=rng)
+    loss, _, _ = loss_and_grads(BASE, tokens=tokens, targets=targets, config=CONFIG, wrt="base")
+    assert trained.history.train[0][1] == pytest.approx(float(loss), rel=1e-6)
+
+
+def test_short_sequences_come_first_and_read_as_much():
+    settings = TrainConfig(batch=3, context=16, short_context=4, short_steps=5)
+    assert [settings.shape(step) for step in (1, 5, 6)] == [(12, 4), (12, 4), (3, 16)]
+    assert TrainConfig(batch=3, context=16).shape(1) == (3, 16)
+    longer = TrainConfig(batch=3, context=16, short_context=128, short_steps=5)
+    assert longer.shape(1) == (3, 16)  # no longer than the context
+
+
+def test_training_reads_the_short_sequences(monkeypatch):
+    shapes = []
+
+    def spy(tokens, *, batch, context, rng):
+        shapes.append((batch, context))
+        return draw_batch(tokens, batch=batch, context=context, rng=rng)
+
+    monkeypatch.setattr("minilora.train.draw_batch", spy)
+    run(steps=3, short_context=8, short_steps=2)
+    assert shapes == [(8, 8), (8, 8), (4, 16)]
+
+
+# --- the same again ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_same_seed_and_threads_give_the_same_bits(threads):
+    first, second = run(threads=threads), run(threads=threads)
+    assert_same_bits(first.params, second.params)
+    assert first.history == second.history
+
+
+def test_another_seed_gives_another_result():
+    first, second = run(seed=0), run(seed=1)
+    assert first.history.train != second.history.train
+
+
+def test_one_and_two_threads_agree_up_to_rounding():
+    one, two = run(threads=1), run(threads=2)
+    for name, leaf in tree.flatten(one.params).items():
+        other = tree.flatten(two.params)[name]
+        np.testing.assert_allclose(other, leaf, rtol=0, atol=2e-3, err_msg=name)
+    for (_, a), (_, b) in zip(one.history.train, two.history.train, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_the_shards_of_a_batch_add_up_to_the_batch():
+    rng = np.random.default_rng(0)
+    lora = tree.map_leaves(
+        lambda x: rng.standard_normal(x.shape).astype(np.float32),
+        lora_init(BASE, LORA_CONFIG, seed=0),
+    )
+    tokens, targets = draw_batch(CORPUS.train, batch=5, context=16, rng=rng)
+    masks = dropout_masks(lora, LORA_CONFIG, rng=rng, shape=tokens.shape)
+    constants = {"masks": masks, "config": CONFIG, "lora_config": LORA_CONFIG}
+    whole, _, dlora = loss_and_grads(
+        BASE, lora, tokens=tokens, targets=targets, wrt="lora", **constants
+    )
+    for threads in (1, 2, 3, 8):
+        with Workers(threads) as workers:
+            loss, grads = batch_loss_and_grads(
+                workers, BASE, lora, tokens, targets, wrt="lora", **constants
+            )
+        assert float(loss) == pytest.approx(float(whole), rel=1e-5)
+        for name, leaf in tree.flatten(dlora).items():
+            np.testing.assert_allclose(
+                tree.flatten(grads)[name], leaf, rtol=1e-3, atol=1e-6, err_msg=f"{name}, {threads}"
+            )
+
+
+@given(threads=st.integers(1, 9), batch=st.integers(1, 400), context=st.integers(1, 3000))
+def test_the_shards_cover_the_batch_once_and_evenly(threads, batch, context):
+    shards = Workers(threads).shards(batch, context)
+    rows = [row for shard in shards for row in range(shard.start, shard.stop)]
+    assert rows == list(range(batch))
+    sizes = [shard.stop - shard.start for shard in shards]
+    assert max(sizes) - min(sizes) <= 1
+    assert min(sizes) >= 1
+    assert len(shards) == batch or len(shards) % threads == 0
+    # About SHARD_TOKENS each: a round of shards more or fewer would be further off.
+    if batch > len(shards) > threads:
+        assert max(sizes) * context <= 2 * SHARD_TOKENS + context
+
+
+def test_a_gpu_takes_the_batch_in_one_thread():
+    assert Workers(4, "cuda").threads == 1
+    assert Workers(3).threads == 3
+    assert Workers(0).threads >= 1
+
+
+def test_results_come_in_the_order_of_the_shards_whatever_ends_first():
+    import threading
+
+    second_is_done = threading.Event()
+
+    def f(i):
+        if i == 0:
+            assert second_is_done.wait(60)
+        else:
+            second_is_done.set()
+        return i
+
+    with Workers(2) as workers:
+        assert list(workers.map(f, [0, 1])) == [0, 1]
+
+
+def test_dropout_is_drawn_anew_at_every_step_and_alike_in_every_run(monkeypatch):
+    drawn = []
+
+    def spy(*args, **kwargs):
+        drawn.append(dropout_masks(*args, **kwargs))
+        return drawn[-1]
+
+    monkeypatch.setattr("minilora.train.dropout_masks", spy)
+    run(steps=2)
+    run(steps=2)
+    first, second, first_again, second_again = drawn
+    assert_same_bits(first, first_again)
+    assert_same_bits(second, second_again)
+    assert any(not np.array_equal(first[path], second[path]) for path in first)
+    for mask in first.values():
+        assert set(np.unique(mask)) == {np.float32(0.0), np.float32(1 / 0.9)}
+
+
+def test_dropout_reaches_the_adapters():
+    plain = dataclasses.replace(LORA_CONFIG, dropout=0.0)
+    assert run().history.train[-1] != run(lora_config=plain).history.train[-1]
+
+
+# --- evaluation --------------------------------------------------------------------------------
+
+
+def loss_by_hand(base, tokens, lora=None, lora_config=None):
+    """Nats of every token but the first, each from float64 logits of its own window."""
+    nats = []
+    context = CONFIG.n_positions
+    for start in range(0, len(tokens) - 1, context):
+        window = tokens[start : start + context + 1]
+        logits = gpt_logits(
+            base, lora, tokens=window[None, :-1], config=CONFIG, lora_config=lora_config
+        )[0]
+        for z, target in zip(logits, window[1:], strict=True):
+            nats.append(-math.log(np.exp(z[target]) / np.exp(z).sum()))
+    return nats
+
+
+@pytest.mark.parametrize("length", [2, 3, 16, 17, 18, 33, 40])
+def test_evaluation_predicts_every_token_but_the_first_once(length):
+    rng = np.random.default_rng(length)
+    base = tree.map_leaves(
+        lambda x: (x + 0.2 * rng.standard_normal(x.shape)).astype(np.float64), BASE
+    )
+    tokens = rng.integers(0, 32, size=length).astype(np.int32)
+    nats = loss_by_hand(base, tokens)
+    assert len(nats) == length - 1
+    result = evaluate_tokens(base, None, tokens, text_bytes=100, config=CONFIG, threads=2)
+    assert result.tokens == length - 1
+    assert result.loss == pytest.approx(np.mean(nats), rel=1e-12)
+    assert result.bits_per_byte == pytest.approx(sum(nats) / math.log(2) / 100, rel=1e-12)
+
+
+def test_evaluation_sees_the_adapter():
+    rng = np.random.default_rng(0)
+    lora = tree.map_leaves(
+        lambda x: rng.standard_normal(x.shape).astype(np.float32),
+        lora_init(BASE, LORA_CONFIG, seed=0),
+    )
+    tokens = CORPUS.held_out[:50]
+    options = {"text_bytes": 50, "config": CONFIG, "threads": 1}
+    result = evaluate_tokens(BASE, lora, tokens, lora_config=LORA_CONFIG, **options)
+    expected = np.mean(loss_by_hand(BASE, tokens, lora, LORA_CONFIG))
+    assert result.loss == pytest.approx(expected, rel=1e-5)
+    assert result.loss != evaluate_tokens(BASE, None, tokens, **options).loss
+
+
+@pytest.mark.parametrize("tokens", [[], [1]])
+def test_evaluation_needs_two_tokens(tokens):
+    with pytest.raises(MiniloraError, match=f"{len(tokens)} tokens"):
+        evaluate_tokens(BASE, None, np.array(tokens, np.int32), text_bytes=1, config=CONFIG)
+
+
+def test_tokens_of_another_vocabulary_are_refused():
+    tokens = np.array([1, 2, 32], np.int32)
+    with pytest.raises(MiniloraError, match="token id 32 is outside"):
+        evaluate_tokens(BASE, None, tokens, text_bytes=3, config=CONFIG)
+    corpus = dataclasses.replace(CORPUS, held_out=np.array([1, -1], np.int32))
+    with pytest.raises(MiniloraError, match="token id -1 is outside"):
+        run(corpus=corpus)
+
+
+@given(
+    length=st.integers(2, 400),
+    context=st.integers(1, 64),
+    limit=st.integers(1, 500),
+)
+def test_held_out_windows_are_the_texts_own_and_within_the_limit(length, context, limit):
+    tokens = np.arange(length, dtype=np.int32)
+    batches = held_out_batches(tokens, context=context, limit=limit)
+    again = held_out_batches(tokens, context=context, limit=limit)
+    predicted = []
+    for (inputs, targets), (inputs_again, _) in zip(batches, again, strict=True):
+        np.testing.assert_array_equal(inputs, inputs_again)
+        np.testing.assert_array_equal(inputs + 1, targets)  # each target is the next token
+        assert inputs.ndim == 2
+        assert inputs.shape[1] <= context
+        assert inputs.size <= max(SHARD_TOKENS, context)
+        predicted += targets.ravel().tolist()
+    if length - 1 <= limit:
+        assert predicted == list(range(1, length))
+    else:
+        assert 0 < len(predicted) <= max(limit, context)
+        assert len(predicted) >= min(limit - context + 1, length - 1)
+        if len(predicted) > context:  # spread from the first window to the last
+            assert predicted[0] == 1
+            assert predicted[-1] == length - 1
+
+
+def test_the_held_out_loss_is_that_of_an_evaluation_on_all_of_a_short_text():
+    trained = run(steps=1, eval_tokens=10**6)
+    expected = evaluate_tokens(BASE, None, CORPUS.held_out, text_bytes=300, config=CONFIG)
+    assert trained.history.held_out[0][1] == pytest.approx(expected.loss, rel=1e-6)
+
+
+def test_a_limit_below_the_context_still_evaluates():
+    assert run(steps=1, eval_tokens=1).history.held_out[-1][1] > 0
+    short = corpus_of(held_out=10)  # shorter than the context, too
+    assert run(steps=1, eval_tokens=3, corpus=short).history.held_out[-1][1] > 0
+
+
+# --- bad input ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "lor"}, "method 'lor'"),
+        ({"steps": 0}, "steps 0"),
+        ({"batch": 0}, "batch 0"),
+        ({"context": -1}, "context -1"),
+        ({"log_every": 0}, "log_every 0"),
+        ({"eval_every": 0}, "eval_every 0"),
+        ({"eval_tokens": 0}, "eval_tokens 0"),
+        ({"checkpoint_every": 0}, "checkpoint_every 0"),
+        ({"warmup": -1}, "warmup -1"),
+        ({"weight_decay": -0.1}, "weight_decay -0.1"),
+        ({"weight_decay": math.nan}, "weight_decay nan"),
+        ({"weight_decay": math.inf}, "weight_decay inf"),
+        ({"seed": -1}, "seed -1"),
+        ({"threads": -2}, "threads -2"),
+        ({"lr": 0.0}, "lr 0.0"),
+        ({"lr": math.nan}, "lr nan"),
+        ({"lr": math.inf}, "lr inf"),
+        ({"clip": 0.0}, "clip 0.0"),
+        ({"clip": -1.0}, "clip -1.0"),
+        ({"beta1": 1.0}, "beta1 1.0"),
+        ({"beta2": 1.0}, "beta2 1.0"),
+        ({"beta2": -0.5}, "beta2 -0.5"),
+        ({"beta2": math.nan}, "beta2 nan"),
+        ({"short_steps": -1}, "short_steps -1"),
+        ({"short_steps": 2, "short_context": 0}, "short_context 0"),
+    ],
+)
+def test_settings_out_of_range_are_named(changes, message):
+    with pytest.raises(MiniloraError, match=message):
+        TrainConfig(**changes)
+
+
+@pytest.mark.parametrize("name", ["seed", "steps"])
+def test_huge_settings_are_no_problem_of_floating_point(name):
+    assert getattr(TrainConfig(**{name: 10**400}), name) == 10**400
+
+
+@pytest.mark.parametrize(
+    ("corpus", "changes", "message"),
+    [
+        (corpus_of(length=16), {}, "a text has 16 tokens; a context of 16 needs at least 17"),
+        (corpus_of(held_out=1), {}, "a text is too short"),
+        (CORPUS, {"context": 17}, "context 17 exceeds the base's context of 16"),
+    ],
+)
+def test_text_that_does_not_fit_is_refused(corpus, changes, message):
+    with pytest.raises(MiniloraError, match=message):
+        run(corpus=corpus, **changes)
+
+
+def test_the_shortest_text_that_fits_is_enough():
+    assert len(run(corpus=corpus_of(length=17, held_out=2), steps=1).history.train) == 1
+
+
+def test_adapters_are_needed_to_train_adapters():
+    with pytest.raises(MiniloraError, match="needs an adapter tree"):
+        train(BASE, None, CORPUS, config=CONFIG, settings=SETTINGS)
+
+
+# --- numbers that are not finite ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("lr", [1e30, 1e300])
+def test_an_absurd_rate_stops_at_a_named_step(method, lr):
+    with pytest.raises(MiniloraError, match=r"not finite at step [1-9]\d*: a lower learning rate"):
+        run(method=method, lr=lr, steps=200, warmup=0, log_every=1)
+
+
+def test_a_base_that_overflows_is_reported_before_training():
+    poisoned = copied(BASE)
+    poisoned["ln_f"]["w"][:] = 3e38
+    poisoned["wte"] *= 100.0
+    with pytest.raises(MiniloraError, match="held-out loss is not finite at step 0"):
+        run(base=poisoned)
+    with pytest.raises(MiniloraError, match="the loss is not finite"):
+        evaluate_tokens(poisoned, None, CORPUS.held_out, text_bytes=300, config=CONFIG)
+
+
+def test_a_step_that_goes_wrong_between_two_reports_is_named(monkeypatch):
+    """The losses are read from the device every few steps; the message names the very step."""
+
+    def spoiled(*args, step, **kwargs):
+        return math.nan if step == 4 else 0.001
+
+    monkeypatch.setattr("minilora.train.warmup_cosine", lambda step, **_: spoiled(step=step))
+    with pytest.raises(MiniloraError, match="not finite at step 5"):
+        run(log_every=7, eval_every=7)
