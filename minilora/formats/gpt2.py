@@ -1,6 +1,7 @@
 """A base as transformers stores GPT-2: a folder with config.json and model.safetensors.
 
-GPT-2 stores its linear weights (in, out), as we do, so nothing is transposed here.
+Large models come in several files, with an index that says which tensor lies in which. GPT-2 stores
+its linear weights (in, out), as we do, so nothing is transposed here.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.backend import to_host
+from minilora.backend import Array, to_host
 from minilora.errors import MiniloraError
 from minilora.formats.files import field, make_folder, read_json, write_json
 from minilora.formats.tensors import (
@@ -21,6 +22,8 @@ from minilora.formats.tensors import (
     Shape,
     check_shapes,
     read_header,
+    read_index,
+    read_parts,
     read_weight,
     write_tensors,
 )
@@ -28,6 +31,7 @@ from minilora.gpt import GPTConfig
 from minilora.tree import Tree, flatten, unflatten
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
 PREFIX = "transformer."
 
 # Fields that change the mathematics, with the values that mean what `gpt` computes; the first is
@@ -91,26 +95,48 @@ def load_base(folder: str | Path, *, dtype: Any = np.float32) -> tuple[Tree, GPT
     folder = Path(folder)
     document = read_json(folder / CONFIG)
     config = read_config(document, folder / CONFIG)
-    entries = _strip_prefix(read_header(folder / WEIGHTS)[0])
-    entries = {name: entry for name, entry in entries.items() if not MASK.fullmatch(name)}
+    weights, entries = _read_entries(folder)
     head = entries.pop("lm_head.weight", None)
 
     blocks = len({name.split(".")[1] for name in entries if name.startswith("h.")})
     if config.n_layer != blocks:  # before a table of as many blocks as the configuration claims
         raise MiniloraError(
             f"{folder / CONFIG}: n_layer is {config.n_layer}, "
-            f"but {WEIGHTS} holds {blocks} blocks (tensors named h.0.…, h.1.…)"
+            f"but {weights.name} holds {blocks} blocks (tensors named h.0.…, h.1.…)"
         )
     table = tensor_table(config)
     check_shapes(
-        f"{folder / WEIGHTS} does not hold the model that its {CONFIG} describes",
+        f"{weights} does not hold the model that its {CONFIG} describes",
         {name: entry.shape for name, entry in entries.items()},
         {name: shape for name, (_, shape) in table.items()},
     )
     tied = field(document, "tie_word_embeddings", bool, True, where=folder / CONFIG)
-    _check_head(head, entries["wte.weight"], tied=tied)
+    if head is None and not tied:
+        raise MiniloraError(
+            f"{weights}: tie_word_embeddings is false, but there is no lm_head.weight"
+        )
     flat = {path: read_weight(entries[name], dtype) for name, (path, _) in table.items()}
+    if head is not None:
+        _check_head(head, flat["wte"])
     return unflatten(flat), config
+
+
+def _read_entries(folder: Path) -> tuple[Path, dict[str, Entry]]:
+    """The file that says what a base holds, and that by name, without prefix and masks."""
+    weights = folder / WEIGHTS
+    if weights.exists() or not (folder / INDEX).exists():
+        found = read_header(weights)[0]
+    else:
+        weights = folder / INDEX
+        found = read_index(weights)
+    entries: dict[str, Entry] = {}
+    for name, entry in found.items():
+        short = name.removeprefix(PREFIX)  # only a GPT2LMHeadModel's names carry it
+        if short in entries:
+            raise MiniloraError(f"{entry.path} holds {short} twice, with {PREFIX} and without")
+        if not MASK.fullmatch(short):
+            entries[short] = entry
+    return weights, entries
 
 
 def read_config(document: Mapping[str, Any], path: Path) -> GPTConfig:
@@ -139,29 +165,14 @@ def read_config(document: Mapping[str, Any], path: Path) -> GPTConfig:
         raise MiniloraError(f"{path}: {error}") from None
 
 
-def _strip_prefix(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """The entries without `transformer.`, which a GPT2LMHeadModel's names carry."""
-    stripped: dict[str, Entry] = {}
-    for name, entry in entries.items():
-        short = name.removeprefix(PREFIX)
-        if short in stripped:
-            raise MiniloraError(f"{entry.path} holds {short} twice, with {PREFIX} and without")
-        stripped[short] = entry
-    return stripped
-
-
-def _check_head(head: Entry | None, wte: Entry, *, tied: bool) -> None:
+def _check_head(head: Entry, wte: Array) -> None:
     """Refuse a head that is not the embedding table: `gpt` computes logits with wte."""
-    if head is None and not tied:
-        raise MiniloraError(
-            f"{wte.path}: tie_word_embeddings is false, but there is no lm_head.weight"
-        )
-    if head is not None and (
-        head.shape != wte.shape
-        or not np.array_equal(read_weight(head, np.float32), read_weight(wte, np.float32))
+    table = wte.reshape(-1)
+    if head.shape != wte.shape or not all(
+        np.array_equal(numbers, table[part]) for part, numbers in read_parts(head, wte.dtype)
     ):
         raise MiniloraError(
-            f"{wte.path}: lm_head.weight differs from wte.weight; "
+            f"{head.path}: lm_head.weight differs from wte.weight; "
             "minilora computes logits with the embedding table (tied weights) only"
         )
 

@@ -1,15 +1,17 @@
 """Safetensors files: named arrays behind a JSON header, and no code that could run.
 
 The layout is eight bytes of header length, the header, and the arrays' bytes. The safetensors
-package writes files and checks headers; the arrays themselves are read here, one at a time, since
-its NumPy side knows no bfloat16 and keeps the whole file mapped.
+package writes files and checks headers; the arrays themselves are read here, a part at a time,
+since its NumPy side knows no bfloat16 and keeps the whole file mapped.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import re
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +19,7 @@ import numpy as np
 
 from minilora.backend import Array, to_host
 from minilora.errors import MiniloraError
-from minilora.formats.files import check_file, replacing
+from minilora.formats.files import check_file, read_json, replacing
 
 Shape = tuple[int, ...]
 
@@ -38,6 +40,7 @@ DTYPES = {
     "BOOL": "?",
 }
 FLOATS = ("F64", "F32", "F16", "BF16")
+PART = 1 << 20  # numbers of an array that are converted at once
 
 
 class Entry(NamedTuple):
@@ -79,6 +82,37 @@ def read_header(path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
     return entries, metadata
 
 
+def read_index(path: str | Path) -> dict[str, Entry]:
+    """What the files that an index (`model.safetensors.index.json`) names hold together, by name.
+
+    Raises MiniloraError for an index without its map from names to files beside it, for a file that
+    is missing or damaged, and unless each array lies in the one file that the index says.
+    """
+    path = Path(path)
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise MiniloraError(f"{path}: weight_map is no object from tensor names to file names")
+    for file in weight_map.values():
+        if not isinstance(file, str) or not re.fullmatch(r"\w[\w.-]*\.safetensors", file):
+            raise MiniloraError(
+                f"{path}: weight_map names the file {reprlib.repr(file)}, "
+                "expected a plain name such as model-00001-of-00002.safetensors"
+            )
+    entries: dict[str, Entry] = {}
+    for file in sorted(set(weight_map.values())):
+        for name, entry in read_header(path.parent / file)[0].items():
+            if weight_map.get(name) != file:
+                raise MiniloraError(
+                    f"{entry.path} holds {shown(name)}, which weight_map in {path} "
+                    f"places in {reprlib.repr(weight_map.get(name))}"
+                )
+            entries[name] = entry
+    missing = [shown(name) for name in weight_map if name not in entries]
+    if missing:
+        raise MiniloraError(f"{path} names {listed(missing)}, which its files do not hold")
+    return entries
+
+
 def read_array(entry: Entry) -> Array:
     """The array of an entry in its own dtype, bfloat16 as float32.
 
@@ -86,30 +120,46 @@ def read_array(entry: Entry) -> Array:
     """
     if entry.dtype not in DTYPES:
         raise MiniloraError(f"{entry.path}: {entry.name} is of the unsupported dtype {entry.dtype}")
-    flat = np.fromfile(
-        entry.path, DTYPES[entry.dtype], count=math.prod(entry.shape), offset=entry.offset
-    )
-    if entry.dtype == "BF16":
-        wide = flat.astype(np.uint32)
-        wide <<= 16
-        flat = wide.view(np.float32)
-    return flat.reshape(entry.shape)
+    return _read(entry, 0, math.prod(entry.shape)).reshape(entry.shape)
 
 
 def read_weight(entry: Entry, dtype: Any) -> Array:
-    """The array of an entry in a floating-point dtype of our choice.
+    """The array of an entry in a floating-point dtype of our choice; errors as in `read_parts`."""
+    weight = np.empty(entry.shape, dtype)
+    for part, numbers in read_parts(entry, dtype):
+        weight.reshape(-1)[part] = numbers
+    return weight
 
-    Raises MiniloraError unless it holds floating-point numbers, all of them finite.
+
+def read_parts(entry: Entry, dtype: Any) -> Iterator[tuple[slice, Array]]:
+    """The numbers of an entry in a floating-point dtype, a part of the flattened array at a time.
+
+    Raises MiniloraError unless the file has floating-point numbers there, all of them finite.
     """
     if entry.dtype not in FLOATS:
         raise MiniloraError(
             f"{entry.path}: {entry.name} is of dtype {entry.dtype}, expected {', '.join(FLOATS)}"
         )
-    with np.errstate(over="ignore"):
-        weight = read_array(entry).astype(dtype, copy=False)
-    if not np.isfinite(weight).all():
-        raise MiniloraError(f"{entry.path}: {entry.name} holds numbers that are not finite")
-    return weight
+    size = math.prod(entry.shape)
+    for start in range(0, size, PART):
+        part = slice(start, min(start + PART, size))
+        with np.errstate(over="ignore"):
+            numbers = _read(entry, start, part.stop - start).astype(dtype, copy=False)
+        if not np.isfinite(numbers).all():
+            raise MiniloraError(f"{entry.path}: {entry.name} holds numbers that are not finite")
+        yield part, numbers
+
+
+def _read(entry: Entry, start: int, count: int) -> Array:
+    """`count` numbers of the flattened array from `start` on, bfloat16 as float32."""
+    dtype = np.dtype(DTYPES[entry.dtype])
+    offset = entry.offset + start * dtype.itemsize
+    numbers = np.fromfile(entry.path, dtype, count=count, offset=offset)
+    if entry.dtype != "BF16":
+        return numbers
+    wide = numbers.astype(np.uint32)
+    wide <<= 16
+    return wide.view(np.float32)
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Array], dict[str, str]]:
@@ -121,24 +171,26 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Array], dict[str, str]]:
 def check_shapes(problem: str, found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
     """Raise MiniloraError, `problem` and the names with their shapes, unless the two are equal."""
     missing = [f"{name} {expected[name]}" for name in expected if name not in found]
-    left_over = [
-        f"{name if name.isprintable() else repr(name)} {found[name]}"  # a name from a file
-        for name in found
-        if name not in expected
-    ]
+    left_over = [f"{shown(name)} {found[name]}" for name in found if name not in expected]
     wrong = [
         f"{name} is {found[name]}, expected {expected[name]}"
         for name in expected
         if name in found and found[name] != expected[name]
     ]
     kinds = {"of the wrong shape": wrong, "missing": missing, "left over": left_over}
-    lists = [
-        f"{kind}: " + ", ".join(names[:6]) + (f" and {len(names) - 6} more" if names[6:] else "")
-        for kind, names in kinds.items()
-        if names
-    ]
+    lists = [f"{kind}: {listed(names)}" for kind, names in kinds.items() if names]
     if lists:
         raise MiniloraError(f"{problem}; {'; '.join(lists)}")
+
+
+def shown(name: str) -> str:
+    """A name from a file as a message shows it: quoted where it holds line ends and the like."""
+    return name if name.isprintable() else repr(name)
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first six names, and how many more there are."""
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if names[6:] else "")
 
 
 # --- writing -----------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Bases in Hugging Face's layout: round trips, and what is refused by name."""
 
 import json
+import tracemalloc
 
 import hypothesis.strategies as st
 import numpy as np
@@ -8,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 
 from minilora.errors import MiniloraError
-from minilora.formats.gpt2 import load_base, save_base
+from minilora.formats import tensors as tensors_module
+from minilora.formats.gpt2 import load_base, read_config, save_base, tensor_table
 from minilora.formats.tensors import read_tensors, write_tensors
 from minilora.gpt import GPTConfig, gpt_init, gpt_logits
-from minilora.tree import flatten, map_leaves
+from minilora.tree import count, flatten, map_leaves
 
 CONFIG = GPTConfig(vocab_size=13, n_positions=7, n_embd=6, n_layer=2, n_head=3, n_inner=10)
 
@@ -130,6 +132,128 @@ def test_only_the_named_files_are_replaced(folder):
     save_base(folder, drawn(CONFIG, seed=5), CONFIG)
     assert (folder / "tokenizer.json").read_text() == "mine"
     assert len(list(folder.iterdir())) == 3 and same(drawn(CONFIG, seed=5), load_base(folder)[0])
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
+@pytest.mark.parametrize("head", [False, True], ids=["tied", "with head"])
+def test_loading_takes_little_more_memory_than_the_weights(tmp_path, monkeypatch, dtype, head):
+    monkeypatch.setattr(tensors_module, "PART", 1 << 14)  # as the model is small
+    config = GPTConfig(vocab_size=5000, n_positions=64, n_embd=64, n_layer=2, n_head=2)
+    base = gpt_init(config, seed=0)
+    save_base(tmp_path, base, config, dtype=dtype)
+    if head:
+        edit_tensors(tmp_path, lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"]}))
+    weights = 4 * count(base)
+    del base
+    tracemalloc.start()
+    try:
+        load_base(tmp_path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert weights <= peak <= 1.3 * weights
+
+
+# --- several files -----------------------------------------------------------------------------
+
+INDEX = "model.safetensors.index.json"
+
+
+def split(folder, shards=3):
+    """Spread the tensors over files with an index, as transformers does for large models."""
+    tensors, metadata = read_tensors(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for k in range(shards):
+        file = f"model-{k + 1:05}-of-{shards:05}.safetensors"
+        part = {name: tensors[name] for name in sorted(tensors)[k::shards]}
+        write_tensors(folder / file, part, metadata)
+        weight_map |= dict.fromkeys(part, file)
+    document = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(document))
+    return weight_map
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_base_in_several_files(folder, shards):
+    split(folder, shards)
+    loaded, config = load_base(folder)
+    assert config == CONFIG and same(drawn(CONFIG), loaded)
+    save_base(folder, drawn(CONFIG, seed=5), CONFIG)  # one file counts more, as in transformers
+    assert same(drawn(CONFIG, seed=5), load_base(folder)[0])
+
+
+def test_files_that_are_links_are_read(folder, tmp_path):
+    split(folder)  # the hub's cache holds links to files elsewhere
+    for path in list(folder.glob("*.safetensors")):
+        target = path.rename(tmp_path / path.name)
+        try:
+            path.symlink_to(target)
+        except OSError:
+            pytest.skip("this system makes no links")
+    assert same(drawn(CONFIG), load_base(folder)[0])
+
+
+SHARD = "model-00002-of-00003.safetensors"
+NAME = "transformer.h.0.attn.c_attn.weight"
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        *[(value, "weight_map is no object") for value in (None, {}, [SHARD], "x")],
+        *[
+            ({NAME: file}, "expected a plain name")
+            for file in ("../a.safetensors", "/etc/passwd", "a/b.safetensors", "C:a.safetensors")
+        ],
+        *[
+            ({NAME: file}, "expected a plain name")
+            for file in ("..", "", "a\\b.safetensors", "a\0.safetensors", "x.bin", 3, None)
+        ],
+        ({NAME: "other.safetensors"}, r"other\.safetensors does not exist"),
+        ({NAME: SHARD}, "which weight_map in .* places in"),
+    ],
+)
+def test_an_index_that_is_refused(folder, weight_map, message):
+    split(folder)
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(MiniloraError, match=message) as caught:
+        load_base(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_files_that_do_not_fit_their_index(folder):
+    good = split(folder)
+
+    def index(weight_map):
+        (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+    index(good | {"more": SHARD})
+    with pytest.raises(MiniloraError, match=r"index\.json names more, which its files do not hold"):
+        load_base(folder)
+    name = next(name for name, file in good.items() if file == SHARD)
+    index({other: file for other, file in good.items() if other != name})
+    with pytest.raises(MiniloraError, match=f"holds {name}, which weight_map in .* places in None"):
+        load_base(folder)
+    index(good)
+    (folder / SHARD).unlink()
+    with pytest.raises(MiniloraError, match=f"{SHARD} does not exist"):
+        load_base(folder)
+
+
+def test_the_shapes_of_every_gpt2():
+    millions = {"gpt2": 124.4, "medium": 354.8, "large": 774.0, "xl": 1557.6, "distilgpt2": 81.9}
+    sizes = {
+        "gpt2": {},
+        "medium": {"n_embd": 1024, "n_layer": 24, "n_head": 16},
+        "large": {"n_embd": 1280, "n_layer": 36, "n_head": 20},
+        "xl": {"n_embd": 1600, "n_layer": 48, "n_head": 25},
+        "distilgpt2": {"n_layer": 6},
+    }
+    for name, fields in sizes.items():
+        config = read_config({"model_type": "gpt2", **fields}, name)
+        shapes = [shape for _, shape in tensor_table(config).values()]
+        assert round(sum(map(np.prod, shapes)) / 1e6, 1) == millions[name], name
 
 
 # --- what other writers do ---------------------------------------------------------------------
