@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from minilora.errors import MiniloraError
 from minilora.formats.files import replacing
@@ -22,19 +23,9 @@ class ProgressBar:
     def __init__(self, steps: int, what: str) -> None:
         self.steps, self.what = steps, what
         self.held_out: float | None = None
-        self.bar = None
+        self.bar: Any = None
 
     def __enter__(self) -> ProgressBar:
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(
-                total=self.steps,
-                desc=self.what,
-                dynamic_ncols=True,
-                delay=1e-9,  # not before the first report, so that an error before it stands alone
-                bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
-            )
         return self
 
     def __exit__(
@@ -55,12 +46,28 @@ class ProgressBar:
             figures += f", held-out {self.held_out:.3f}"
         figures += f", {progress.tokens_per_second:,.0f} tokens/s"
         figures += f", {time_left(progress.seconds_left)} left"
-        if self.bar is not None:
-            self.bar.set_postfix_str(figures, refresh=False)
-            self.bar.update(progress.step - self.bar.n)
+        if sys.stderr.isatty():
+            if self.bar is None:
+                self.bar = self.new_bar()
+            self.bar.n = progress.step
+            self.bar.set_postfix_str(figures)
         else:
             line = f"{self.what}: step {progress.step}/{self.steps}, {figures}"
             print(line, file=sys.stderr, flush=True)
+
+    def new_bar(self) -> Any:
+        """A bar, drawn from the first report on, so that an error before it stands alone.
+
+        tqdm's own estimate of the time left would be wrong after a resume.
+        """
+        from tqdm import tqdm
+
+        return tqdm(
+            total=self.steps,
+            desc=self.what,
+            dynamic_ncols=True,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
+        )
 
 
 def time_left(seconds: float) -> str:
