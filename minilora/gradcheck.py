@@ -111,7 +111,8 @@ def check_tree(
         return np.asarray(loss({**tree, **changed}))
 
     rng = np.random.default_rng(seed)
-    return _compare(output, np.array(1.0), tree, gradients, rng, entries)
+    in_order = {path: gradients[path] for path in tree}
+    return _compare(output, np.array(1.0), tree, in_order, rng, entries)
 
 
 def assert_close(checks: Sequence[Check], tolerance: float = TOLERANCE) -> None:

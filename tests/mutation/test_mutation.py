@@ -1,0 +1,69 @@
+"""Every small mistake in a backward pass is noticed: see mutate.py, which also runs on its own."""
+
+import ast
+import importlib.util
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def mutate():
+    spec = importlib.util.spec_from_file_location("mutate", HERE / "mutate.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["mutate"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["mutate"]
+
+
+@pytest.fixture(scope="module")
+def results(mutate):
+    return list(mutate.results())
+
+
+def test_the_code_as_it_is_passes_every_check(mutate):
+    """Or else a mutant would be killed by a check that never passes."""
+
+    def unchanged(module: types.ModuleType) -> Iterator[object]:
+        tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+        for function in mutate.backward_functions(module, tree):
+            code = compile(ast.Module([function], []), function.name, "exec")
+            yield mutate.Mutant(module, function.name, "nothing", code)
+
+    fates = {result.mutant.name: result.fate for result in mutate.results(make=unchanged)}
+    assert len(fates) > 15
+    assert set(fates.values()) == {"survived"}, fates
+
+
+def test_every_backward_pass_is_mutated(mutate, results):
+    mutated = {result.mutant.function for result in results}
+    for module in (mutate.ops, mutate.lora, mutate.gpt):
+        own = {
+            name
+            for name, f in vars(module).items()
+            if getattr(f, "__module__", "") == module.__name__
+        }
+        assert {name for name in own if name.endswith("_backward")} <= mutated
+    assert {"loss_and_grads", "split_heads", "_gelu_tanh", "rows"} <= mutated
+
+
+def test_at_least_95_percent_are_killed(mutate, results):
+    of_all, of_those_that_raise_nothing = mutate.shares(results)
+    assert len(results) > 500
+    assert of_all >= 0.95
+    assert of_those_that_raise_nothing >= 0.95
+
+
+def test_every_survivor_is_explained(mutate, results):
+    survivors = {result.mutant.name for result in results if result.fate == "survived"}
+    unexplained = survivors - set(mutate.EXPLAINED)
+    assert not unexplained, "\n".join(["no check notices:", *sorted(unexplained)])
+    names = [result.mutant.name for result in results]
+    stale = [name for name in mutate.EXPLAINED if names.count(name) != 1]
+    assert not stale, "\n".join(["explained, but not one mutant:", *stale])

@@ -1,0 +1,89 @@
+"""The walls between the rooms: which module may import which, and what an import costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import minilora
+
+PACKAGE = Path(minilora.__path__[0])
+
+# What the mathematics may stand on; a module that is not named here may import any other.
+ALLOWED = {
+    "errors": set(),
+    "tree": set(),
+    "gradcheck": set(),
+    "backend": {"errors", "tree"},
+    "ops": {"errors", "backend"},
+    "lora": {"errors", "backend", "tree", "ops"},
+    "gpt": {"errors", "backend", "tree", "ops", "lora"},
+    "optim": {"errors", "backend", "tree"},
+    "pairs": {"backend", "tree", "ops", "lora", "gpt", "gradcheck"},
+}
+
+
+def imports(source: str) -> set[str]:
+    """Every module that a source imports anywhere, by its full name."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def rooms(names: set[str]) -> set[str]:
+    """The modules of the package among them, by their first name."""
+    parts = [name.split(".") for name in names]
+    inside = {p[1] for p in parts if p[0] == "minilora" and len(p) > 1}
+    return {
+        room for room in inside if list(PACKAGE.glob(f"{room}.py")) or (PACKAGE / room).is_dir()
+    }
+
+
+def third_party(names: set[str]) -> set[str]:
+    """The packages among them, without the modules that Cython adds to NumPy's own."""
+    packages = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"minilora"}
+    return {package for package in packages if "cython" not in package}
+
+
+def test_imports_sees_every_form():
+    source = "import a.b\ndef f():\n    from minilora import ops\nfrom minilora.tree import flatten"
+    assert {"a.b", "minilora.ops", "minilora.tree.flatten"} <= imports(source)
+    assert rooms(imports(source)) == {"ops", "tree"}
+    assert third_party(imports(source)) == {"a"}
+
+
+@pytest.mark.parametrize("module", ALLOWED)
+def test_a_module_imports_only_what_it_stands_on(module):
+    names = imports((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    beyond = rooms(names) - ALLOWED[module]
+    assert not beyond, f"minilora/{module}.py imports {sorted(beyond)}"
+    foreign = third_party(names) - ({"numpy", "cupy"} if module == "backend" else {"numpy"})
+    assert not foreign, f"minilora/{module}.py imports {sorted(foreign)}"
+
+
+def loaded_by(statement: str) -> set[str]:
+    """The modules that a fresh interpreter loads for one statement."""
+    code = f"import sys; before = set(sys.modules); {statement}; print(*set(sys.modules) - before)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True
+    )
+    return set(run.stdout.split())
+
+
+def test_importing_the_package_imports_numpy_alone():
+    loaded = loaded_by("import minilora")
+    assert "minilora" in loaded
+    assert third_party(loaded) <= {"numpy"}
+    assert not loaded & {"minilora.pairs", "minilora.gradcheck", "minilora.cli"}
+
+
+def test_importing_the_mathematics_imports_numpy_alone():
+    assert third_party(loaded_by("import minilora.gpt, minilora.pairs")) == {"numpy"}
