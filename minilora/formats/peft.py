@@ -23,7 +23,15 @@ from minilora.backend import Array, to_host
 from minilora.errors import MiniloraError
 from minilora.formats.files import field, make_folder, read_json, write_json
 from minilora.formats.gpt2 import PREFIX, tensor_table
-from minilora.formats.tensors import Shape, check_shapes, read_header, read_weight, write_tensors
+from minilora.formats.tensors import (
+    Shape,
+    check_shapes,
+    listed,
+    read_header,
+    read_weight,
+    shown,
+    write_tensors,
+)
 from minilora.gpt import GPTConfig
 from minilora.lora import TARGETS, LoRAConfig, adapters, weight_of
 from minilora.tree import Tree, flatten, unflatten
@@ -248,6 +256,12 @@ def load_adapter(
     """
     folder = Path(folder)
     path = folder / CONFIG
+    named = [] if path.exists() else sorted(found.parent for found in folder.glob(f"*/{CONFIG}"))
+    if named:  # PEFT gives every adapter but the one called `default` a folder of its own
+        raise MiniloraError(
+            f"{folder} holds adapters in folders of their own; "
+            f"name one of them: {listed([shown(str(name)) for name in named])}"
+        )
     document = read_json(path)
     _refuse_unknown(document, path)
     entries, _ = read_header(folder / WEIGHTS)
@@ -331,7 +345,7 @@ def _targets(
     the tensors alone tell. Raises MiniloraError for a value of the wrong kind.
     """
     target = document.get("target_modules")
-    if target == "all-linear":
+    if isinstance(target, str) and target.lower() == "all-linear":
         chosen: set[str] | None = set(modules) - {f"{PREFIX}wte"}
     else:
         chosen = _named(document, "target_modules", modules, path)
@@ -348,7 +362,8 @@ def _targets(
         if not all(type(number) is int for number in numbers):
             raise MiniloraError(f"{path}: layers_to_transform is no list of block numbers")
         blocks = {f"{PREFIX}h.{number}" for number in numbers}
-        chosen = {name for name in chosen if name.rsplit(".", 2)[0] in blocks}
+        whole = set(target)  # PEFT adapts what a list names in full, in whatever layer it is
+        chosen = {name for name in chosen if name in whole or name.rsplit(".", 2)[0] in blocks}
     return [name for name in modules if name in chosen]
 
 

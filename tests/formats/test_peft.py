@@ -266,6 +266,10 @@ def adapter(tmp_path):
         {"target_modules": ["attn.c_attn"], "layers_to_transform": [0, 1, 2]},
         {"target_modules": ["c_attn"], "layers_to_transform": [0, 1, 2], "layers_pattern": "h"},
         {"target_modules": [f"transformer.h.{i}.attn.c_attn" for i in range(3)]},
+        {
+            "target_modules": [f"transformer.h.{i}.attn.c_attn" for i in (1, 2)] + ["c_attn"],
+            "layers_to_transform": [0],
+        },
         {"init_lora_weights": "gaussian"},
         {"fan_in_fan_out": False},
         {"an_option_of_tomorrow": None},
@@ -490,5 +494,21 @@ def test_files_that_are_missing(adapter):
     (adapter / WEIGHTS).unlink()
     with pytest.raises(MiniloraError, match=r"adapter_model\.safetensors does not exist"):
         load_adapter(adapter, CONFIG)
-    with pytest.raises(MiniloraError, match=r"adapter_config\.json does not exist"):
-        load_adapter(adapter.parent, CONFIG)
+    (adapter / JSON).unlink()
+    for folder in (adapter, adapter / "nowhere"):
+        with pytest.raises(MiniloraError, match=r"adapter_config\.json does not exist"):
+            load_adapter(folder, CONFIG)
+
+
+def test_named_adapters_are_listed(adapter):
+    folder = adapter.parent
+    (folder / "empty").mkdir()
+    with pytest.raises(MiniloraError, match="name one of them: ") as caught:
+        load_adapter(folder, CONFIG)
+    assert str(caught.value).endswith(f"them: {adapter}")
+    (folder / "b").mkdir()
+    (folder / "b" / JSON).write_text("{}")
+    with pytest.raises(MiniloraError, match="name one of them: ") as caught:
+        load_adapter(folder, CONFIG)
+    assert str(caught.value).endswith(f"them: {adapter}, {folder / 'b'}")
+    assert load_adapter(adapter, CONFIG)[1].rank == 2

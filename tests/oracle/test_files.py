@@ -9,6 +9,7 @@ import re
 import numpy as np
 import pytest
 
+from minilora.errors import MiniloraError
 from minilora.formats import load_adapter, load_base, save_adapter, save_base
 from minilora.formats.tensors import read_tensors
 from minilora.gpt import GPTConfig, gpt_init, gpt_logits
@@ -34,6 +35,9 @@ def oracle():
     torch.manual_seed(0)
 
     class Oracle:
+        def __init__(self):
+            self.torch, self.peft, self.transformers = torch, peft, transformers
+
         @staticmethod
         def model(config):
             """A GPT-2 of transformers whose every parameter is random."""
@@ -67,7 +71,7 @@ def oracle():
             with torch.no_grad():
                 return model(torch.from_numpy(tokens)).logits.float().numpy()
 
-    return Oracle
+    return Oracle()
 
 
 def moved(tree, seed, scale=0.2):
@@ -95,17 +99,31 @@ def test_a_base_of_ours_opens_in_transformers(oracle, tmp_path, dtype, inner):
     close(ours, oracle.logits(oracle.open(tmp_path)))
 
 
-@pytest.mark.parametrize("part", ["whole", "transformer", "half"])
+@pytest.mark.parametrize("part", ["whole", "transformer", "float16", "bfloat16", "shards", "head"])
 def test_a_base_of_transformers_opens_here(oracle, tmp_path, part):
     sizes = {"vocab_size": 61, "n_positions": 19, "n_embd": 24, "n_layer": 2, "n_head": 3}
-    model = oracle.model({**sizes, "n_inner": 50, "layer_norm_epsilon": 1e-2})
-    if part == "half":
-        model = model.half()
-    (model.transformer if part == "transformer" else model).save_pretrained(tmp_path)
+    tied = part != "head"
+    model = oracle.model(
+        {**sizes, "n_inner": 50, "layer_norm_epsilon": 1e-2, "tie_word_embeddings": tied}
+    )
+    if part.endswith("float16"):
+        model = model.half() if part == "float16" else model.bfloat16()
+    if part == "head":
+        model.lm_head.weight.data = model.transformer.wte.weight.data.clone()
+    saved = model.transformer if part == "transformer" else model
+    saved.save_pretrained(tmp_path, max_shard_size="10KB" if part == "shards" else "1GB")
+    assert (tmp_path / "model.safetensors").exists() == (part != "shards")
     base, config = load_base(tmp_path)
     assert (config.inner, config.n_head, config.layer_norm_epsilon) == (50, 3, 1e-2)
     ours = gpt_logits(base, tokens=TOKENS, config=config)
     close(ours, oracle.logits(model.float()))
+
+
+def test_a_head_of_its_own_is_refused(oracle, tmp_path):
+    sizes = {"vocab_size": 61, "n_positions": 19, "n_embd": 24, "n_layer": 1, "n_head": 3}
+    oracle.model({**sizes, "tie_word_embeddings": False}).save_pretrained(tmp_path)
+    with pytest.raises(MiniloraError, match=r"lm_head\.weight differs from wte\.weight"):
+        load_base(tmp_path)
 
 
 def test_a_base_passes_there_and_back_unchanged(oracle, tmp_path):
@@ -178,6 +196,10 @@ THEIRS = {
     "the embedding": {"target_modules": ["wte", "attn.c_proj"], "r": 3},
     "some layers": {"target_modules": ["c_proj"], "layers_to_transform": [0, 2]},
     "one layer": {"target_modules": ["c_fc"], "layers_to_transform": 1, "layers_pattern": "h"},
+    "whole names are of every layer": {
+        "target_modules": ["transformer.h.1.attn.c_attn", "mlp.c_proj"],
+        "layers_to_transform": [0],
+    },
     "excluded": {"target_modules": ["c_proj"], "exclude_modules": ["mlp.c_proj"]},
     "excluded by pattern": {"target_modules": ["c_proj"], "exclude_modules": r".*\.h\.1\..*"},
     "patterns": {
@@ -192,13 +214,13 @@ THEIRS = {
 }
 
 
-@pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("name", THEIRS)
-def test_an_adapter_of_peft_loads_here(oracle, tmp_path, name, half):
+def test_an_adapter_of_peft_loads_here(oracle, tmp_path, name, dtype):
     base = moved(gpt_init(CONFIG, seed=0), 0)
     save_base(tmp_path / "base", base, CONFIG)
     model = oracle.add(oracle.open(tmp_path / "base"), **THEIRS[name])
-    (model.half() if half else model).save_pretrained(tmp_path / "adapter")
+    model.to(getattr(oracle.torch, dtype)).save_pretrained(tmp_path / "adapter")
     # As PEFT loads it: it sorts the patterns that it saves, so that of two that match, another may
     # be the first.
     model = oracle.adapted(tmp_path / "base", tmp_path / "adapter")
@@ -208,14 +230,17 @@ def test_an_adapter_of_peft_loads_here(oracle, tmp_path, name, half):
     assert np.abs(ours - gpt_logits(base, tokens=TOKENS, config=CONFIG)).max() > 1e-2
 
 
-def test_a_named_adapter_lies_in_its_own_folder(oracle, tmp_path):
+def test_named_adapters_lie_in_folders_of_their_own(oracle, tmp_path):
     base = moved(gpt_init(CONFIG, seed=0), 0)
     save_base(tmp_path / "base", base, CONFIG)
     model = oracle.add(oracle.open(tmp_path / "base"), target_modules=["c_attn"])
     model.save_pretrained(tmp_path / "one")
-    model.load_adapter(tmp_path / "one", adapter_name="other")
-    model.save_pretrained(tmp_path / "both", selected_adapters=["other"])
-    lora, lora_config = load_adapter(tmp_path / "both" / "other", CONFIG)
+    for name in ("first", "second"):
+        model.load_adapter(tmp_path / "one", adapter_name=name)
+    model.save_pretrained(tmp_path / "all", selected_adapters=["first", "second"])
+    with pytest.raises(MiniloraError, match="name one of them: .*first, .*second"):
+        load_adapter(tmp_path / "all", CONFIG)
+    lora, lora_config = load_adapter(tmp_path / "all" / "second", CONFIG)
     ours = gpt_logits(base, lora, tokens=TOKENS, config=CONFIG, lora_config=lora_config)
     close(ours, oracle.logits(model))
 
