@@ -228,7 +228,8 @@ def add_base(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--base",
         metavar="DIR",
-        help="folder of a GPT-2 in Hugging Face's layout (default: the built-in base)",
+        help="folder of a GPT-2 in Hugging Face's layout, or the name of one on its hub, such as "
+        "openai-community/gpt2 (default: the built-in base)",
     )
 
 

@@ -28,7 +28,10 @@ BUILT_IN = Path(__file__).parent / "base"
 
 @dataclass(frozen=True)
 class Model:
-    """A base and its tokenizer, with an adapter on top where `lora` is not None."""
+    """A base and its tokenizer, with an adapter on top where `lora` is not None.
+
+    `hub_id` is the base's name on the Hugging Face hub, where it came from there.
+    """
 
     base: Tree
     config: GPTConfig
@@ -36,11 +39,17 @@ class Model:
     folder: Path
     lora: Tree | None = None
     lora_config: LoRAConfig | None = None
+    hub_id: str | None = None
 
     @property
     def is_built_in(self) -> bool:
         """Whether the base is the one that comes with minilora."""
         return self.folder == BUILT_IN
+
+    @property
+    def base_name(self) -> str:
+        """What the file of an adapter says of its base: a name on the hub, or a folder."""
+        return "minilora" if self.is_built_in else self.hub_id or str(self.folder)
 
     def with_adapter(self, lora: Tree, lora_config: LoRAConfig) -> Model:
         """The same base with this adapter; the base's arrays are shared, not copied."""
@@ -70,14 +79,19 @@ def load_model(
 ) -> Model:
     """The base in a folder (None: the one that comes with minilora), with an adapter if given.
 
-    The base is in Hugging Face's GPT-2 layout, the adapter in PEFT's. Raises MiniloraError for
-    files that are missing, damaged, or do not belong together.
+    The base is in Hugging Face's GPT-2 layout, the adapter in PEFT's. A text `owner/model` that is
+    no folder is a model on the hub. Raises MiniloraError for files that are missing, damaged, or do
+    not belong together, and for a model that cannot be fetched.
     """
     from minilora.formats import load_adapter, load_base
+    from minilora.formats.hub import fetch_base, is_hub_id
 
-    folder = BUILT_IN if base is None else Path(base)
+    folder, hub_id = BUILT_IN if base is None else Path(base), None
+    if base is not None and is_hub_id(base):
+        folder, hub_id = fetch_base(str(base)), str(base)
     weights, config = load_base(folder, dtype=dtype)
-    model = Model(weights, config, load_tokenizer(folder, config.vocab_size), folder)
+    tokenizer = load_tokenizer(folder, config.vocab_size)
+    model = Model(weights, config, tokenizer, folder, hub_id=hub_id)
     if adapter is None:
         return model
     return model.with_adapter(*load_adapter(adapter, config, dtype=dtype))

@@ -114,8 +114,7 @@ def adapt_in_folder(
             save_base(folder, adapted.base, model.config)
             copy_tokenizer(model.folder, folder)
             return folder / BASE_WEIGHTS
-        name = "minilora" if model.is_built_in else str(model.folder)
-        save_adapter(folder, adapted.lora, lora_config, model.config, base_name=name)
+        save_adapter(folder, adapted.lora, lora_config, model.config, base_name=model.base_name)
         return folder / ADAPTER_WEIGHTS
 
     return _run_in_folder(
