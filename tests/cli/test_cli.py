@@ -1,0 +1,504 @@
+"""The commands: their figures, what they print, their help."""
+
+import io
+import json
+import re
+import signal
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from minilora import complete, load_adapter, load_base, load_corpus, load_model
+from minilora.cli import main
+from minilora.data import load_text
+from minilora.model import evaluate_stream
+
+ADAPT = {
+    "loss_before": float,
+    "loss_after": float,
+    "trainable_parameters": int,
+    "base_parameters": int,
+    "adapter_bytes": int,
+    "seconds": float,
+    "tokens_per_second": float,
+}
+DEMO = {
+    **ADAPT,
+    "bits_per_byte_before": float,
+    "bits_per_byte_after": float,
+    "merge_max_abs_difference": float,
+    "gradcheck_max_relative_error": float,
+}
+COMMANDS = {
+    "demo": DEMO,
+    "adapt": ADAPT,
+    "pretrain": ADAPT,
+    "evaluate": {"loss": float, "bits_per_byte": float, "tokens": int},
+    "generate": {"text": str, "token_ids": list},
+    "merge": {"merge_max_abs_difference": float, "parameters": int, "bytes": int},
+    "gradcheck": {"max_relative_error": float, "pairs": dict},
+}
+OPTIONS = {
+    "demo": "--seed --threads --device --json",
+    "adapt": "--base --method --rank --alpha --targets --rslora --dropout --rank-pattern "
+    "--alpha-pattern --steps --lr --batch --context --warmup --weight-decay --beta2 --clip "
+    "--eval-every --eval-tokens --checkpoint-every --log-every --seed --threads --device --out "
+    "--resume --plot --json",
+    "pretrain": "--layers --width --heads --dtype --steps --lr --batch --context --short-context "
+    "--short-steps --seed --threads --device --out --resume --plot --json",
+    "evaluate": "--base --adapter --held-out --threads --device --json",
+    "generate": "--base --adapter --prompt --tokens --temperature --top-k --top-p --seed --device "
+    "--json",
+    "merge": "--base --adapter --dtype --out --json",
+    "gradcheck": "--seed --json",
+}
+
+
+def figures(path, command):
+    """The figures in a JSON file, once they are what the command documents."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    kinds = COMMANDS[command]
+    assert found.keys() == kinds.keys()
+    for name, kind in kinds.items():
+        assert type(found[name]) is kind, f"{name} is {found[name]!r}"
+    return found
+
+
+# --- help --------------------------------------------------------------------------------------
+
+
+def helped(capsys, *words):
+    with pytest.raises(SystemExit) as exit:
+        main([*words, "--help"])
+    assert exit.value.code == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return " ".join(out.split())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_names_every_option_and_every_figure(capsys, command):
+    text = helped(capsys, command)
+    for option in OPTIONS[command].split():
+        assert re.search(rf"(?<!-){option}\b", text), f"{command} --help does not mention {option}"
+    if command == "demo":
+        assert "those of adapt" in text
+    for name in COMMANDS[command].keys() - (ADAPT.keys() if command == "demo" else set()):
+        assert re.search(rf"\b{name}\b", text), f"{command} --help does not mention {name}"
+    assert "None" not in text  # a default that is not there is not shown
+
+
+def test_the_help_lists_the_commands(capsys):
+    text = helped(capsys)
+    for command in COMMANDS:
+        assert command in text
+
+
+def test_the_version(capsys):
+    from minilora import __version__
+
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"minilora {__version__}\n"
+
+
+# --- adapt and pretrain ------------------------------------------------------------------------
+
+
+def test_adapt_writes_an_adapter_its_figures_and_plain_lines(cli, quick, tmp_path, base):
+    result = cli(*quick, "--json", "figures.json", "--out", "out")
+    assert result.status == 0, result.err
+    found = figures(tmp_path / "figures.json", "adapt")
+    assert found["base_parameters"] == sum(p.size for p in flat(load_base(base)[0]))
+    lora, _ = load_adapter(tmp_path / "out", load_base(base)[1])
+    assert found["trainable_parameters"] == sum(p.size for p in flat(lora))
+    size = (tmp_path / "out" / "adapter_model.safetensors").stat().st_size
+    assert found["adapter_bytes"] == size
+    assert found["loss_after"] != found["loss_before"]
+    assert len(result.lines) == 4
+    line = (
+        r"adapt: step \d/4, loss \d\.\d{3}, (held-out \d\.\d{3}, )?[\d,]+ tokens/s, \d+:\d\d left"
+    )
+    for line_of_err in result.lines:
+        assert re.fullmatch(line, line_of_err), line_of_err
+    assert "\r" not in result.err
+    assert "saved in out" in result.out
+    assert f"next: minilora generate --base {base} --adapter out\n" in result.out.replace('"', "")
+
+
+def flat(tree):
+    from minilora.tree import flatten
+
+    return flatten(tree).values()
+
+
+def test_adapt_trains_what_its_options_say(cli, quick, tmp_path, base):
+    result = cli(
+        *quick, "--targets", r"q, v ,blocks\.1\.mlp\.down", "--rank", 3, "--alpha", 6, "--rslora",
+        "--rank-pattern", "down=4", "--alpha-pattern", "0.attn.q=1", "--out", "out",
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    assert "written as one equal adapter of c_attn" in result.out
+    record = json.loads((tmp_path / "out" / "training.json").read_text(encoding="utf-8"))
+    settings = record["settings"]
+    assert settings["targets"] == ["q", "v", r"blocks\.1\.mlp\.down"]
+    assert settings["rank_pattern"] == {"down": 4}
+    assert settings["alpha_pattern"] == {"0.attn.q": 1.0}
+    assert (settings["rank"], settings["alpha"], settings["rslora"]) == (3, 6.0, True)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["use_rslora"] is True
+
+
+def test_alpha_is_the_rank_unless_given(cli, quick, tmp_path):
+    assert cli(*quick, "--rank", 3, "--targets", "o").status == 0
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["lora_alpha"] == config["r"] == 3
+    assert config["target_modules"] == ["attn.c_proj"]
+
+
+@pytest.mark.parametrize(("method", "lr"), [("lora", 5e-3), ("full", 1e-3)])
+def test_each_method_has_its_own_rate(cli, quick, tmp_path, method, lr):
+    assert cli(*quick, "--method", method, "--out", "out").status == 0
+    record = json.loads((tmp_path / "out" / "training.json").read_text(encoding="utf-8"))
+    assert record["settings"]["lr"] == lr
+
+
+def test_full_fine_tuning_gives_a_base(cli, quick, tmp_path, text):
+    assert cli(*quick, "--method", "full", "--out", "out", "--json", "x.json").status == 0
+    found = figures(tmp_path / "x.json", "adapt")
+    assert found["trainable_parameters"] == found["base_parameters"]
+    assert cli("evaluate", text, "--base", "out").status == 0
+
+
+def test_pretrain_gives_a_base_that_the_other_commands_take(cli, tmp_path, text):
+    result = cli(
+        "pretrain", text, "--layers", 1, "--width", 8, "--heads", 2, "--context", 16, "--batch", 2,
+        "--steps", 3, "--warmup", 1, "--eval-tokens", 100, "--dtype", "float16", "--threads", 1,
+        "--short-context", 8, "--short-steps", 2, "--json", "x.json",
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    assert figures(tmp_path / "x.json", "pretrain")["trainable_parameters"] == 256 * 8 + 16 * 8 + (
+        2 * 2 * 8 + 8 * 24 + 24 + 8 * 8 + 8 + 8 * 32 + 32 + 32 * 8 + 8 + 2 * 8
+    )
+    assert "next: minilora generate --base base\n" in result.out
+    assert cli("evaluate", text, "--base", "base").status == 0
+    config = json.loads((tmp_path / "base" / "config.json").read_text(encoding="utf-8"))
+    sizes = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+    assert [config[name] for name in sizes] == [256, 16, 8, 1, 2]
+
+
+def test_a_short_context_needs_no_other_option(cli, tmp_path, text):
+    """Whoever pretrains on less context than --short-context's default has no short sequences."""
+    words = ("--layers", 1, "--width", 8, "--heads", 2, "--steps", 1, "--batch", 1)
+    assert cli("pretrain", text, *words, "--context", 16).status == 0
+
+
+def test_a_path_with_a_space_is_quoted_in_the_next_command(cli, quick):
+    assert '--adapter "my adapter"' in cli(*quick, "--out", "my adapter").out
+
+
+def test_a_bar_on_a_terminal(cli, quick, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(io, "StringIO", Terminal)
+    result = cli(*quick)
+    assert result.status == 0
+    assert "\r" in result.err
+    assert re.search(r"adapt: 100%\|.*\| 4/4, loss .*held-out .*tokens/s, 0:00 left", result.err)
+
+
+def test_plot_draws_both_curves(cli, quick, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert cli(*quick, "--plot", "losses.png").status == 0
+    data = (tmp_path / "losses.png").read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    assert len(data) > 10000
+
+
+# --- stops -------------------------------------------------------------------------------------
+
+
+def result_of(folder):
+    names = ("adapter_model.safetensors", "adapter_config.json")
+    return [(folder / name).read_bytes() for name in names]
+
+
+@pytest.fixture
+def ctrl_c(monkeypatch):
+    """Press Ctrl-C when the report of a step is shown."""
+    from minilora.report import ProgressBar
+
+    show = ProgressBar.__call__
+
+    def press_at(step):
+        def shown(self, progress):
+            show(self, progress)
+            if progress.step == step:
+                signal.raise_signal(signal.SIGINT)
+
+        monkeypatch.setattr(ProgressBar, "__call__", shown)
+
+    return press_at
+
+
+def test_ctrl_c_saves_exits_130_and_resumes(cli, quick, tmp_path, ctrl_c):
+    assert cli(*quick, "--out", "whole").status == 0
+    ctrl_c(2)
+    result = cli(*quick, "--out", "out")
+    assert result.status == 130
+    assert result.lines[-1] == (
+        "minilora: stopped at step 3; its state is saved, and --resume goes on from it"
+    )
+    assert "Traceback" not in result.err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint.safetensors"]
+    ctrl_c(None)
+    assert cli(*quick, "--out", "out").status == 2
+    result = cli(*quick, "--out", "out", "--resume")
+    assert result.status == 0
+    assert [line.split(",")[0] for line in result.lines] == ["adapt: step 4/4"]
+    assert result_of(tmp_path / "out") == result_of(tmp_path / "whole")
+
+
+def test_resuming_a_finished_run_only_writes_its_figures_again(cli, quick, tmp_path):
+    assert cli(*quick, "--resume", "--json", "first.json").status == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+    result = cli(*quick, "--resume", "--json", "second.json")
+    assert result.status == 0
+    assert result.err == ""
+    assert "finished; nothing was left to do" in result.out
+    assert {path: path.read_bytes() for path in (tmp_path / "adapter").iterdir()} == before
+    assert figures(tmp_path / "second.json", "adapt") == figures(tmp_path / "first.json", "adapt")
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["--lr", 0.5], "lr 0.005, but this one has 0.5"),
+        (["--seed", 3], "seed 0"),
+        (["--steps", 5], "steps 4"),
+        (["--rank", 3], "(alpha 2|rank 2)"),
+        (["--targets", "qkv"], "targets"),
+        (["--dropout", 0.5], "dropout 0.0"),
+        (["--threads", 1], "threads 2"),
+        (["--method", "full"], "(alpha|method)"),
+        (["--batch", 3], "batch 2"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_resuming_with_another_setting_names_it(
+    cli, quick, tmp_path, ctrl_c, finished, words, name
+):
+    if not finished:
+        ctrl_c(2)
+    assert cli(*quick).status == (0 if finished else 130)
+    before = {path: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+    result = cli(*quick, "--resume", *words)
+    assert result.status == 2
+    assert len(result.lines) == 1
+    assert re.search(f"belongs to a run with {name}", result.err), result.err
+    assert {path: path.read_bytes() for path in (tmp_path / "adapter").iterdir()} == before
+
+
+def test_resuming_with_another_text_or_base_names_it(cli, quick, tmp_path, text, base, ctrl_c):
+    ctrl_c(2)
+    assert cli(*quick).status == 130
+    changed = text.read_bytes().replace(b"naive", b"naive!").replace(b"Line 7", b"Line x")
+    (tmp_path / "other.txt").write_bytes(changed)
+    other = [quick[0], "other.txt", *quick[2:]]
+    assert "checksum of the text" in cli(*other, "--resume").err
+    assert cli("merge", "--base", base, "--adapter", make_adapter(cli, quick)).status == 0
+    result = cli(*quick, "--resume", "--base", "merged")
+    assert result.status == 2
+    assert "checksum of the base" in result.err
+
+
+def make_adapter(cli, quick):
+    cli(*quick, "--out", "for-merging", "--log-every", 4, "--seed", 9)
+    return "for-merging"
+
+
+# --- evaluate ----------------------------------------------------------------------------------
+
+
+def test_evaluate_is_the_loss_of_the_whole_text(cli, tmp_path, base, adapter, text):
+    result = cli("evaluate", text, "--base", base, "--adapter", adapter, "--json", "x.json")
+    assert result.status == 0, result.err
+    found = figures(tmp_path / "x.json", "evaluate")
+    size = len(text.read_bytes())
+    assert found["tokens"] == size - 1
+    assert found["bits_per_byte"] == pytest.approx(found["loss"] / np.log(2))  # a byte is a token
+    model = load_model(base, adapter)
+    expected = evaluate_stream(model, *load_text(str(text), model.tokenizer))
+    assert found["loss"] == pytest.approx(expected.loss, rel=1e-6)
+    assert cli("evaluate", text, "--base", base, "--json", "y.json").status == 0
+    assert figures(tmp_path / "y.json", "evaluate")["loss"] != found["loss"]
+
+
+def test_evaluate_reads_standard_input(cli, tmp_path, base, text, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(text.read_bytes())))
+    assert cli("evaluate", "-", "--base", base, "--json", "stdin.json").status == 0
+    assert cli("evaluate", text, "--base", base, "--json", "file.json").status == 0
+    files = [figures(tmp_path / name, "evaluate") for name in ("stdin.json", "file.json")]
+    assert files[0] == files[1]
+
+
+def test_evaluate_held_out_reads_what_adapt_held_out(cli, quick, tmp_path, base, text):
+    assert cli(*quick, "--eval-tokens", 10**6, "--json", "adapt.json").status == 0
+    words = ("--base", base, "--held-out")
+    assert cli("evaluate", text, *words, "--json", "before.json").status == 0
+    assert cli("evaluate", text, *words, "--adapter", "adapter", "--json", "x.json").status == 0
+    corpus = load_corpus(str(text), load_model(base).tokenizer)
+    before, after = (figures(tmp_path / n, "evaluate") for n in ("before.json", "x.json"))
+    assert before["tokens"] == len(corpus.held_out) - 1
+    trained = figures(tmp_path / "adapt.json", "adapt")
+    # adapt's windows are 16 tokens long, those of an evaluation 32: near, not equal.
+    assert before["loss"] == pytest.approx(trained["loss_before"], rel=0.02)
+    assert after["loss"] == pytest.approx(trained["loss_after"], rel=0.02)
+
+
+def test_several_sources_are_read_as_one(cli, tmp_path, base, text):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.md").write_text("a text\n", encoding="utf-8")
+    (folder / "b.bin").write_bytes(b"\0\1")
+    assert cli("evaluate", text, folder, "--base", base, "--json", "x.json").status == 0
+    expected = len(text.read_bytes()) + len("\n") + len("a text\n") - 1
+    assert figures(tmp_path / "x.json", "evaluate")["tokens"] == expected
+
+
+# --- generate ----------------------------------------------------------------------------------
+
+
+def test_generate_prints_the_prompt_and_what_follows(cli, tmp_path, base, adapter):
+    words = ("generate", "--base", base, "--adapter", adapter, "--prompt", "naïve ", "--tokens", 20)
+    result = cli(*words, "--top-k", 50, "--top-p", 0.9, "--seed", 3, "--json", "x.json")
+    assert result.status == 0, result.err
+    found = figures(tmp_path / "x.json", "generate")
+    model = load_model(base, adapter)
+    expected = list(complete(
+        model, "naïve ", max_tokens=20, temperature=0.8, top_k=50, top_p=0.9, seed=3
+    ))  # fmt: skip
+    assert found["token_ids"] == expected
+    assert found["text"] == model.tokenizer.decode(expected)
+    assert result.out == "naïve " + found["text"] + "\n"
+    assert result.err == ""
+
+
+def test_the_seed_decides_what_is_drawn(cli, base):
+    words = ("generate", "--base", base, "--tokens", 30, "--seed")
+    assert cli(*words, 1).out == cli(*words, 1).out != cli(*words, 2).out
+
+
+def test_generate_goes_on_beyond_the_context(cli, tmp_path, base):
+    words = ("--prompt", "x" * 32, "--tokens", 50, "--temperature", 0, "--json", "x.json")
+    assert cli("generate", "--base", base, *words).status == 0
+    assert len(figures(tmp_path / "x.json", "generate")["token_ids"]) == 50
+
+
+def test_no_tokens_are_no_mistake(cli, tmp_path, base):
+    result = cli("generate", "--base", base, "--tokens", 0, "--prompt", "x", "--json", "x.json")
+    assert result.out == "x\n"
+    assert figures(tmp_path / "x.json", "generate") == {"text": "", "token_ids": []}
+
+
+def test_generate_streams(base, monkeypatch):
+    """Every piece is flushed as soon as it is drawn."""
+
+    class Stream(io.StringIO):
+        flushed = 0
+
+        def flush(self):
+            self.flushed += 1
+
+    monkeypatch.setattr(sys, "stdout", Stream())
+    assert main(["generate", "--base", str(base), "--tokens", "12", "--temperature", "0"]) == 0
+    assert sys.stdout.flushed >= 8  # 12 bytes, of which some may be parts of one character
+
+
+def test_generate_reads_its_prompt_from_standard_input(cli, base, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO("naïve\r\n".encode())))
+    result = cli("generate", "--base", base, "--prompt", "-", "--tokens", 3)
+    assert result.out.startswith("naïve\n")
+
+
+# --- merge and gradcheck -----------------------------------------------------------------------
+
+
+def test_a_merged_base_computes_what_base_and_adapter_do(cli, tmp_path, base, adapter, text):
+    result = cli("merge", "--base", base, "--adapter", adapter, "--json", "x.json")
+    assert result.status == 0, result.err
+    found = figures(tmp_path / "x.json", "merge")
+    assert 0 < found["merge_max_abs_difference"] < 1e-3
+    assert found["bytes"] == (tmp_path / "merged" / "model.safetensors").stat().st_size
+    tokens = np.arange(32)[None]
+    merged, model = load_model(tmp_path / "merged"), load_model(base, adapter)
+    np.testing.assert_allclose(merged.logits(tokens), model.logits(tokens), atol=1e-3)
+    assert np.abs(merged.logits(tokens) - load_model(base).logits(tokens)).max() > 0.1
+    assert "next: minilora generate --base merged\n" in result.out
+
+
+def test_merging_into_float16_is_smaller_and_less_exact(cli, tmp_path, base, adapter):
+    words = ("merge", "--base", base, "--adapter", adapter)
+    assert cli(*words, "--json", "x.json").status == 0
+    assert cli(*words, "--json", "y.json", "--dtype", "float16", "--out", "half").status == 0
+    single, half = (figures(tmp_path / name, "merge") for name in ("x.json", "y.json"))
+    assert half["bytes"] < 0.6 * single["bytes"]
+    assert half["merge_max_abs_difference"] > single["merge_max_abs_difference"]
+
+
+@pytest.fixture
+def few_pairs(monkeypatch):
+    """Leave the gradient check some of its pairs, and two entries of each leaf of the model."""
+    from minilora import pairs
+
+    check_model = pairs.check_model
+
+    def check_some(*args, **kwargs):
+        return check_model(*args, **kwargs | {"entries": 2})
+
+    def choose(**changes):
+        few = {name: pairs.PAIRS[name] for name in ("linear", "gelu", "lora")}
+        monkeypatch.setattr(pairs, "PAIRS", few | changes)
+        monkeypatch.setattr(pairs, "check_model", check_some)
+
+    return choose
+
+
+def test_gradcheck_prints_a_table_and_its_figures(cli, tmp_path, few_pairs):
+    few_pairs()
+    result = cli("gradcheck", "--seed", 1, "--json", "x.json")
+    assert result.status == 0
+    found = figures(tmp_path / "x.json", "gradcheck")
+    assert {"linear", "gelu", "lora"} < set(found["pairs"])
+    assert found["max_relative_error"] == max(found["pairs"].values()) < 1e-6
+    for name, error in found["pairs"].items():
+        assert re.search(rf"^{re.escape(name)} +{error:.1e} +\d+ +\d+\.\d+$", result.out, re.M), (
+            name
+        )
+    assert "ABOVE" not in result.out
+
+
+def test_a_wrong_gradient_exits_1(cli, tmp_path, few_pairs):
+    from minilora import ops, pairs
+
+    def wrong(dy, cache):
+        (dx,) = ops.gelu_backward(dy, cache)
+        return (1.001 * dx,)
+
+    few_pairs(gelu=pairs.PAIRS["gelu"]._replace(backward=wrong))
+    result = cli("gradcheck", "--json", "x.json")
+    assert result.status == 1
+    assert re.search(r"^gelu .*ABOVE$", result.out, re.M)
+    assert figures(tmp_path / "x.json", "gradcheck")["max_relative_error"] > 1e-4
+
+
+def test_json_replaces_an_older_file_in_one_step(cli, tmp_path, base, text):
+    (tmp_path / "x.json").write_text("old", encoding="utf-8")
+    assert cli("evaluate", text, "--base", base, "--json", "x.json").status == 0
+    figures(tmp_path / "x.json", "evaluate")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
