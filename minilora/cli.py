@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -329,7 +330,7 @@ def adapt_command(args: argparse.Namespace) -> int:
     lora_config = LoRAConfig(
         rank=args.rank,
         alpha=args.rank if args.alpha is None else args.alpha,
-        targets=tuple(name.strip() for name in args.targets.split(",") if name.strip()),
+        targets=targets_of(args.targets),
         dropout=args.dropout,
         rslora=args.rslora,
         rank_pattern=pairs_of(args.rank_pattern, int, "--rank-pattern"),
@@ -503,6 +504,12 @@ def chosen_device(args: argparse.Namespace) -> str:
     return device
 
 
+def targets_of(text: str) -> tuple[str, ...]:
+    """The names and patterns between the commas, but for commas in braces: {1,3} is one repeat."""
+    names = re.split(r",(?![^{}]*\})", text)
+    return tuple(name.strip() for name in names if name.strip())
+
+
 def pairs_of(entries: list[str], kind: Callable[[str], Any], option: str) -> dict[str, Any]:
     """{pattern: value} of entries PATTERN=VALUE; MiniloraError naming the option otherwise."""
     pairs = {}
@@ -556,7 +563,8 @@ def print_next(*words: object) -> None:
 
 def check_writable(path: Path, option: str) -> None:
     """Raise MiniloraError, before any work, when a file could not be written there."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
+    replaceable = path.is_file() or not path.exists()  # not a folder, nor a device
+    if not replaceable or not path.absolute().parent.is_dir():
         raise MiniloraError(f"{option} {path}: expected a file name in an existing folder")
 
 

@@ -595,5 +595,5 @@ def check_finite(what: str, step: int, values: Tree) -> None:
         raise MiniloraError(
             f"{what} is not finite at step {step}: "
             + ("a lower learning rate usually helps; the last checkpoint is kept" if step
-               else "the numbers of the base overflow")
+               else "the numbers of the model overflow")
         )  # fmt: skip

@@ -151,6 +151,13 @@ def test_adapt_trains_what_its_options_say(cli, quick, tmp_path, base):
     assert config["use_rslora"] is True
 
 
+def test_a_comma_in_braces_does_not_end_a_target(cli, quick, tmp_path):
+    targets = r"blocks\.[0-9]{1,2}\.attn\.qkv,(?:.*\.){2,}down,"
+    assert cli(*quick, "--targets", targets, "--out", "out").status == 0
+    record = json.loads((tmp_path / "out" / "training.json").read_text(encoding="utf-8"))
+    assert record["settings"]["targets"] == [r"blocks\.[0-9]{1,2}\.attn\.qkv", r"(?:.*\.){2,}down"]
+
+
 def test_alpha_is_the_rank_unless_given(cli, quick, tmp_path):
     assert cli(*quick, "--rank", 3, "--targets", "o").status == 0
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))

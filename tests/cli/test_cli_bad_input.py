@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import sys
 from types import SimpleNamespace
@@ -247,6 +248,15 @@ def test_cuda_without_cupy(refused, quick, base, text, monkeypatch):
 def test_a_plot_without_matplotlib_is_refused_before_training(refused, quick, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     refused(r"--plot needs matplotlib: pip install 'minilora\[plot\]'", *quick, "--plot", "x.png")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes with names")
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_a_file_of_another_kind_is_not_replaced(refused, quick, tmp_path, option):
+    """A pipe stands for what must not become a file: /dev/null, for instance."""
+    os.mkfifo(tmp_path / "pipe.png")
+    refused(f"{option} pipe.png: expected a file name", *quick, option, "pipe.png")
+    assert (tmp_path / "pipe.png").is_fifo()
 
 
 # --- the output folder ---------------------------------------------------------------------------
