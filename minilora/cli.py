@@ -142,7 +142,11 @@ def parser() -> argparse.ArgumentParser:
     )
     add_base(generate)
     add_adapter(generate)
-    generate.add_argument("--prompt", default="\n", help="the text to continue; - reads it")
+    generate.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="the text to continue, or - for standard input (default: a new line)",
+    )
     generate.add_argument("--tokens", type=int, default=300, help="how many tokens to add")
     generate.add_argument(
         "--temperature", type=float, default=0.8, help="0 always takes the likeliest token"
@@ -185,12 +189,15 @@ class Parser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds defaults to the help, but for those that are not there."""
+    """Adds defaults to the help, but for those that are not there; N and X stand for numbers."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False, argparse.SUPPRESS) or not action.option_strings:
-            return action.help
-        return super()._get_help_string(action)
+        absent = action.default is None or action.default is False or action.default == []
+        return action.help if absent else super()._get_help_string(action)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        letters: dict[Any, str] = {int: "N", natural: "N", float: "X", Path: "DIR"}
+        return letters.get(action.type) or super()._get_default_metavar_for_optional(action)
 
 
 THREADS_HELP = "threads that share a batch (0: one for each core); results depend on their number"
@@ -413,7 +420,9 @@ def generate_command(args: argparse.Namespace) -> int:
 
     device = chosen_device(args)
     model = load_model(args.base, args.adapter).on(device)
-    prompt = read_documents("-")[0].text if args.prompt == "-" else args.prompt
+    prompt = "\n" if args.prompt is None else args.prompt
+    if prompt == "-":
+        prompt = read_documents("-")[0].text
     drawn = complete(
         model, prompt, max_tokens=args.tokens, temperature=args.temperature,
         top_k=args.top_k, top_p=args.top_p, seed=args.seed,

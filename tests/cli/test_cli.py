@@ -87,7 +87,10 @@ def test_the_help_names_every_option_and_every_figure(capsys, command):
         assert "those of adapt" in text
     for name in COMMANDS[command].keys() - (ADAPT.keys() if command == "demo" else set()):
         assert re.search(rf"\b{name}\b", text), f"{command} --help does not mention {name}"
-    assert "None" not in text  # a default that is not there is not shown
+    for absent in ("default: None", "default: False", "default: []", "SUPPRESS"):
+        assert absent not in text
+    if "--seed" in OPTIONS[command]:
+        assert re.search(r"--seed N [a-z ]+ \(default: 0\)", text)
 
 
 def test_the_help_lists_the_commands(capsys):
