@@ -104,6 +104,12 @@ def parser() -> argparse.ArgumentParser:
     )
     add_lora(adapt)
     add_training(adapt, ADAPT_DEFAULTS)
+    adapt.add_argument(
+        "--dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="dtype in the file of a base (--method full)",
+    )
     adapt.add_argument("--out", type=Path, default=Path("adapter"), help="folder for the result")
 
     pretrain = command(
@@ -350,7 +356,7 @@ def adapt_command(args: argparse.Namespace) -> int:
     with progress_bar(args, "adapt") as report:
         run = adapt_in_folder(
             model, corpus, lora_config, settings, args.out,
-            resume=args.resume, device=device, report=report,
+            dtype=args.dtype, resume=args.resume, device=device, report=report,
         )  # fmt: skip
     finish_training(args, run)
     if args.method == "lora":

@@ -95,13 +95,14 @@ def adapt_in_folder(
     settings: TrainConfig,
     folder: str | Path,
     *,
+    dtype: Any = np.float32,
     resume: bool = False,
     device: str = "cpu",
     report: Report = silent,
 ) -> Run:
     """`adapt`, its result saved in a folder: an adapter in PEFT's layout, or a base (`full`).
 
-    With `resume`, an unfinished run in the folder goes on and ends in the same files, bit for bit;
+    A base is saved as `dtype`, an adapter in its own. With `resume`, an unfinished run in the folder goes on and ends in the same files, bit for bit;
     where there is none, a new one starts. Raises MiniloraError when the folder holds anything else.
     """
     lora = None
@@ -111,7 +112,7 @@ def adapt_in_folder(
     def save(folder: Path, params: Tree) -> Path:
         adapted = _with_trained(model, lora_config, settings, params)
         if adapted.lora is None:
-            save_base(folder, adapted.base, model.config)
+            save_base(folder, adapted.base, model.config, dtype=dtype)
             copy_tokenizer(model.folder, folder)
             return folder / BASE_WEIGHTS
         save_adapter(folder, adapted.lora, lora_config, model.config, base_name=model.base_name)
