@@ -102,8 +102,9 @@ def adapt_in_folder(
 ) -> Run:
     """`adapt`, its result saved in a folder: an adapter in PEFT's layout, or a base (`full`).
 
-    A base is saved as `dtype`, an adapter in its own. With `resume`, an unfinished run in the folder goes on and ends in the same files, bit for bit;
-    where there is none, a new one starts. Raises MiniloraError when the folder holds anything else.
+    A base is saved as `dtype`, an adapter in its own. With `resume`, an unfinished run in the
+    folder goes on and ends in the same files, bit for bit; where there is none, a new one starts.
+    Raises MiniloraError when the folder holds anything else.
     """
     lora = None
     if settings.method == "lora":
