@@ -99,5 +99,5 @@ def warmup_cosine(step: int, *, steps: int, peak: float, warmup: int, floor: flo
     """
     if step <= warmup:
         return peak * step / warmup
-    done = (step - warmup) / max(1, steps - warmup)
+    done = (step - warmup) / (steps - warmup)
     return peak * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * done)))  # [SCHED.1]
