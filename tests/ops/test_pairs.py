@@ -27,11 +27,18 @@ sizes = st.builds(
 
 
 def call(name, arguments, constants, seed=1):
-    """y, dy and the gradients of one call of a pair."""
+    """y, dy, the cache and the gradients of one call of a pair."""
     pair = PAIRS[name]
     y, cache = pair.forward(*arguments, **constants)
     dy = np.random.default_rng(seed).standard_normal(np.shape(y)).astype(y.dtype)
-    return y, dy, pair.backward(dy, cache)
+    return y, dy, cache, pair.backward(dy, cache)
+
+
+def floats_in(cache):
+    """Every array of real numbers in a cache."""
+    if isinstance(cache, tuple):
+        return [array for entry in cache for array in floats_in(entry)]
+    return [cache] if isinstance(cache, np.ndarray) and cache.dtype.kind == "f" else []
 
 
 @every_pair
@@ -55,7 +62,7 @@ def test_gradients_agree_with_central_differences(name, sizes, seed):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_the_dtype_of_the_arguments_is_kept(name, dtype):
     arguments, constants = PAIRS[name].make(np.random.default_rng(0))
-    y64, _, gradients64 = call(name, arguments, constants)
+    y64, _, _, gradients64 = call(name, arguments, constants)
 
     arguments = [x.astype(dtype) for x in arguments]
     constants = {
@@ -64,9 +71,10 @@ def test_the_dtype_of_the_arguments_is_kept(name, dtype):
         else value
         for key, value in constants.items()
     }
-    y, _, gradients = call(name, arguments, constants)
+    y, _, cache, gradients = call(name, arguments, constants)
     close = {"rtol": 1e-3, "atol": 1e-5} if dtype == np.float32 else {"rtol": 0}
     assert y.dtype == dtype
+    assert all(array.dtype == dtype for array in floats_in(cache)), "a cache entry of another dtype"
     np.testing.assert_allclose(y, y64, **close)
     for gradient, gradient64 in zip(gradients, gradients64, strict=True):
         if gradient64 is not None:
@@ -93,7 +101,7 @@ def columns_first(x):
 def test_the_memory_layout_does_not_matter(name, layout):
     pair = PAIRS[name]
     arguments, constants = pair.make(np.random.default_rng(0))
-    y, dy, gradients = call(name, arguments, constants)
+    y, dy, _, gradients = call(name, arguments, constants)
 
     constants = {
         key: layout(value) if isinstance(value, np.ndarray) else value
