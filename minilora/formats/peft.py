@@ -431,22 +431,32 @@ def _compile(pattern: str, name: str, path: Path) -> re.Pattern[str]:
         ) from None
 
 
+# What stands for one character: an escape, or a class such as [a-z].
+CHARACTER = re.compile(r"\\.|\[\^?\]?(?:\\.|[^]\\])*\]", re.DOTALL)
+
+
 def is_quick(patterns: Iterable[str], names: Iterable[str], limit: float = 3e7) -> bool:
     """Whether matching each pattern with each name takes at most some `limit` steps (seconds).
 
     Python's engine tries every choice. With no group repeated, k repeats can share n characters in
-    comb(n + k, k) ways, and g groups of at most m alternatives add a factor m^g; with one repeated,
+    comb(n + k, k) ways, and each group multiplies this by its alternatives; with one repeated,
     (a+)+ alone takes 2^n. Patterns come from files, so that what may be slow is never run.
     """
     names = list(names)
     n = max(map(len, names), default=0)
     steps = 0.0
     for pattern in patterns:
-        bare = re.sub(r"\\.", "x", pattern, flags=re.DOTALL).replace("(?:", "(")
-        repeats, groups, bars = len(re.findall(r"[*+?{]", bare)), bare.count("("), bare.count("|")
-        if "(?" in bare or re.search(r"\)[*+{]", bare) or max(repeats, groups) > 20:
+        if len(pattern) > 1000:
             return False
-        ways = math.comb(n + repeats, repeats) * (bars + 1.0) ** (groups + 1)
+        bare = CHARACTER.sub("x", pattern).replace("(?:", "(")
+        repeats, groups = len(re.findall(r"[*+?{]", bare)), bare.count("(")
+        if re.search(r"\)[*+{]|\(\?|\[", bare) or max(repeats, groups) > 20:
+            return False
+        ways = float(math.comb(n + repeats, repeats))
+        while group := re.search(r"\([^()]*\)", bare):  # an innermost one
+            ways *= group[0].count("|") + 1
+            bare = bare.replace(group[0], "x", 1)
+        ways *= bare.count("|") + 1
         steps += len(names) * ways + 500 * len(pattern)  # to compile it
         if steps > limit:
             return False
