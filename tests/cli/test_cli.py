@@ -13,6 +13,8 @@ import pytest
 from minilora import complete, load_adapter, load_base, load_corpus, load_model
 from minilora.cli import main
 from minilora.data import load_text
+from minilora.formats import save_base
+from minilora.gpt import GPTConfig, gpt_init
 from minilora.model import evaluate_stream
 
 ADAPT = {
@@ -227,6 +229,37 @@ def test_plot_draws_both_curves(cli, quick, tmp_path):
     data = (tmp_path / "losses.png").read_bytes()
     assert data.startswith(b"\x89PNG\r\n\x1a\n")
     assert len(data) > 10000
+
+
+# --- demo --------------------------------------------------------------------------------------
+
+
+def test_the_demo_shows_what_changed_and_documents_its_figures(cli, tmp_path, text, monkeypatch):
+    config = GPTConfig(vocab_size=256, n_positions=256, n_embd=16, n_layer=1, n_head=2)
+    save_base(tmp_path / "base", gpt_init(config, seed=0), config)
+    monkeypatch.setattr("minilora.model.BUILT_IN", tmp_path / "base")
+    monkeypatch.setattr("minilora.demo.STEPS", 4)
+
+    def small(source, tokenizer):
+        assert source == "python"
+        return load_corpus(str(text), tokenizer)
+
+    monkeypatch.setattr("minilora.demo.load_corpus", small)
+    result = cli("demo", "--json", "x.json", "--threads", 2)
+    assert result.status == 0, result.err
+    found = figures(tmp_path / "x.json", "demo")
+    bits = 1 / np.log(2)
+    assert found["bits_per_byte_before"] == pytest.approx(found["loss_before"] * bits)
+    assert found["bits_per_byte_after"] == pytest.approx(found["loss_after"] * bits)
+    assert found["gradcheck_max_relative_error"] < 1e-6
+    assert found["merge_max_abs_difference"] < 1e-4
+    share = found["trainable_parameters"] / found["base_parameters"]
+    for shown in (
+        "Before, it continues 'def '", "After 4 steps", f"({share:.2%})", "gradients of A and B",
+        f"{found['bits_per_byte_before']:.3f} -> {found['bits_per_byte_after']:.3f}", "Try next",
+    ):  # fmt: skip
+        assert shown in result.out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "x.json"]
 
 
 # --- stops -------------------------------------------------------------------------------------
