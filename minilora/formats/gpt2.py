@@ -25,6 +25,7 @@ from minilora.formats.tensors import (
     read_index,
     read_parts,
     read_weight,
+    shown,
     write_tensors,
 )
 from minilora.gpt import GPTConfig
@@ -133,7 +134,7 @@ def _read_entries(folder: Path) -> tuple[Path, dict[str, Entry]]:
     for name, entry in found.items():
         short = name.removeprefix(PREFIX)  # only a GPT2LMHeadModel's names carry it
         if short in entries:
-            raise MiniloraError(f"{entry.path} holds {short} twice, with {PREFIX} and without")
+            raise MiniloraError(f"{entry.path} holds {shown(short)} twice, once with {PREFIX}")
         if not MASK.fullmatch(short):
             entries[short] = entry
     return weights, entries
