@@ -73,6 +73,8 @@ class GPTConfig:
                 raise MiniloraError(f"{name} {getattr(self, name)} is too small; it is at least 1")
         if not 0.0 < self.layer_norm_epsilon < math.inf:
             raise MiniloraError(f"layer_norm_epsilon {self.layer_norm_epsilon} is not positive")
+        if self.inner < 1:
+            raise MiniloraError(f"n_inner {self.n_inner} is too small; it is at least 1")
         if self.n_embd % self.n_head:
             raise MiniloraError(
                 f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}: "
@@ -323,19 +325,21 @@ def gpt_backward(dlogits: Array, cache: Cache) -> tuple[Tree | None, Tree]:
     dx, dw_f, db_f = layer_norm_backward(dx, cache.ln_f)
 
     dblocks: list[Tree] = []
-    dlora: Tree = {"blocks": []}
+    dlora_blocks: list[Tree] = []
     for block_cache in reversed(cache.blocks):
         dblock: Tree = {}
         dblock_lora: Tree = {}
         if block_cache is not None:
             dx, dblock, dblock_lora = block_backward(dx, block_cache)
         dblocks.insert(0, dblock)
-        dlora["blocks"].insert(0, dblock_lora)
+        dlora_blocks.insert(0, dblock_lora)
 
     dx, dwpe = position_backward(dx, cache.wpe)
+    dlora: Tree = {}
     if cache.embedding_lora is not None:
         dA, dB = lora_embedding_backward(dx, cache.embedding_lora)
         dlora["embedding"] = {"A": dA, "B": dB}
+    dlora["blocks"] = dlora_blocks
     if cache.frozen:
         return None, dlora
     (dwte,) = embedding_backward(dx, cache.wte)

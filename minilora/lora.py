@@ -61,8 +61,9 @@ def lora_forward(
 def lora_backward(dy: Array, cache: Cache) -> tuple[Array, Array, Array]:
     """dx, dA, dB of `lora_forward`: with dW = xᵀ dy, they are s dW Bᵀ and s Aᵀ dW, never via dW."""
     x, h, A, B, scale, dropout = cache
-    dB = h.T @ rows(dy)  # [LORA.3] dB = hᵀ dy
-    dh = rows(dy) @ B.T
+    dy = rows(dy)
+    dB = h.T @ dy  # [LORA.3] dB = hᵀ dy
+    dh = dy @ B.T
     dh *= scale  # [LORA.4] dh = s dy Bᵀ
     dA = rows(x).T @ dh  # [LORA.5] dA = xᵀ dh
     dx = (dh @ A.T).reshape(x.shape)  # [LORA.6] dx = dh Aᵀ
@@ -115,11 +116,13 @@ class LoRAConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if isinstance(self.targets, str):
+            raise MiniloraError(f"targets is the text {self.targets!r}; expected a tuple of names")
         if not self.targets:
             raise MiniloraError(f"targets is empty; it names some of {', '.join(TARGETS)}")
         for rank in (self.rank, *self.rank_pattern.values()):
-            if rank < 1:
-                raise MiniloraError(f"rank {rank} is too small; a rank is at least 1")
+            if not isinstance(rank, int) or rank < 1:
+                raise MiniloraError(f"rank {rank} is not a whole number of at least 1")
         for alpha in (self.alpha, *self.alpha_pattern.values()):
             if not (math.isfinite(alpha) and alpha > 0):
                 raise MiniloraError(f"alpha {alpha} is not a positive number")
