@@ -480,15 +480,20 @@ def merge_command(args: argparse.Namespace) -> int:
 
 
 def gradcheck_command(args: argparse.Namespace) -> int:
-    from minilora.gradcheck import TOLERANCE
+    from minilora.gradcheck import TOLERANCE, GradientError
     from minilora.pairs import table
 
     print(f"{'pair':<28} {'max relative error':>18} {'entries':>8} {'seconds':>8}")
     errors = {}
-    for row in table(seed=args.seed):
-        errors[row.name] = row.error
-        verdict = "" if row.error <= TOLERANCE else "   ABOVE"
-        print(f"{row.name:<28} {row.error:>18.1e} {row.entries:>8} {row.seconds:>8.3f}{verdict}")
+    try:
+        for row in table(seed=args.seed):
+            errors[row.name] = row.error
+            verdict = "" if row.error <= TOLERANCE else "   ABOVE"
+            figures = f"{row.error:>18.1e} {row.entries:>8} {row.seconds:>8.3f}"
+            print(f"{row.name:<28} {figures}{verdict}")
+    except GradientError as error:  # a gradient of the wrong shape or dtype, or one missing
+        print(f"minilora: {error}", file=sys.stderr)
+        return 1
     worst = max(errors, key=lambda name: errors[name])
     print(f"\nlargest: {errors[worst]:.1e} ({worst}); each must be at most {TOLERANCE:.0e}")
     write_figures(args, {"max_relative_error": errors[worst], "pairs": errors})
