@@ -63,10 +63,10 @@ def lora_backward(dy: Array, cache: Cache) -> tuple[Array, Array, Array]:
     x, h, A, B, scale, dropout = cache
     dy = rows(dy)
     dB = h.T @ dy  # [LORA.3] dB = hᵀ dy
-    dh = dy @ B.T
-    dh *= scale  # [LORA.4] dh = s dy Bᵀ
-    dA = rows(x).T @ dh  # [LORA.5] dA = xᵀ dh
-    dx = (dh @ A.T).reshape(x.shape)  # [LORA.6] dx = dh Aᵀ
+    dxA = dy @ B.T
+    dxA *= scale  # [LORA.4] d(xA) = s dy Bᵀ
+    dA = rows(x).T @ dxA  # [LORA.5] dA = xᵀ d(xA)
+    dx = (dxA @ A.T).reshape(x.shape)  # [LORA.6] dx = d(xA) Aᵀ
     if dropout is not None:
         (dx,) = dropout_backward(dx, dropout)
     return dx, dA, dB
@@ -87,10 +87,10 @@ def lora_embedding_backward(dy: Array, cache: Cache) -> tuple[Array, Array]:
     """dA, dB of `lora_embedding_forward`."""
     index, h, A, B, scale = cache
     dB = rows(h).T @ rows(dy)  # [LORA.8] dB = hᵀ dy
-    dh = rows(dy) @ B.T
-    dh *= scale
+    drows = rows(dy) @ B.T
+    drows *= scale
     dA = namespace(dy).zeros_like(A)
-    namespace(dy).add.at(dA, index.reshape(-1), dh)  # [LORA.9] dA_v = Σ_{index=v} s dy Bᵀ
+    namespace(dy).add.at(dA, index.reshape(-1), drows)  # [LORA.9] dA_v = Σ_{index=v} s dy Bᵀ
     return dA, dB
 
 
@@ -138,7 +138,7 @@ class LoRAConfig:
         return next((a for key, a in self.alpha_pattern.items() if matches(key, path)), self.alpha)
 
     def scale_of(self, path: str) -> float:
-        """s = α / R (Hu et al. 2021, §4.1), or α / √R for rsLoRA (Kalajdzievski 2023, eq. 4)."""
+        """s = α / R (Hu et al. 2021, §4.1), or α / √R for rsLoRA (Kalajdzievski 2023)."""
         rank = self.rank_of(path)
         return self.alpha_of(path) / (math.sqrt(rank) if self.rslora else rank)
 

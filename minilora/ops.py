@@ -277,7 +277,7 @@ def residual_backward(dy: Array, cache: Cache) -> tuple[Array, Array]:
 
 
 def head_forward(x: Array, wte: Array, *, frozen: bool = False) -> tuple[Array, Cache]:
-    """Logits against the embedding table, y = x wteᵀ [HEAD.1] (Press & Wolf 2017, §2).
+    """Logits against the embedding table, y = x wteᵀ [HEAD.1] (Press & Wolf 2017, §3).
 
     (..., C), (V, C) -> (..., V). Keeps wte, and x unless frozen.
     """

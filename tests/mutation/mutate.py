@@ -45,8 +45,8 @@ EXPLAINED = {
     "namespace(dy).add.at(dtable, index.reshape(-2), rows(dy))": INFERRED_SIDE,
     "position_backward: dwpe[offset:offset + T] = dy.reshape(-1, T, dy.shape[-1]).sum(axis=0) → "
     "dwpe[offset:offset + T] = dy.reshape(-2, T, dy.shape[-1]).sum(axis=0)": INFERRED_SIDE,
-    "lora_embedding_backward: namespace(dy).add.at(dA, index.reshape(-1), dh) → "
-    "namespace(dy).add.at(dA, index.reshape(-2), dh)": INFERRED_SIDE,
+    "lora_embedding_backward: namespace(dy).add.at(dA, index.reshape(-1), drows) → "
+    "namespace(dy).add.at(dA, index.reshape(-2), drows)": INFERRED_SIDE,
     "attention_backward: xp.matmul(att.swapaxes(-1, -2), dy_heads, out=dv) → "
     "xp.matmul(att.swapaxes(-1, 2), dy_heads, out=dv)": SECOND_TO_LAST,
     "attention_backward: datt = dy_heads @ v.swapaxes(-1, -2) → "
