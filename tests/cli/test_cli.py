@@ -142,14 +142,14 @@ def flat(tree):
 def test_adapt_trains_what_its_options_say(cli, quick, tmp_path, base):
     result = cli(
         *quick, "--targets", r"q, v ,blocks\.1\.mlp\.down", "--rank", 3, "--alpha", 6, "--rslora",
-        "--rank-pattern", "down=4", "--alpha-pattern", "0.attn.q=1", "--out", "out",
+        "--rank-pattern", "(?=mlp).*down=4", "--alpha-pattern", "0.attn.q=1", "--out", "out",
     )  # fmt: skip
     assert result.status == 0, result.err
     assert "written as one equal adapter of c_attn" in result.out
     record = json.loads((tmp_path / "out" / "training.json").read_text(encoding="utf-8"))
     settings = record["settings"]
     assert settings["targets"] == ["q", "v", r"blocks\.1\.mlp\.down"]
-    assert settings["rank_pattern"] == {"down": 4}
+    assert settings["rank_pattern"] == {"(?=mlp).*down": 4}
     assert settings["alpha_pattern"] == {"0.attn.q": 1.0}
     assert (settings["rank"], settings["alpha"], settings["rslora"]) == (3, 6.0, True)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))

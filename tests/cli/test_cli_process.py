@@ -14,6 +14,8 @@ from minilora.cli import main
 STEPS = 40
 # The child shares this machine with others: it may be slow, but it must end.
 PATIENCE = 300
+# Buffered, as output is by default: what a closed pipe refuses may then show at the exit only.
+ENVIRONMENT = {name: x for name, x in os.environ.items() if name != "PYTHONUNBUFFERED"}
 
 
 def start(*words, cwd, code=None, **pipes):
@@ -22,7 +24,7 @@ def start(*words, cwd, code=None, **pipes):
     return subprocess.Popen(
         [*command, *map(str, words)],
         cwd=cwd,
-        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+        env=ENVIRONMENT | {"PYTHONIOENCODING": "utf-8"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         pipesize=4096,
@@ -168,7 +170,7 @@ def test_output_that_the_terminal_cannot_show_is_no_error(base, tmp_path):
     process = subprocess.run(
         [sys.executable, "-c", code, "generate", "--base", str(base), "--prompt", "naïve…"],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+        env=ENVIRONMENT | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
         capture_output=True,
         timeout=PATIENCE,
     )

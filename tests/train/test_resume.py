@@ -130,8 +130,9 @@ def test_ctrl_c_saves_at_the_end_of_the_step(tmp_path, step):
     assert_same_result(run(folder=tmp_path, steps=STEPS + 1), run(steps=STEPS + 1))
 
 
-def test_ctrl_c_in_the_last_step_changes_nothing(tmp_path):
-    assert_same_result(run(folder=tmp_path, report=ctrl_c_at(STEPS)), run())
+@pytest.mark.parametrize("step", [STEPS - 1, STEPS])
+def test_ctrl_c_in_the_last_step_changes_nothing(tmp_path, step):
+    assert_same_result(run(folder=tmp_path, report=ctrl_c_at(step)), run())
 
 
 def test_ctrl_c_without_a_folder_does_not_speak_of_one():
@@ -149,11 +150,17 @@ def test_a_second_ctrl_c_stops_at_once():
     assert not isinstance(caught.value, Interrupted)
 
 
-def test_the_handler_of_ctrl_c_is_put_back(tmp_path):
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(Interrupted):
-        run(folder=tmp_path, report=ctrl_c_at(1))
-    assert signal.getsignal(signal.SIGINT) is before
+def test_the_handler_of_ctrl_c_is_put_back():
+    def handler(*_):
+        pass
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with pytest.raises(Interrupted):
+            run(report=ctrl_c_at(1))
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_training_works_outside_the_main_thread():

@@ -13,6 +13,7 @@ from minilora.data import Corpus, draw_batch
 from minilora.errors import MiniloraError
 from minilora.gpt import GPTConfig, gpt_init, gpt_logits, loss_and_grads
 from minilora.lora import LoRAConfig, dropout_masks, lora_init
+from minilora.optim import adamw, adamw_init, clip_by_global_norm, warmup_cosine
 from minilora.train import (
     SHARD_TOKENS,
     TrainConfig,
@@ -135,6 +136,33 @@ def test_the_first_loss_is_that_of_the_batch_drawn_from_seed_and_step():
     tokens, targets = draw_batch(CORPUS.train, batch=4, context=16, rng=rng)
     loss, _, _ = loss_and_grads(BASE, tokens=tokens, targets=targets, config=CONFIG, wrt="base")
     assert trained.history.train[0][1] == pytest.approx(float(loss), rel=1e-6)
+
+
+def test_the_steps_are_adamw_with_all_that_the_settings_say():
+    settings = dataclasses.replace(
+        SETTINGS, steps=3, threads=1, lr=0.03, weight_decay=0.3, beta1=0.8, beta2=0.7, clip=0.05
+    )
+    lora_config = dataclasses.replace(LORA_CONFIG, dropout=0.0)
+    start = lora_init(BASE, lora_config, seed=0)
+    trained = train(
+        BASE, start, CORPUS, config=CONFIG, lora_config=lora_config, settings=settings
+    ).params
+
+    params, moments = start, adamw_init(start)
+    for step in (1, 2, 3):
+        rng = np.random.default_rng([settings.seed, step])
+        tokens, targets = draw_batch(CORPUS.train, batch=4, context=16, rng=rng)
+        _, _, grads = loss_and_grads(
+            BASE, params, tokens=tokens, targets=targets, config=CONFIG, lora_config=lora_config
+        )
+        grads, norm = clip_by_global_norm(grads, 0.05)
+        assert norm > 0.05  # or nothing would be clipped
+        lr = warmup_cosine(step, steps=3, peak=0.03, warmup=2)
+        params, moments = adamw(
+            params, grads, moments, step=step, lr=lr, beta1=0.8, beta2=0.7, weight_decay=0.3
+        )
+    for name, leaf in tree.flatten(params).items():
+        np.testing.assert_allclose(tree.flatten(trained)[name], leaf, atol=1e-6, err_msg=name)
 
 
 def test_short_sequences_come_first_and_read_as_much():
