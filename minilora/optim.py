@@ -41,8 +41,8 @@ def adamw(
     """One AdamW step (Loshchilov & Hutter 2019, alg. 2): new parameters and moments.
 
     `step` counts from 1, for the bias correction (Kingma & Ba 2015, alg. 1). The decay is decoupled
-    from the gradient, multiplied by `lr` as in PyTorch, and acts on matrices only, not on biases and
-    layer norms. The arguments stay as they are.
+    from the gradient, multiplied by `lr` as in PyTorch, and acts on matrices only, not on biases
+    and layer norms. The arguments stay as they are.
     """
     new = tree.map_leaves(
         lambda p, g, m, v: _adamw_leaf(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay),

@@ -110,8 +110,8 @@ def test_a_text_too_short_to_evaluate(refused, tmp_path, base):
 # --- options -----------------------------------------------------------------------------------
 
 BAD_ADAPT = [
-    ("rank 0 is too small", "--rank", 0),
-    ("rank -3 is too small", "--rank", -3),
+    ("rank 0 is not a whole number", "--rank", 0),
+    ("rank -3 is not a whole number", "--rank", -3),
     (r"rank 17 is above the smaller side of .*qkv, a weight of 16 × 48", "--rank", 17),
     ("--rank: invalid int value: '2.5'", "--rank", 2.5),
     ("alpha 0.0 is not a positive", "--alpha", 0),
@@ -132,7 +132,7 @@ BAD_ADAPT = [
     ("--rank-pattern 'down=x' is not", "--rank-pattern", "down=x"),
     ("--rank-pattern 'down=1.5' is not", "--rank-pattern", "down=1.5"),
     ("--alpha-pattern 'down=x' is not", "--alpha-pattern", "down=x"),
-    ("rank 0 is too small", "--rank-pattern", "down=0"),
+    ("rank 0 is not a whole number", "--rank-pattern", "down=0"),
     ("rank 99 is above", "--rank-pattern", "down=99"),
     ("'embedding' matches no adapted weight; these are", "--rank-pattern", "embedding=2"),
     ("'nothing' matches no adapted weight", "--alpha-pattern", "nothing=2"),
