@@ -73,7 +73,7 @@ def main() -> None:
         share = r.trainable / tree.count(model.base)
         recovered = (r.before - r.after) / (r.before - best)
         print(
-            f"| {r.method} | {r.lr:g} | {r.trainable:,} | {share:.2%} "
+            f"| {r.method} | {r.lr:g} | {r.trainable:,} | {share:.3%} "
             f"| {r.after:.4f} | {recovered:.1%} |"
         )
 

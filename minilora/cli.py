@@ -561,7 +561,7 @@ def finish_training(args: argparse.Namespace, run: Any) -> None:
         from minilora.report import plot_losses
 
         more = f" and {len(args.data) - 1} more" if args.data[1:] else ""
-        plot_losses(run.history, args.plot, title=Path(args.data[0]).name + more)
+        plot_losses(run.history, args.plot, title=(Path(args.data[0]).name or args.data[0]) + more)
     if run.was_finished:
         print(f"{args.out} holds this run, finished; nothing was left to do")
     print_figures(run.figures)

@@ -18,7 +18,7 @@ from minilora.report import ProgressBar
 from minilora.runs import ADAPTER_WEIGHTS, adapt_in_folder
 from minilora.train import TrainConfig
 
-PROMPT = "def "
+PROMPT = "def __init__(self, "
 # Chosen by docs/sweep.py, whose table is in the model card of the built-in base.
 LORA = LoRAConfig(rank=2, alpha=2.0, targets=("qkv", "o", "up", "down"))
 STEPS, LEARNING_RATE = 120, 2e-2
@@ -40,7 +40,13 @@ def demo(*, seed: int = 0, threads: int = 0, device: str = "cpu") -> dict[str, A
     print(f"Before, it continues {PROMPT!r} with:\n{indented(continuation(model))}\n")
 
     settings = TrainConfig(
-        steps=STEPS, lr=LEARNING_RATE, warmup=10, seed=seed, threads=threads, eval_every=STEPS // 2
+        steps=STEPS,
+        lr=LEARNING_RATE,
+        warmup=STEPS // 10,
+        eval_every=STEPS,
+        eval_tokens=32768,
+        seed=seed,
+        threads=threads,
     )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "adapter"
@@ -69,7 +75,7 @@ def demo(*, seed: int = 0, threads: int = 0, device: str = "cpu") -> dict[str, A
 
 def continuation(model: Model) -> str:
     """What the model writes after the prompt, prompt included."""
-    ids = complete(model, PROMPT, max_tokens=200, temperature=0.7, top_p=0.95)
+    ids = complete(model, PROMPT, max_tokens=240, temperature=1.0, top_p=0.9)
     return PROMPT + model.tokenizer.decode(ids)
 
 
@@ -117,7 +123,7 @@ def summary(figures: dict[str, Any]) -> str:
     return f"""
 held-out bits per byte      {before:.3f} -> {after:.3f}
 trainable parameters        {figures["trainable_parameters"]:,} of \
-{figures["base_parameters"]:,} ({share:.2%})
+{figures["base_parameters"]:,} ({share:.3%})
 adapter on disk             {figures["adapter_bytes"] / 1e3:.0f} kB
 merged against unmerged     logits differ by at most {figures["merge_max_abs_difference"]:.1e}
 gradients of A and B        {verdict}: within {error:.1e} of central differences

@@ -150,7 +150,7 @@ def matches(pattern: str, path: str) -> bool:
     """
     try:
         return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", path) is not None
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise MiniloraError(
             f"the pattern {pattern!r} is not a regular expression: {error}"
         ) from None
