@@ -81,7 +81,7 @@ def continuation(model: Model) -> str:
 
 def merge_difference(adapted: Model) -> float:
     """The largest difference between the logits of the merged and the unmerged model."""
-    tokens = adapted.tokenizer.encode(PROMPT * 16)[None]
+    tokens = adapted.tokenizer.encode(PROMPT * 10)[None]
     return float(np.abs(adapted.merged().logits(tokens) - adapted.logits(tokens)).max())
 
 
