@@ -10,20 +10,22 @@ transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.oracle
 
-# float32 rounding grows with the logits, which reach 20: either side is within some 1.5e-4 of the
-# exact value on a full context, so that only float64 tells equal from nearly equal.
-TOLERANCES = {"float32": {"rtol": 1e-4, "atol": 1e-4}, "float64": {"rtol": 1e-9, "atol": 1e-9}}
 
-
-@pytest.mark.parametrize("dtype", TOLERANCES)
+# On a full context the rounding of float32 reaches 1.5e-4 in logits of size 20, in either library;
+# so float32 is compared on half of it, and the whole in float64.
+@pytest.mark.parametrize(
+    ("dtype", "length", "atol"), [("float32", 256, 1e-4), ("float64", 512, 1e-9)]
+)
 @pytest.mark.parametrize(
     "text", ["It is a truth universally acknowledged, that ", "def __init__(self, name):\n    "]
 )
-def test_the_built_in_base_opens_in_transformers(text: str, dtype: str) -> None:
+def test_the_built_in_base_opens_in_transformers(
+    text: str, dtype: str, length: int, atol: float
+) -> None:
     model = minilora.load_model(dtype=dtype)
-    tokens = model.tokenizer.encode(text * 20)[None, : model.config.n_positions]
+    tokens = model.tokenizer.encode(text * 20)[None, :length]
     theirs = transformers.GPT2LMHeadModel.from_pretrained(model.folder).eval()
     theirs = theirs.to(getattr(torch, dtype))
     with torch.no_grad():
         expected = theirs(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
-    np.testing.assert_allclose(model.logits(tokens), expected, **TOLERANCES[dtype])
+    np.testing.assert_allclose(model.logits(tokens), expected, rtol=0.0, atol=atol)
