@@ -255,7 +255,8 @@ def test_the_demo_shows_what_changed_and_documents_its_figures(cli, tmp_path, te
     assert found["merge_max_abs_difference"] < 1e-4
     share = found["trainable_parameters"] / found["base_parameters"]
     for shown in (
-        "Before, it continues 'def __init__", "After 4 steps", f"({share:.3%})", "gradients of A and B",
+        "Before, it continues 'def __init__", "After 4 steps", f"({share:.3%})",
+        "gradients of A and B",
         f"{found['bits_per_byte_before']:.3f} -> {found['bits_per_byte_after']:.3f}", "Try next",
     ):  # fmt: skip
         assert shown in result.out
