@@ -17,10 +17,10 @@ from minilora import lora as lora_math
 from minilora.backend import to_device
 from minilora.data import Tokenizer, load_text, load_tokenizer
 from minilora.errors import MiniloraError
+from minilora.evaluation import Evaluation, evaluate_tokens
 from minilora.generate import generate
 from minilora.gpt import GPTConfig, gpt_logits
 from minilora.lora import LoRAConfig
-from minilora.train import Evaluation, evaluate_tokens
 from minilora.tree import Tree
 
 BUILT_IN = Path(__file__).parent / "base"

@@ -7,9 +7,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from minilora.checkpoint import History
 from minilora.errors import MiniloraError
 from minilora.formats.files import replacing
-from minilora.train import History, Progress
+from minilora.train import Progress
 
 PLOTS = (".png", ".svg", ".pdf")
 

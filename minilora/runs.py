@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from minilora import tree
+from minilora.checkpoint import CHECKPOINT, History, check_same_run
 from minilora.data import Corpus
 from minilora.errors import MiniloraError
 from minilora.formats import save_adapter, save_base
@@ -24,12 +25,9 @@ from minilora.gpt import GPTConfig, gpt_init
 from minilora.lora import LoRAConfig, lora_init
 from minilora.model import Model
 from minilora.train import (
-    CHECKPOINT,
-    History,
     Progress,
     TrainConfig,
     Trained,
-    check_same_run,
     run_fingerprint,
     train,
 )

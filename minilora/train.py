@@ -1,4 +1,4 @@
-"""The training loop: sharded steps, held-out evaluation, checkpoints and resuming.
+"""The training loop: steps shared among threads, evaluations and checkpoints when they are due.
 
 One loop serves pretraining, full fine-tuning and LoRA: they differ in which tree is trained.
 Every random choice of step t comes from a generator seeded with (seed, t), so a run that was
@@ -8,18 +8,13 @@ stopped goes on exactly as if it had not been.
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import json
 import math
-import os
 import signal
 import threading
 import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,18 +22,16 @@ import numpy as np
 
 from minilora import tree
 from minilora.backend import Array, namespace, to_device, to_host
-from minilora.data import Corpus, check_ids, check_length, draw_batch, windows
+from minilora.checkpoint import History, State, checksum, load_checkpoint, save_checkpoint
+from minilora.data import Corpus, check_ids, check_length, draw_batch
 from minilora.errors import MiniloraError
+from minilora.evaluation import held_out_batches, sum_nats
 from minilora.formats.files import make_folder
-from minilora.formats.tensors import read_tensors, write_tensors
-from minilora.gpt import GPTConfig, gpt_logits, loss_and_grads
+from minilora.gpt import GPTConfig, loss_and_grads
 from minilora.lora import LoRAConfig, dropout_masks
-from minilora.ops import cross_entropy_forward
-from minilora.optim import Moments, adamw, adamw_init, clip_by_global_norm, warmup_cosine
+from minilora.optim import adamw, adamw_init, clip_by_global_norm, warmup_cosine
 from minilora.tree import Tree
-
-SHARD_TOKENS = 1024  # a shard's arrays stay near the core's caches; larger ones are slower
-CHECKPOINT = "checkpoint.safetensors"
+from minilora.workers import Workers, cores
 
 
 @dataclass(frozen=True)
@@ -47,9 +40,9 @@ class TrainConfig:
 
     `batch` sequences of `context` tokens a step; the first `short_steps` steps read as many tokens
     in sequences of `short_context`, from which nearby positions are learned sooner (Press et al.
-    2021, Shortformer, §3); `warmup` in steps; `clip` bounds the gradient's
-    global norm; `eval_every`, `log_every` and `checkpoint_every` in steps; `eval_tokens` bounds the
-    held-out text that is read during training; `threads` share each batch (0: one for each core).
+    2021, Shortformer, §3). `warmup`, `eval_every`, `log_every` and `checkpoint_every` are numbers
+    of steps; `clip` bounds the gradient's global norm; `eval_tokens` bounds the held-out text that
+    an evaluation reads; `threads` share each batch (0: one for each core).
     """
 
     method: Literal["lora", "full"] = "lora"
@@ -97,14 +90,6 @@ class TrainConfig:
         return self.batch * self.context // self.short_context, self.short_context
 
 
-@dataclass
-class History:
-    """Losses in nats per token: of every step's batch, and of the held-out text now and then."""
-
-    train: list[tuple[int, float]] = field(default_factory=list)
-    held_out: list[tuple[int, float]] = field(default_factory=list)
-
-
 @dataclass(frozen=True)
 class Progress:
     """What the loop tells its caller after a logging step."""
@@ -117,58 +102,11 @@ class Progress:
     seconds_left: float
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Loss in nats per token, the same in bits per byte of text, and the tokens predicted."""
-
-    loss: float
-    bits_per_byte: float
-    tokens: int
-
-
 class Interrupted(KeyboardInterrupt):
     """Training was stopped by Ctrl-C between two steps, after its state was saved."""
 
 
 # --- one step ----------------------------------------------------------------------------------
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # not on Windows and macOS
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-class Workers:
-    """Threads that share a batch, each with single-threaded BLAS: NumPy frees the lock in both.
-
-    The shards' gradients are added in the order of the shards, so results do not depend on timing.
-    """
-
-    def __init__(self, threads: int, device: str = "cpu") -> None:
-        self.threads = 1 if device != "cpu" else threads or cores()
-
-    def __enter__(self) -> Workers:
-        from threadpoolctl import threadpool_limits
-
-        self._limits = threadpool_limits(1 if self.threads > 1 else None, user_api="blas")
-        # An overflow ends in a loss that is not finite, which is reported as such.
-        self._pool = ThreadPoolExecutor(self.threads, initializer=np.seterr, initargs=("ignore",))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-        self._limits.restore_original_limits()
-
-    def shards(self, batch: int, context: int) -> list[slice]:
-        """The batch's rows, split evenly: a multiple of the threads, of some SHARD_TOKENS each."""
-        rounds = max(1, round(batch * context / (self.threads * SHARD_TOKENS)))
-        edges = np.linspace(0, batch, min(batch, self.threads * rounds) + 1).astype(int).tolist()
-        return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
-
-    def map(self, f: Callable[..., Any], *items: Any) -> Iterator[Any]:
-        """`f` of every item, in their order."""
-        return self._pool.map(f, *items)
 
 
 def batch_loss_and_grads(
@@ -209,149 +147,6 @@ def batch_loss_and_grads(
         )
     assert total is not None  # a batch has at least one row
     return total
-
-
-# --- evaluation --------------------------------------------------------------------------------
-
-
-def evaluate_tokens(
-    base: Tree,
-    lora: Tree | None,
-    tokens: np.ndarray,
-    *,
-    text_bytes: int,
-    config: GPTConfig,
-    lora_config: LoRAConfig | None = None,
-    threads: int = 0,
-    device: str = "cpu",
-) -> Evaluation:
-    """The model's loss on a stream of tokens that stands for `text_bytes` bytes of text.
-
-    Consecutive windows of the base's whole context, so that every token but the very first is
-    predicted exactly once. Raises MiniloraError below two tokens, for token ids outside the
-    vocabulary, and for a loss that is not finite.
-    """
-    if len(tokens) < 2:
-        raise MiniloraError(f"a text of {len(tokens)} tokens is too short: an evaluation needs two")
-    check_ids(tokens, config.vocab_size)
-    context = config.n_positions
-    batches = windows(tokens, context=context, batch=max(1, SHARD_TOKENS // context))
-    base, lora = to_device(base, device), to_device(lora, device) if lora else None
-    with Workers(threads, device) as workers:
-        total, predicted = sum_nats(workers, base, lora, batches, config, lora_config, device)
-    if not math.isfinite(total):
-        raise MiniloraError("the loss is not finite: the model's numbers overflow on this text")
-    loss = total / predicted
-    return Evaluation(loss, loss / math.log(2) * len(tokens) / text_bytes, predicted)
-
-
-def sum_nats(
-    workers: Workers,
-    base: Tree,
-    lora: Tree | None,
-    batches: Iterable[tuple[np.ndarray, np.ndarray]],
-    config: GPTConfig,
-    lora_config: LoRAConfig | None,
-    device: str,
-) -> tuple[float, int]:
-    """The summed loss of batches (inputs, targets) in nats, and how many tokens they predict."""
-
-    def nats(batch: tuple[np.ndarray, np.ndarray]) -> tuple[Array, int]:
-        tokens, targets = (to_device(part, device) for part in batch)
-        logits = gpt_logits(base, lora, tokens=tokens, config=config, lora_config=lora_config)
-        return cross_entropy_forward(logits, targets=targets, count=1)[0], targets.size
-
-    sums = [(float(loss), size) for loss, size in workers.map(nats, batches)]
-    return sum(loss for loss, _ in sums), sum(size for _, size in sums)
-
-
-def held_out_batches(
-    tokens: np.ndarray, *, context: int, limit: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """All of a held-out stream in windows of `context`, or as many spread evenly as `limit` allows.
-
-    The same windows at every call, so that losses during training can be compared.
-    """
-    context = min(context, len(tokens) - 1)
-    rows = max(1, SHARD_TOKENS // context)
-    if len(tokens) - 1 <= limit:
-        return list(windows(tokens, context=context, batch=rows))
-    starts = np.linspace(0, len(tokens) - 1 - context, max(1, limit // context)).astype(np.int64)
-    spread = starts[:, None] + np.arange(context, dtype=np.int64)
-    return [
-        (tokens[spread[i : i + rows]], tokens[spread[i : i + rows] + 1])
-        for i in range(0, len(spread), rows)
-    ]
-
-
-# --- checkpoints -------------------------------------------------------------------------------
-
-
-@dataclass
-class State:
-    """All that a run needs to go on: the trained tree, AdamW's moments, the losses so far."""
-
-    step: int
-    params: Tree
-    moments: Moments
-    history: History
-    seconds: float = 0.0
-
-
-def save_checkpoint(folder: Path, state: State, settings: Mapping[str, Any]) -> None:
-    """Write the state and the run's settings to one file, atomically."""
-    trees = {"params": state.params, "m": state.moments.m, "v": state.moments.v}
-    write_tensors(
-        folder / CHECKPOINT,
-        tree.flatten(to_host(trees)),
-        {
-            "step": str(state.step),
-            "seconds": str(state.seconds),
-            "settings": json.dumps(settings, sort_keys=True),
-            "history": json.dumps(dataclasses.asdict(state.history)),
-        },
-    )
-
-
-def load_checkpoint(
-    folder: Path, settings: Mapping[str, Any], params: Tree, device: str = "cpu"
-) -> State | None:
-    """The state saved in a folder, its trees of the structure of `params`; None if there is none.
-
-    Raises MiniloraError naming the first setting that differs from those of the saved run.
-    """
-    path = folder / CHECKPOINT
-    if not path.exists():
-        return None
-    flat, metadata = read_tensors(path)
-    try:
-        saved = json.loads(metadata["settings"])
-        step, seconds = int(metadata["step"]), float(metadata["seconds"])
-        history = History(
-            **{
-                name: [(int(s), float(loss)) for s, loss in curve]
-                for name, curve in json.loads(metadata["history"]).items()
-            }
-        )
-    except (KeyError, ValueError, TypeError) as error:
-        raise MiniloraError(f"{path} is not a checkpoint of minilora's training") from error
-    check_same_run(path, saved, settings)
-    # A file of paths cannot tell of blocks without an adapter, so their places come from `params`.
-    trees = dict.fromkeys(("params", "m", "v"), params)
-    leaves = iter([flat[name] for name in tree.flatten(trees)])
-    trees = to_device(tree.map_leaves(lambda _: next(leaves), trees), device)
-    return State(step, trees["params"], Moments(trees["m"], trees["v"]), history, seconds)
-
-
-def check_same_run(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise MiniloraError naming a setting in which two runs differ."""
-    now = json.loads(json.dumps(now))
-    for name in sorted(saved.keys() | now.keys()):
-        if saved.get(name) != now.get(name):
-            raise MiniloraError(
-                f"{path} belongs to a run with {name} {saved.get(name)}, but this one has "
-                f"{now.get(name)}; resume with the same settings or choose another folder"
-            )
 
 
 @contextmanager
@@ -427,7 +222,7 @@ def train(
     if state is None:
         state = State(0, params, adamw_init(params), History())
     with (
-        Workers(settings.threads, device) as workers,
+        Workers(fingerprint["threads"], device) as workers,
         ctrl_c_sets_flag() as stop,
         np.errstate(all="ignore"),  # as in Workers
     ):
@@ -450,14 +245,6 @@ def run_fingerprint(
     parts["checksum of the base"] = checksum(tree.flatten(to_host(base)).values())
     parts["checksum of the text"] = checksum([corpus.train, corpus.held_out])
     return parts
-
-
-def checksum(arrays: Iterable[Array]) -> int:
-    """CRC-32 of the arrays' bytes, one after the other."""
-    crc = 0
-    for array in arrays:
-        crc = zlib.crc32(np.ascontiguousarray(array).data, crc)
-    return crc
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ import sys
 
 import pytest
 
+from minilora.checkpoint import History
 from minilora.errors import MiniloraError
 from minilora.report import ProgressBar, check_plot, plot_losses, smoothed, time_left
-from minilora.train import History, Progress
+from minilora.train import Progress
 
 PNG = b"\x89PNG\r\n\x1a\n"
 HISTORY = History(

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from minilora import tree
+from minilora.checkpoint import CHECKPOINT
 from minilora.data import Corpus
 from minilora.errors import MiniloraError
 from minilora.formats.tensors import read_tensors, write_tensors
 from minilora.gpt import GPTConfig, gpt_init
 from minilora.lora import LoRAConfig, lora_init
-from minilora.train import CHECKPOINT, Interrupted, TrainConfig, ctrl_c_sets_flag, train
+from minilora.train import Interrupted, TrainConfig, ctrl_c_sets_flag, train
 
 CONFIG = GPTConfig(vocab_size=32, n_positions=8, n_embd=8, n_layer=3, n_head=2)
 BASE = gpt_init(CONFIG, seed=0)

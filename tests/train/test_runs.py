@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from minilora import tree
+from minilora.checkpoint import CHECKPOINT
 from minilora.data import ByteTokenizer, Corpus
 from minilora.errors import MiniloraError
 from minilora.formats import load_adapter, load_base, save_base
@@ -24,7 +25,7 @@ from minilora.runs import (
     copy_tokenizer,
     pretrain_in_folder,
 )
-from minilora.train import CHECKPOINT, TrainConfig
+from minilora.train import TrainConfig
 
 CONFIG = GPTConfig(vocab_size=256, n_positions=8, n_embd=8, n_layer=2, n_head=2)
 LORA_CONFIG = LoRAConfig(rank=2, targets=("qkv", "down"), dropout=0.1)

@@ -11,18 +11,12 @@ from hypothesis import strategies as st
 from minilora import tree
 from minilora.data import Corpus, draw_batch
 from minilora.errors import MiniloraError
+from minilora.evaluation import evaluate_tokens, held_out_batches
 from minilora.gpt import GPTConfig, gpt_init, gpt_logits, loss_and_grads
 from minilora.lora import LoRAConfig, dropout_masks, lora_init
 from minilora.optim import adamw, adamw_init, clip_by_global_norm, warmup_cosine
-from minilora.train import (
-    SHARD_TOKENS,
-    TrainConfig,
-    Workers,
-    batch_loss_and_grads,
-    evaluate_tokens,
-    held_out_batches,
-    train,
-)
+from minilora.train import TrainConfig, batch_loss_and_grads, train
+from minilora.workers import SHARD_TOKENS, Workers
 
 CONFIG = GPTConfig(vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2)
 BASE = gpt_init(CONFIG, seed=0)

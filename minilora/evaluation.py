@@ -1,0 +1,97 @@
+"""The loss on text: of a whole stream, or of windows spread over what was held out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from minilora.backend import Array, to_device
+from minilora.data import check_ids, windows
+from minilora.errors import MiniloraError
+from minilora.gpt import GPTConfig, gpt_logits
+from minilora.lora import LoRAConfig
+from minilora.ops import cross_entropy_forward
+from minilora.tree import Tree
+from minilora.workers import SHARD_TOKENS, Workers
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss in nats per token, the same in bits per byte of text, and the tokens predicted."""
+
+    loss: float
+    bits_per_byte: float
+    tokens: int
+
+
+def evaluate_tokens(
+    base: Tree,
+    lora: Tree | None,
+    tokens: np.ndarray,
+    *,
+    text_bytes: int,
+    config: GPTConfig,
+    lora_config: LoRAConfig | None = None,
+    threads: int = 0,
+    device: str = "cpu",
+) -> Evaluation:
+    """The model's loss on a stream of tokens that stands for `text_bytes` bytes of text.
+
+    Consecutive windows of the base's whole context, so that every token but the very first is
+    predicted exactly once. Raises MiniloraError below two tokens, for token ids outside the
+    vocabulary, and for a loss that is not finite.
+    """
+    if len(tokens) < 2:
+        raise MiniloraError(f"a text of {len(tokens)} tokens is too short: an evaluation needs two")
+    check_ids(tokens, config.vocab_size)
+    context = config.n_positions
+    batches = windows(tokens, context=context, batch=max(1, SHARD_TOKENS // context))
+    base, lora = to_device(base, device), to_device(lora, device) if lora else None
+    with Workers(threads, device) as workers:
+        total, predicted = sum_nats(workers, base, lora, batches, config, lora_config, device)
+    if not math.isfinite(total):
+        raise MiniloraError("the loss is not finite: the model's numbers overflow on this text")
+    loss = total / predicted
+    return Evaluation(loss, loss / math.log(2) * len(tokens) / text_bytes, predicted)
+
+
+def sum_nats(
+    workers: Workers,
+    base: Tree,
+    lora: Tree | None,
+    batches: Iterable[tuple[np.ndarray, np.ndarray]],
+    config: GPTConfig,
+    lora_config: LoRAConfig | None,
+    device: str,
+) -> tuple[float, int]:
+    """The summed loss of batches (inputs, targets) in nats, and how many tokens they predict."""
+
+    def nats(batch: tuple[np.ndarray, np.ndarray]) -> tuple[Array, int]:
+        tokens, targets = (to_device(part, device) for part in batch)
+        logits = gpt_logits(base, lora, tokens=tokens, config=config, lora_config=lora_config)
+        return cross_entropy_forward(logits, targets=targets, count=1)[0], targets.size
+
+    sums = [(float(loss), size) for loss, size in workers.map(nats, batches)]
+    return sum(loss for loss, _ in sums), sum(size for _, size in sums)
+
+
+def held_out_batches(
+    tokens: np.ndarray, *, context: int, limit: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """All of a held-out stream in windows of `context`, or as many spread evenly as `limit` allows.
+
+    The same windows at every call, so that losses during training can be compared.
+    """
+    context = min(context, len(tokens) - 1)
+    rows = max(1, SHARD_TOKENS // context)
+    if len(tokens) - 1 <= limit:
+        return list(windows(tokens, context=context, batch=rows))
+    starts = np.linspace(0, len(tokens) - 1 - context, max(1, limit // context)).astype(np.int64)
+    spread = starts[:, None] + np.arange(context, dtype=np.int64)
+    return [
+        (tokens[spread[i : i + rows]], tokens[spread[i : i + rows] + 1])
+        for i in range(0, len(spread), rows)
+    ]

@@ -1,0 +1,51 @@
+"""Threads that share a batch: NumPy frees the lock both in matrix products and in ufuncs."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+SHARD_TOKENS = 1024  # a shard's arrays stay near the core's caches; larger ones are slower
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on Windows and macOS
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+class Workers:
+    """Threads that share a batch, each with single-threaded BLAS: NumPy frees the lock in both.
+
+    The shards' gradients are added in the order of the shards, so results do not depend on timing.
+    """
+
+    def __init__(self, threads: int, device: str = "cpu") -> None:
+        self.threads = 1 if device != "cpu" else threads or cores()
+
+    def __enter__(self) -> Workers:
+        from threadpoolctl import threadpool_limits
+
+        self._limits = threadpool_limits(1 if self.threads > 1 else None, user_api="blas")
+        # An overflow ends in a loss that is not finite, which is reported as such.
+        self._pool = ThreadPoolExecutor(self.threads, initializer=np.seterr, initargs=("ignore",))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        self._limits.restore_original_limits()
+
+    def shards(self, batch: int, context: int) -> list[slice]:
+        """The batch's rows, split evenly: a multiple of the threads, of some SHARD_TOKENS each."""
+        rounds = max(1, round(batch * context / (self.threads * SHARD_TOKENS)))
+        edges = np.linspace(0, batch, min(batch, self.threads * rounds) + 1).astype(int).tolist()
+        return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+
+    def map(self, f: Callable[..., Any], *items: Any) -> Iterator[Any]:
+        """`f` of every item, in their order."""
+        return self._pool.map(f, *items)
