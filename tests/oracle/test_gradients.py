@@ -73,12 +73,12 @@ def lora_configs(draw: st.DrawFn, n_layer: int) -> LoRAConfig:
 
 @st.composite
 def cases(draw: st.DrawFn, adapted: bool = True) -> Case:
-    """Batches of some eight tokens and more: with fewer, a factor's whole gradient may be the small
+    """Batches of some ten counted tokens and more: with fewer, a factor's whole gradient may be the small
     difference of two terms, and float32 then says nothing to four digits, here or in torch."""
     config = draw(gpt_configs())
     lora_config = draw(lora_configs(config.n_layer)) if adapted else None
-    B, T = draw(st.integers(2, 4)), draw(st.integers(4, 7))
-    lengths = draw(st.none() | st.lists(st.integers(2, T), min_size=B, max_size=B))
+    B, T = draw(st.integers(3, 5)), draw(st.integers(5, 7))
+    lengths = draw(st.none() | st.lists(st.integers(4, T), min_size=B, max_size=B))
     ignore_index = draw(st.sampled_from([-100, -1, 3]))
     seed = draw(st.integers(0, 2**32 - 1))
     rng = np.random.default_rng(seed)
