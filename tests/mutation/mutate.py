@@ -17,6 +17,7 @@ from __future__ import annotations
 import ast
 import copy
 import dataclasses
+import re
 import sys
 import time
 import types
@@ -97,6 +98,7 @@ def backward_functions(module: types.ModuleType, tree: ast.Module) -> list[ast.F
 
 # --- how to break it -----------------------------------------------------------------------------
 
+UNPACKED = re.compile(r"^( *)\(([\w, ]+, \w+)\) =", re.MULTILINE)  # "(a, b) = …" in Python 3.10
 SWAPPED_OPERATORS = {
     ast.Add: ast.Sub,
     ast.Sub: ast.Add,
@@ -298,8 +300,8 @@ def put(parent: ast.AST, field: str, i: int | None, node: ast.AST) -> None:
 
 
 def difference(before: str, after: str) -> str:
-    """The lines that differ, as "before → after"."""
-    old, new = before.splitlines(), after.splitlines()
+    """The lines that differ, as "before → after", as every version of Python writes them."""
+    old, new = (UNPACKED.sub(r"\1\2 =", text).splitlines() for text in (before, after))
     while old and new and old[0] == new[0]:
         old, new = old[1:], new[1:]
     while old and new and old[-1] == new[-1]:

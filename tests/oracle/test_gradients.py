@@ -73,8 +73,9 @@ def lora_configs(draw: st.DrawFn, n_layer: int) -> LoRAConfig:
 
 @st.composite
 def cases(draw: st.DrawFn, adapted: bool = True) -> Case:
-    """Batches of some ten counted tokens and more: with fewer, a factor's whole gradient may be the small
-    difference of two terms, and float32 then says nothing to four digits, here or in torch."""
+    """Batches of some ten counted tokens and more: with fewer, a factor's whole gradient may be the
+    small difference of two terms, and float32 then says nothing to four digits, here or in torch.
+    """
     config = draw(gpt_configs())
     lora_config = draw(lora_configs(config.n_layer)) if adapted else None
     B, T = draw(st.integers(3, 5)), draw(st.integers(5, 7))
