@@ -84,12 +84,14 @@ class Twin:
 
         self.adapters: list[tuple[Any, Any, list[Part]]] = []
         self.model: Any = model
+        self.width = config.n_embd
         if lora is not None:
-            self._add_adapters(lora, lora_config, config.n_embd)
+            self.add_adapter(lora, lora_config)
         for parameter in self.model.parameters():
             parameter.requires_grad = True
 
-    def _add_adapters(self, lora: Tree, lora_config: LoRAConfig, width: int) -> None:
+    def add_adapter(self, lora: Tree, lora_config: LoRAConfig, name: str = "default") -> None:
+        """Wrap the model in PEFT's with these adapters, or add them under a second name."""
         import torch
         from peft import LoraConfig, get_peft_model
 
@@ -100,7 +102,7 @@ class Twin:
 
         ranks, alphas, parts = {}, {}, {}
         for module, paths in by_module.items():
-            alone = len(paths) == 1 and weight_of(paths[0], width)[1] == slice(None)
+            alone = len(paths) == 1 and weight_of(paths[0], self.width)[1] == slice(None)
             if alone:
                 ranks[module] = lora_config.rank_of(paths[0])
                 alphas[module] = lora_config.alpha_of(paths[0])
@@ -113,7 +115,7 @@ class Twin:
             for path in paths:
                 stop = start + lora_config.rank_of(path)
                 scale = 1.0 if alone else lora_config.scale_of(path)
-                columns = weight_of(path, width)[1]
+                columns = weight_of(path, self.width)[1]
                 parts[module].append(Part(path, columns, slice(start, stop), scale))
                 start = stop
 
@@ -128,13 +130,16 @@ class Twin:
         )
         with warnings.catch_warnings():  # PEFT uses what transformers deprecates, and warns of ties
             warnings.simplefilter("ignore")
-            self.model = get_peft_model(self.model, peft_config)
+            if name == "default":
+                self.model = get_peft_model(self.model, peft_config)
+            else:
+                self.model.add_adapter(name, peft_config)
         for module in ranks:
             layer = self.model.get_submodule(f"base_model.model.{module}")
             if module == "transformer.wte":
-                A, B = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
+                A, B = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
             else:
-                A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+                A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
             A.data.zero_()
             B.data.zero_()
             for path, columns, rows, scale in parts[module]:

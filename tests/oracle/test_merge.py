@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora.errors import MiniloraError
-from minilora.gpt import GPTConfig
+from minilora.gpt import GPTConfig, gpt_logits
 from minilora.lora import TARGETS, LoRAConfig, merge, unmerge
+from minilora.mix import mix
 from minilora.tree import flatten
 
 pytestmark = pytest.mark.oracle
@@ -75,3 +76,24 @@ def test_a_merged_embedding_would_change_the_tied_head(twin, make_model):
     assert np.abs(after - before).max() > 1e-3
     with pytest.raises(MiniloraError, match="embedding"):
         merge(base, lora, lora_config)
+
+
+def test_a_mixture_is_peft_s_combination_by_concatenation(twin, make_model):
+    """PEFT's add_weighted_adapter: "cat" gives the weighted sum, "linear" has the cross-terms."""
+    lora_config = LoRAConfig(rank=2, alpha=3.0, targets=("qkv", "down", "embedding"))
+    base, first = make_model(CONFIG, lora_config, seed=0, dtype=np.float64)
+    _, second = make_model(CONFIG, lora_config, seed=1, dtype=np.float64)
+    model = twin(base, CONFIG, first, lora_config)
+    model.add_adapter(second, lora_config, name="second")
+
+    def peft_logits(combination: str) -> np.ndarray:
+        adapters = ["default", "second"]
+        model.model.add_weighted_adapter(adapters, [0.7, 0.4], combination, combination)
+        model.model.set_adapter(combination)
+        return model(tokens).detach().numpy()
+
+    tokens = np.arange(8)[None]
+    mixed, mixed_config = mix([(first, lora_config), (second, lora_config)], [0.7, 0.4])
+    ours = gpt_logits(base, mixed, tokens=tokens, config=CONFIG, lora_config=mixed_config)
+    np.testing.assert_allclose(ours, peft_logits("cat"), rtol=0, atol=1e-11)
+    assert np.abs(ours - peft_logits("linear")).max() > 1e-2

@@ -1,0 +1,97 @@
+"""Several adapters on one base: their weighted sum as one adapter, exactly.
+
+Adapters of one base share its arrays, so many can be loaded at once, and switching between them
+touches no weight: `model.with_adapter(lora, lora_config)` is another model on the same base. This
+module is for using several of them together. Equations (MIX.1-3) are those of docs/mixing.md.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from minilora.backend import Array, namespace
+from minilora.errors import MiniloraError
+from minilora.lora import LoRAConfig, adapters, lora_paths
+from minilora.tree import Tree, unflatten
+
+
+def mix(
+    parts: Sequence[tuple[Tree, LoRAConfig]], weights: Sequence[float]
+) -> tuple[Tree, LoRAConfig]:
+    """One adapter whose update is Σ wᵢ sᵢ Aᵢ Bᵢ (MIX.1), and its configuration, with scale 1.
+
+    The factors stand side by side: A = [A₁ … Aₙ] (in, ΣR), B = [w₁ s₁ B₁; …; wₙ sₙ Bₙ] (ΣR, out).
+    So the update is the weighted sum itself, whereas (Σ wᵢ Aᵢ)(Σ wᵢ Bᵢ) would multiply each A with
+    every other's B. Weights may be negative; ranks, scales and targets may differ. Adapters on qkv
+    and on its columns q, k, v stay apart, as they act on one weight together. The arguments stay as
+    they are. Raises MiniloraError for a weight that is missing or not finite, and for adapters of
+    different bases, as far as their shapes tell.
+    """
+    _check_weights(parts, weights)
+    n_layer = len(parts[0][0]["blocks"])
+    stacks: dict[str, tuple[list[Array], list[Array]]] = {p: ([], []) for p in lora_paths(n_layer)}
+    for number, ((lora, config), weight) in enumerate(zip(parts, weights, strict=True), start=1):
+        if len(lora["blocks"]) != n_layer:
+            raise MiniloraError(
+                f"adapter {number} is for a base of {len(lora['blocks'])} blocks, "
+                f"the first for one of {n_layer}; expected adapters of the same base"
+            )
+        for path, ab in adapters(lora).items():
+            As, Bs = stacks[path]
+            _check_fit(f"adapter {number}, {path}", ab, config.rank_of(path), As, Bs)
+            As.append(ab["A"])
+            Bs.append(ab["B"] * (weight * config.scale_of(path)))
+
+    flat: dict[str, Array] = {}
+    ranks: dict[str, int] = {}
+    for path, (As, Bs) in stacks.items():
+        if As:
+            xp = namespace(As[0])
+            flat[f"{path}.A"] = xp.concatenate(As, axis=1)  # (MIX.2) A = [A₁ … Aₙ]
+            flat[f"{path}.B"] = xp.concatenate(Bs, axis=0)  # (MIX.3) B = [w₁ s₁ B₁; …; wₙ sₙ Bₙ]
+            ranks[re.escape(path)] = len(flat[f"{path}.B"])
+    mixed = unflatten(flat)
+    blocks = mixed.get("blocks", [])
+    mixed["blocks"] = blocks + [{} for _ in range(n_layer - len(blocks))]
+    return mixed, _unscaled(ranks)
+
+
+def _check_weights(parts: Sequence[tuple[Tree, LoRAConfig]], weights: Sequence[float]) -> None:
+    if not parts:
+        raise MiniloraError("there are no adapters to mix; expected at least one")
+    if len(parts) != len(weights):
+        raise MiniloraError(f"{len(parts)} adapters and {len(weights)} weights; expected one each")
+    for weight in weights:
+        if not math.isfinite(weight):
+            raise MiniloraError(f"the weight {weight} of an adapter is not a finite number")
+
+
+def _check_fit(
+    name: str, ab: dict[str, Array], rank: int, As: list[Array], Bs: list[Array]
+) -> None:
+    """Raise MiniloraError unless A and B have the rank and the sides of those before them."""
+    A, B = ab["A"], ab["B"]
+    if A.shape[1] != rank or B.shape[0] != rank:
+        raise MiniloraError(
+            f"{name}: A {A.shape} and B {B.shape} are not of rank {rank}, as its configuration says"
+        )
+    if As and (A.shape[0], B.shape[1]) != (As[0].shape[0], Bs[0].shape[1]):
+        raise MiniloraError(
+            f"{name} is for a weight of {A.shape[0]} × {B.shape[1]}, an earlier one "
+            f"for {As[0].shape[0]} × {Bs[0].shape[1]}; expected adapters of the same base"
+        )
+
+
+def _unscaled(ranks: dict[str, int]) -> LoRAConfig:
+    """The configuration of adapters of these ranks, by escaped path, with α = R and so s = 1."""
+    rank = max(ranks.values(), default=1)
+    others = {path: r for path, r in ranks.items() if r != rank}
+    return LoRAConfig(
+        rank=rank,
+        alpha=float(rank),
+        targets=tuple(ranks),
+        rank_pattern=others,
+        alpha_pattern={path: float(r) for path, r in others.items()},
+    )
