@@ -15,7 +15,7 @@ from minilora.gradcheck import TOLERANCE, max_error
 from minilora.lora import LoRAConfig
 from minilora.model import Model, complete, load_model
 from minilora.report import ProgressBar
-from minilora.runs import ADAPTER_WEIGHTS, adapt_in_folder
+from minilora.runs import adapt_in_folder
 from minilora.train import TrainConfig
 
 PROMPT = "def __init__(self, "
@@ -54,7 +54,6 @@ def demo(*, seed: int = 0, threads: int = 0, device: str = "cpu") -> dict[str, A
             run = adapt_in_folder(model, corpus, LORA, settings, folder, device=device,
                                   report=report)  # fmt: skip
         adapted = load_model(adapter=folder)
-        adapter_bytes = (folder / ADAPTER_WEIGHTS).stat().st_size
 
     print(
         f"\nAfter {STEPS} steps, it continues {PROMPT!r} with:\n{indented(continuation(adapted))}"
@@ -62,7 +61,6 @@ def demo(*, seed: int = 0, threads: int = 0, device: str = "cpu") -> dict[str, A
     bits = 1.0 / np.log(2.0)  # one byte is one token
     figures = {
         **run.figures,
-        "adapter_bytes": adapter_bytes,
         "bits_per_byte_before": run.figures["loss_before"] * bits,
         "bits_per_byte_after": run.figures["loss_after"] * bits,
         "merge_max_abs_difference": merge_difference(adapted),

@@ -242,8 +242,8 @@ def adapters(lora: Tree) -> dict[str, dict[str, Array]]:
 
 def dropout_masks(
     lora: Tree, config: LoRAConfig, *, rng: np.random.Generator, shape: tuple[int, int]
-) -> Tree | None:
-    """A dropout mask (B, T, in) for the input of every adapter, by the adapter's place; host.
+) -> dict[str, Array] | None:
+    """A dropout mask (B, T, in) for the input of every adapter, by LoRA path; host.
 
     `shape` is (B, T). The embedding has none: its input is an index. None if nothing is dropped.
     """
