@@ -51,6 +51,8 @@ from minilora.ops import (
 )
 from minilora.tree import Tree
 
+LARGEST_SIZE = 2**24  # a product of two such sizes still counts bytes in 64 bits
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -71,6 +73,8 @@ class GPTConfig:
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
             if getattr(self, name) < 1:
                 raise MiniloraError(f"{name} {getattr(self, name)} is too small; it is at least 1")
+            if getattr(self, name) > LARGEST_SIZE:
+                raise MiniloraError(f"{name} {getattr(self, name)} is above {LARGEST_SIZE:,}")
         if not 0.0 < self.layer_norm_epsilon < math.inf:
             raise MiniloraError(f"layer_norm_epsilon {self.layer_norm_epsilon} is not positive")
         if self.inner < 1:

@@ -71,6 +71,8 @@ class TrainConfig:
                      "checkpoint_every"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise MiniloraError(f"{name} {getattr(self, name)} is too small; it is at least 1")
+            if getattr(self, name) >= 2**31:
+                raise MiniloraError(f"{name} {getattr(self, name)} is too large; it is below 2^31")
         for name in ("warmup", "weight_decay", "seed", "threads", "short_steps"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise MiniloraError(f"{name} {getattr(self, name)} is not a number of at least 0")
