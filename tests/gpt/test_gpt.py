@@ -336,3 +336,9 @@ def test_adapters_without_their_configuration_are_refused():
 def test_gradients_of_adapters_that_are_not_there_are_refused(wrt):
     with pytest.raises(MiniloraError, match=wrt):
         loss_and_grads(a_base(), **a_batch(), wrt=wrt)
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "n_positions", "n_embd", "n_layer"])
+def test_sizes_that_no_machine_can_hold_are_refused(name):
+    with pytest.raises(MiniloraError, match=f"{name} 20000000 is above 16,777,216"):
+        GPTConfig(**{"n_head": 1, name: 20_000_000})
