@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from minilora.gpt import GPTConfig, gpt_init
-from minilora.lora import LoRAConfig, adapters, lora_init, weight_of
+from minilora.lora import LoRAConfig, adapters, lora_init
 from minilora.tree import Tree, flatten, map_leaves
 
 TORCH_WORDS = {
@@ -42,6 +42,13 @@ TORCH_WORDS = {
 def torch_name(path: str) -> str:
     """GPT2LMHeadModel's name of the parameter at a base path, or of the module at a LoRA path."""
     return ".".join(["transformer", *(TORCH_WORDS.get(word, word) for word in path.split("."))])
+
+
+def columns_of(path: str, width: int) -> slice:
+    """The outputs of its module that the adapter at a LoRA path acts on: c_attn's are q, k, v."""
+    name = path.rpartition(".")[2]
+    start = {"q": 0, "k": width, "v": 2 * width}.get(name)
+    return slice(None) if start is None else slice(start, start + width)
 
 
 class Part(NamedTuple):
@@ -102,7 +109,7 @@ class Twin:
 
         ranks, alphas, parts = {}, {}, {}
         for module, paths in by_module.items():
-            alone = len(paths) == 1 and weight_of(paths[0], self.width)[1] == slice(None)
+            alone = len(paths) == 1 and columns_of(paths[0], self.width) == slice(None)
             if alone:
                 ranks[module] = lora_config.rank_of(paths[0])
                 alphas[module] = lora_config.alpha_of(paths[0])
@@ -113,9 +120,11 @@ class Twin:
                     alphas[module] = math.sqrt(ranks[module])
             start, parts[module] = 0, []
             for path in paths:
-                stop = start + lora_config.rank_of(path)
-                scale = 1.0 if alone else lora_config.scale_of(path)
-                columns = weight_of(path, self.width)[1]
+                rank = lora_config.rank_of(path)
+                stop = start + rank
+                divisor = math.sqrt(rank) if lora_config.rslora else rank
+                scale = 1.0 if alone else lora_config.alpha_of(path) / divisor
+                columns = columns_of(path, self.width)
                 parts[module].append(Part(path, columns, slice(start, stop), scale))
                 start = stop
 

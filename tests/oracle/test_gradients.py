@@ -129,7 +129,7 @@ def check_gradients(case: Case, base, lora, dbase, dlora, wrt, worst, tolerance)
 
 
 @each_dtype
-@settings(max_examples=50)
+@settings(max_examples=150)
 @given(case=cases())
 def test_an_adapted_model_agrees_with_autograd(twin, make_model, worst, dtype, case):
     base, lora = make_model(case.config, case.lora_config, seed=case.seed, dtype=dtype)
@@ -141,7 +141,7 @@ def test_an_adapted_model_agrees_with_autograd(twin, make_model, worst, dtype, c
 
 
 @each_dtype
-@settings(max_examples=15)
+@settings(max_examples=50)
 @given(case=cases(adapted=False))
 def test_a_base_alone_agrees_with_autograd(twin, make_model, worst, dtype, case):
     base, _ = make_model(case.config, None, seed=case.seed, dtype=dtype)
