@@ -61,7 +61,8 @@ def linear_backward(dy: Array, cache: Cache) -> tuple[Array, Array | None, Array
 def embedding_forward(table: Array, *, index: Array) -> tuple[Array, Cache]:
     """Rows of a table, y = table[index] [EMB.1].  (V, C), (...) -> (..., C)
 
-    Keeps the index and the table's shape. Every index must lie in [0, V): a GPU does not check.
+    Keeps the index, and the table for its shape. Every index must lie in [0, V), which a GPU does
+    not check.
     """
     return table[index], (index, table)
 

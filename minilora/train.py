@@ -228,7 +228,7 @@ def train(
         ctrl_c_sets_flag() as stop,
         np.errstate(all="ignore"),  # as in Workers
     ):
-        loop = Loop(base, lora, corpus, config, lora_config, settings, device, workers)
+        loop = Loop(base, corpus, config, lora_config, settings, device, workers)
         return loop.run(state, folder, fingerprint, stop, report)
 
 
@@ -254,7 +254,6 @@ class Loop:
     """The constants of one training run; `run` is the loop over its steps."""
 
     base: Tree
-    lora: Tree | None
     corpus: Corpus
     config: GPTConfig
     lora_config: LoRAConfig | None
