@@ -1,0 +1,292 @@
+"""What each command does: options in, files and figures out, the exit status returned.
+
+A command is one function here and one in `cli`, which makes its parser. Imports are inside the
+functions, so that `minilora --help` and a mistake in the options are answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from minilora.errors import MiniloraError
+
+ADAPT_LR = {"lora": 5e-3, "full": 1e-3}
+
+
+def demo_command(args: argparse.Namespace) -> int:
+    from minilora.demo import demo
+
+    figures = demo(seed=args.seed, threads=args.threads, device=chosen_device(args))
+    write_figures(args, figures)
+    return 0
+
+
+def adapt_command(args: argparse.Namespace) -> int:
+    from minilora.data import load_corpus
+    from minilora.lora import LoRAConfig, adapted_paths
+    from minilora.model import load_model
+    from minilora.runs import adapt_in_folder
+
+    if args.lr is None:
+        args.lr = ADAPT_LR[args.method]
+    if args.method == "full" and args.dropout:
+        raise MiniloraError("--dropout acts on the input of adapters; --method full has none")
+    lora_config = LoRAConfig(
+        rank=args.rank,
+        alpha=args.rank if args.alpha is None else args.alpha,
+        targets=targets_of(args.targets),
+        dropout=args.dropout,
+        rslora=args.rslora,
+        rank_pattern=pairs_of(args.rank_pattern, int, "--rank-pattern"),
+        alpha_pattern=pairs_of(args.alpha_pattern, float, "--alpha-pattern"),
+    )
+    settings = settings_of(args, method=args.method)
+    device = chosen_device(args)
+    model = load_model(args.base)
+    corpus = load_corpus(args.data, model.tokenizer)
+    with progress_bar(args, "adapt") as report:
+        run = adapt_in_folder(
+            model, corpus, lora_config, settings, args.out,
+            dtype=args.dtype, resume=args.resume, device=device, report=report,
+        )  # fmt: skip
+    finish_training(args, run)
+    if args.method == "lora":
+        base = [] if args.base is None else ["--base", args.base]
+        print_next("generate", *base, "--adapter", args.out)
+        if any(matches_qkv_part(path) for path in adapted_paths(lora_config, model.config.n_layer)):
+            print("the adapters of q, k and v were written as one equal adapter of c_attn")
+    return 0
+
+
+def matches_qkv_part(path: str) -> bool:
+    """Whether a LoRA path is q, k or v, which PEFT's layout knows only as parts of c_attn."""
+    return path.rpartition(".")[2] in ("q", "k", "v")
+
+
+def pretrain_command(args: argparse.Namespace) -> int:
+    from minilora.data import ByteTokenizer, load_corpus
+    from minilora.gpt import GPTConfig
+    from minilora.runs import pretrain_in_folder
+
+    settings = settings_of(args, method="full")
+    sizes = {"n_embd": args.width, "n_layer": args.layers, "n_head": args.heads}
+    try:
+        config = GPTConfig(ByteTokenizer.vocab_size, args.context, **sizes)
+    except MiniloraError as error:
+        raise MiniloraError(f"--width, --layers, --heads: {error}") from None
+    device = chosen_device(args)
+    corpus = load_corpus(args.data, ByteTokenizer())
+    with progress_bar(args, "pretrain") as report:
+        run = pretrain_in_folder(
+            config, corpus, settings, args.out,
+            dtype=args.dtype, resume=args.resume, device=device, report=report,
+        )  # fmt: skip
+    finish_training(args, run)
+    print_next("generate", "--base", args.out)
+    return 0
+
+
+def evaluate_command(args: argparse.Namespace) -> int:
+    from minilora.data import check_length, load_corpus, load_text
+    from minilora.model import evaluate_stream, load_model
+
+    device = chosen_device(args)
+    model = load_model(args.base, args.adapter)
+    name = " ".join(args.data)
+    if args.held_out:
+        corpus = load_corpus(args.data, model.tokenizer)
+        tokens, text_bytes = corpus.held_out, corpus.held_out_bytes
+        name = f"the held-out part of {name}"
+    else:
+        tokens, text_bytes = load_text(args.data, model.tokenizer)
+    check_length(tokens, context=1, name=name)
+    result = evaluate_stream(model, tokens, text_bytes, threads=args.threads, device=device)
+    figures = {
+        "loss": result.loss,
+        "bits_per_byte": result.bits_per_byte,
+        "tokens": result.tokens,
+    }
+    write_figures(args, figures)
+    print_figures(figures)
+    return 0
+
+
+def generate_command(args: argparse.Namespace) -> int:
+    from minilora.data import read_documents
+    from minilora.model import complete, load_model
+
+    device = chosen_device(args)
+    model = load_model(args.base, args.adapter).on(device)
+    prompt = "\n" if args.prompt is None else args.prompt
+    if prompt == "-":
+        prompt = read_documents("-")[0].text
+    drawn = complete(
+        model, prompt, max_tokens=args.tokens, temperature=args.temperature,
+        top_k=args.top_k, top_p=args.top_p, seed=args.seed,
+    )  # fmt: skip
+    token_ids: list[int] = []
+
+    def remembered() -> Any:
+        for token in drawn:
+            token_ids.append(token)
+            yield token
+
+    text = ""
+    print(prompt, end="", flush=True)
+    for piece in model.tokenizer.stream(remembered()):
+        print(piece, end="", flush=True)
+        text += piece
+    print()
+    write_figures(args, {"text": text, "token_ids": token_ids})
+    return 0
+
+
+def merge_command(args: argparse.Namespace) -> int:
+    import numpy as np
+
+    from minilora import tree
+    from minilora.formats import save_base
+    from minilora.model import load_model
+    from minilora.runs import BASE_WEIGHTS, claim_folder, copy_tokenizer
+
+    claim_folder(args.out, resume=False)
+    model = load_model(args.base, args.adapter)
+    merged = model.merged()
+    save_base(args.out, merged.base, merged.config, dtype=args.dtype)
+    copy_tokenizer(model.folder, args.out)
+    saved = load_model(args.out)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(model.config.vocab_size, size=(1, min(64, model.config.n_positions)))
+    figures = {
+        "merge_max_abs_difference": float(
+            np.abs(model.logits(tokens) - saved.logits(tokens)).max()
+        ),
+        "parameters": tree.count(merged.base),
+        "bytes": (args.out / BASE_WEIGHTS).stat().st_size,
+    }
+    write_figures(args, figures)
+    print_figures(figures)
+    print_next("generate", "--base", args.out)
+    return 0
+
+
+def gradcheck_command(args: argparse.Namespace) -> int:
+    from minilora.gradcheck import TOLERANCE, GradientError
+    from minilora.pairs import table
+
+    print(f"{'pair':<28} {'max relative error':>18} {'entries':>8} {'seconds':>8}")
+    errors = {}
+    try:
+        for row in table(seed=args.seed):
+            errors[row.name] = row.error
+            verdict = "" if row.error <= TOLERANCE else "   ABOVE"
+            figures = f"{row.error:>18.1e} {row.entries:>8} {row.seconds:>8.3f}"
+            print(f"{row.name:<28} {figures}{verdict}")
+    except GradientError as error:  # a gradient of the wrong shape or dtype, or one missing
+        print(f"minilora: {error}", file=sys.stderr)
+        return 1
+    worst = max(errors, key=lambda name: errors[name])
+    print(f"\nlargest: {errors[worst]:.1e} ({worst}); each must be at most {TOLERANCE:.0e}")
+    write_figures(args, {"max_relative_error": errors[worst], "pairs": errors})
+    return 0 if errors[worst] <= TOLERANCE else 1
+
+
+# --- what commands share -----------------------------------------------------------------------
+
+
+def settings_of(args: argparse.Namespace, *, method: str) -> Any:
+    """The TrainConfig that the training options ask for."""
+    import dataclasses
+
+    from minilora.train import TrainConfig
+
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    given = {name: value for name, value in vars(args).items() if name in names}
+    return TrainConfig(**{**given, "method": method})
+
+
+def chosen_device(args: argparse.Namespace) -> str:
+    """The device to use; says so where it was a choice."""
+    from minilora.backend import resolve_device
+
+    device = resolve_device(args.device)
+    if args.device == "auto":
+        print(f"device: {device}", file=sys.stderr)
+    return device
+
+
+def targets_of(text: str) -> tuple[str, ...]:
+    """The names and patterns between the commas, but for commas in braces: {1,3} is one repeat."""
+    names = re.split(r",(?![^{}]*\})", text)
+    return tuple(name.strip() for name in names if name.strip())
+
+
+def pairs_of(entries: list[str], kind: Callable[[str], Any], option: str) -> dict[str, Any]:
+    """{pattern: value} of entries PATTERN=VALUE; MiniloraError naming the option otherwise."""
+    pairs = {}
+    for entry in entries:
+        pattern, equals, value = entry.rpartition("=")
+        try:
+            pairs[pattern] = kind(value)
+        except ValueError:
+            equals = ""
+        if not equals or not pattern:
+            raise MiniloraError(f"{option} {entry!r} is not PATTERN=NUMBER, such as down=4")
+    return pairs
+
+
+def progress_bar(args: argparse.Namespace, what: str) -> Any:
+    """The reports of a training run; a plot that cannot be drawn is noticed before it starts."""
+    from minilora.report import ProgressBar, check_plot
+
+    if args.plot is not None:
+        check_writable(args.plot, "--plot")
+        check_plot(args.plot)
+    return ProgressBar(args.steps, what)
+
+
+def finish_training(args: argparse.Namespace, run: Any) -> None:
+    """Print, draw and write what a training run gave."""
+    write_figures(args, run.figures)
+    if args.plot is not None:
+        from minilora.report import plot_losses
+
+        more = f" and {len(args.data) - 1} more" if args.data[1:] else ""
+        plot_losses(run.history, args.plot, title=(Path(args.data[0]).name or args.data[0]) + more)
+    if run.was_finished:
+        print(f"{args.out} holds this run, finished; nothing was left to do")
+    print_figures(run.figures)
+    print(f"saved in {args.out}")
+
+
+def print_figures(figures: dict[str, Any]) -> None:
+    """Print named figures, one to a line."""
+    for name, value in figures.items():
+        shown = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+        print(f"{name.replace('_', ' '):<26} {shown}")
+
+
+def print_next(*words: object) -> None:
+    """Say which command comes next."""
+    quoted = (f'"{word}"' if " " in str(word) else str(word) for word in words)
+    print("next: minilora", *quoted)
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Raise MiniloraError, before any work, when a file could not be written there."""
+    replaceable = path.is_file() or not path.exists()  # not a folder, nor a device
+    if not replaceable or not path.absolute().parent.is_dir():
+        raise MiniloraError(f"{option} {path}: expected a file name in an existing folder")
+
+
+def write_figures(args: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """Write the figures as one flat JSON object, where --json asks for it."""
+    if args.json is not None:
+        from minilora.formats.files import write_json
+
+        write_json(args.json, figures)
