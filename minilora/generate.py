@@ -17,7 +17,7 @@ import numpy as np
 from minilora.backend import Array, namespace, to_host
 from minilora.data import check_ids
 from minilora.errors import MiniloraError
-from minilora.gpt import GPTConfig, block_adapters, block_forward
+from minilora.gpt import GPTConfig, block_adapters, block_forward, head_table
 from minilora.lora import LoRAConfig, lora_embedding_forward
 from minilora.ops import (
     embedding_forward,
@@ -146,7 +146,7 @@ def next_logits(
         x, _ = block_forward(x, block, adapters, config=config, frozen=True, attend=attend)
     eps = config.layer_norm_epsilon
     x, _ = layer_norm_forward(x[:, -1], **base["ln_f"], eps=eps, frozen=True)
-    return head_forward(x, base["wte"], frozen=True)[0]
+    return head_forward(x, head_table(base), frozen=True)[0]
 
 
 def cached_attention(

@@ -5,8 +5,9 @@ Two trees go in. The base holds every weight under the name of the argument that
     {"wte", "wpe", "blocks": [{"ln_1": {"w", "b"}, "attn": {"qkv": {"w", "b"}, "o": …},
                                "ln_2": …, "mlp": {"up": …, "down": …}}], "ln_f": …}
 
-and the adapters (see `lora`) hold A and B at the same places. Gradients come back as trees of the
-same structure. Nothing here changes an argument.
+and the adapters (see `lora`) hold A and B at the same places. A base may hold a table "head" (V, C)
+beside them; without it the head is tied, that is, logits are computed with wte. Gradients come back
+as trees of the same structure. Nothing here changes an argument.
 """
 
 from __future__ import annotations
@@ -272,7 +273,13 @@ class GPTCache(NamedTuple):
     blocks: list[Cache | None]
     ln_f: Cache
     head: Cache
+    tied: bool
     frozen: bool
+
+
+def head_table(base: Tree) -> Array:
+    """The table (V, C) that logits are computed with: `head` if the base has one, else `wte`."""
+    return base["head"] if "head" in base else base["wte"]
 
 
 def gpt_forward(
@@ -319,13 +326,14 @@ def gpt_forward(
         blocks.append(cache if reached else None)
 
     x, ln_f = layer_norm_forward(x, **base["ln_f"], eps=config.layer_norm_epsilon, frozen=frozen)
-    logits, head = head_forward(x, base["wte"], frozen=frozen)
-    return logits, GPTCache(wte, embedding_lora, wpe, blocks, ln_f, head, frozen)
+    logits, head = head_forward(x, head_table(base), frozen=frozen)
+    tied = "head" not in base
+    return logits, GPTCache(wte, embedding_lora, wpe, blocks, ln_f, head, tied, frozen)
 
 
 def gpt_backward(dlogits: Array, cache: Cache) -> tuple[Tree | None, Tree]:
     """dbase (None when frozen) and dlora of `gpt_forward`."""
-    dx, dwte_head = head_backward(dlogits, cache.head)
+    dx, dhead = head_backward(dlogits, cache.head)
     dx, dw_f, db_f = layer_norm_backward(dx, cache.ln_f)
 
     dblocks: list[Tree] = []
@@ -347,8 +355,11 @@ def gpt_backward(dlogits: Array, cache: Cache) -> tuple[Tree | None, Tree]:
     if cache.frozen:
         return None, dlora
     (dwte,) = embedding_backward(dx, cache.wte)
-    dwte += dwte_head  # [GPT.1] the tied table: dwte = its gradient as input + as head
     dbase = {"wte": dwte, "wpe": dwpe, "blocks": dblocks, "ln_f": {"w": dw_f, "b": db_f}}
+    if cache.tied:
+        dwte += dhead  # [GPT.1] the tied table: dwte = its gradient as input + as head
+    else:
+        dbase["head"] = dhead
     return dbase, dlora
 
 

@@ -263,7 +263,8 @@ def merge(base: Tree, lora: Tree, config: LoRAConfig) -> Tree:
     """The base with every update added, W + s A B [LORA.10] (Hu et al. 2021, §4.1); a new tree.
 
     Equal to the unmerged model up to rounding, and as fast as the base. An adapter of the embedding
-    cannot be merged, since the tied head would change with it: that raises MiniloraError.
+    cannot be merged where the head is tied, as that would change with it: this raises
+    MiniloraError.
     """
     return _with_updates(base, lora, config, sign=1.0)
 
@@ -277,9 +278,9 @@ def _with_updates(base: Tree, lora: Tree, config: LoRAConfig, *, sign: float) ->
     weights, width = flatten(base), base["wte"].shape[1]
     merged: dict[str, Any] = dict(weights)
     for path, ab in adapters(lora).items():
-        if path == "embedding":
+        if path == "embedding" and "head" not in base:
             raise MiniloraError(
-                "an adapter of the embedding cannot be merged: the head shares its table, "
+                "an adapter of the embedding cannot be merged: the tied head shares its table, "
                 "which the adapter leaves as it is; use the adapter unmerged"
             )
         weight_path, columns = weight_of(path, width)

@@ -33,7 +33,7 @@ from minilora.tree import Tree, flatten, unflatten
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
-PREFIX = "transformer."
+PREFIX, HEAD = "transformer.", "lm_head.weight"
 
 # Fields that change the mathematics, with the values that mean what `gpt` computes; the first is
 # what transformers takes when the field is missing.
@@ -60,7 +60,7 @@ MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 # --- names and shapes --------------------------------------------------------------------------
 
 
-def tensor_table(config: GPTConfig) -> dict[str, tuple[str, Shape]]:
+def tensor_table(config: GPTConfig, *, tied: bool) -> dict[str, tuple[str, Shape]]:
     """For every tensor of a GPT-2, without `transformer.`: its path in our tree, and its shape."""
     C, F = config.n_embd, config.inner
     table: dict[str, tuple[str, Shape]] = {
@@ -80,6 +80,8 @@ def tensor_table(config: GPTConfig) -> dict[str, tuple[str, Shape]]:
         add(f"h.{i}.mlp.c_fc", f"blocks.{i}.mlp.up", C, F)
         add(f"h.{i}.mlp.c_proj", f"blocks.{i}.mlp.down", F, C)
     add("ln_f", "ln_f", C)
+    if not tied:
+        table[HEAD] = ("head", (config.vocab_size, C))
     return table
 
 
@@ -89,15 +91,19 @@ def tensor_table(config: GPTConfig) -> dict[str, tuple[str, Shape]]:
 def load_base(folder: str | Path, *, dtype: Any = np.float32) -> tuple[Tree, GPTConfig]:
     """The base tree and its configuration from a folder in Hugging Face's GPT-2 layout.
 
-    Every array is of `dtype`, float32 or float64, whatever the file holds. Raises MiniloraError for
-    a missing or damaged file, for a configuration that `gpt` does not compute (naming the field),
-    and for tensors that are missing, left over or of another shape (listing them).
+    Every array is of `dtype`, float32 or float64, whatever the file holds. The tree has a "head"
+    where tie_word_embeddings is false. Raises MiniloraError for a missing or damaged file, for a
+    configuration that `gpt` does not compute (naming the field), for tensors that are missing, left
+    over or of another shape (listing them), and for a tied head that differs from the embedding.
     """
     folder = Path(folder)
     document = read_json(folder / CONFIG)
     config = read_config(document, folder / CONFIG)
     weights, entries = _read_entries(folder)
-    head = entries.pop("lm_head.weight", None)
+    tied = field(document, "tie_word_embeddings", bool, True, where=folder / CONFIG)
+    tied_head = entries.pop(HEAD, None) if tied else None
+    if not tied and HEAD not in entries:
+        raise MiniloraError(f"{weights}: tie_word_embeddings is false, but there is no {HEAD}")
 
     blocks = len({name.split(".")[1] for name in entries if name.startswith("h.")})
     if config.n_layer != blocks:  # before a table of as many blocks as the configuration claims
@@ -105,20 +111,15 @@ def load_base(folder: str | Path, *, dtype: Any = np.float32) -> tuple[Tree, GPT
             f"{folder / CONFIG}: n_layer is {config.n_layer}, "
             f"but {weights.name} holds {blocks} blocks (tensors named h.0.…, h.1.…)"
         )
-    table = tensor_table(config)
+    table = tensor_table(config, tied=tied)
     check_shapes(
         f"{weights} does not hold the model that its {CONFIG} describes",
         {name: entry.shape for name, entry in entries.items()},
         {name: shape for name, (_, shape) in table.items()},
     )
-    tied = field(document, "tie_word_embeddings", bool, True, where=folder / CONFIG)
-    if head is None and not tied:
-        raise MiniloraError(
-            f"{weights}: tie_word_embeddings is false, but there is no lm_head.weight"
-        )
     flat = {path: read_weight(entries[name], dtype) for name, (path, _) in table.items()}
-    if head is not None:
-        _check_head(head, flat["wte"])
+    if tied_head is not None:
+        _check_tied(tied_head, flat["wte"])
     return unflatten(flat), config
 
 
@@ -166,15 +167,15 @@ def read_config(document: Mapping[str, Any], path: Path) -> GPTConfig:
         raise MiniloraError(f"{path}: {error}") from None
 
 
-def _check_head(head: Entry, wte: Array) -> None:
-    """Refuse a head that is not the embedding table: `gpt` computes logits with wte."""
+def _check_tied(head: Entry, wte: Array) -> None:
+    """Refuse a file whose two tables differ although its configuration says that they are one."""
     table = wte.reshape(-1)
     if head.shape != wte.shape or not all(
         np.array_equal(numbers, table[part]) for part, numbers in read_parts(head, wte.dtype)
     ):
         raise MiniloraError(
-            f"{head.path}: lm_head.weight differs from wte.weight; "
-            "minilora computes logits with the embedding table (tied weights) only"
+            f"{head.path}: {HEAD} differs from wte.weight, but {CONFIG} says that they are tied; "
+            "expected tie_word_embeddings false for a head of its own"
         )
 
 
@@ -189,21 +190,22 @@ def save_base(
     Only config.json and model.safetensors are replaced, each in one step; other files stay. Raises
     MiniloraError for a weight that `dtype` cannot hold and where the system refuses to write.
     """
-    weights = flatten(to_host(base))
+    weights, tied = flatten(to_host(base)), "head" not in base
     tensors = {}
-    for name, (path, _) in tensor_table(config).items():
+    for name, (path, _) in tensor_table(config, tied=tied).items():
+        name = name if name == HEAD else PREFIX + name
         with np.errstate(over="ignore"):
-            tensors[PREFIX + name] = weights[path].astype(dtype, copy=False)
-        if not np.isfinite(tensors[PREFIX + name]).all():
+            tensors[name] = weights[path].astype(dtype, copy=False)
+        if not np.isfinite(tensors[name]).all():
             raise MiniloraError(
                 f"{path} holds numbers that are not finite in {np.dtype(dtype)}; nothing was saved"
             )
     folder = make_folder(folder)
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
-    write_json(folder / CONFIG, _config_document(config))
+    write_json(folder / CONFIG, _config_document(config, tied=tied))
 
 
-def _config_document(config: GPTConfig) -> dict[str, Any]:
+def _config_document(config: GPTConfig, *, tied: bool) -> dict[str, Any]:
     """The fields of transformers' GPT2Config that say what `gpt` computes."""
     # GPT-2's own vocabulary ends in its one special token; no other vocabulary has one here.
     special = 50256 if config.vocab_size == 50257 else None
@@ -229,6 +231,6 @@ def _config_document(config: GPTConfig) -> dict[str, Any]:
         "resid_pdrop": 0.0,
         "scale_attn_by_inverse_layer_idx": False,
         "scale_attn_weights": True,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": tied,
         "vocab_size": config.vocab_size,
     }

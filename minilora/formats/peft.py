@@ -58,7 +58,7 @@ def modules_of(config: GPTConfig) -> dict[str, Module]:
         PREFIX + name.removesuffix(".weight"): Module(
             "embedding" if path == "wte" else path.removesuffix(".w"), shape
         )
-        for name, (path, shape) in tensor_table(config).items()
+        for name, (path, shape) in tensor_table(config, tied=True).items()
         if len(shape) == 2 and path != "wpe"
     }
 

@@ -252,7 +252,7 @@ def test_the_shapes_of_every_gpt2():
     }
     for name, fields in sizes.items():
         config = read_config({"model_type": "gpt2", **fields}, name)
-        shapes = [shape for _, shape in tensor_table(config).values()]
+        shapes = [shape for _, shape in tensor_table(config, tied=True).values()]
         assert round(sum(map(np.prod, shapes)) / 1e6, 1) == millions[name], name
 
 
@@ -270,8 +270,20 @@ def test_names_without_prefix_masks_and_an_equal_head(folder):
 
     edit_tensors(folder, as_the_first_gpt2_file)
     assert same(drawn(CONFIG), load_base(folder)[0])
-    edit_config(folder, tie_word_embeddings=False)
-    assert same(drawn(CONFIG), load_base(folder)[0])
+
+
+def test_a_head_of_its_own(folder, tmp_path):
+    """Loaded, computed with, and saved again, also where it is equal to the embedding for now."""
+    base = drawn(CONFIG)
+    for head in (drawn(CONFIG, seed=1)["wte"], base["wte"].copy()):
+        edit_tensors(folder, lambda t, head=head: t.update({"lm_head.weight": head}))
+        edit_config(folder, tie_word_embeddings=False)
+        loaded, config = load_base(folder)
+        assert same({**base, "head": head}, loaded)
+        save_base(tmp_path / "again", loaded, config)
+        assert same(loaded, load_base(tmp_path / "again")[0])
+    tensors, _ = read_tensors(tmp_path / "again" / "model.safetensors")
+    assert "lm_head.weight" in tensors and len(tensors) == 5 + 12 * CONFIG.n_layer
 
 
 def test_fields_that_change_nothing_and_other_names_of_sizes(folder):

@@ -57,6 +57,25 @@ def test_so_do_those_of_an_adapter_on_its_own(targets):
     assert_close(check_model(model, wrt="lora", entries=4), 1e-6)
 
 
+@pytest.mark.parametrize("wrt", ["base", "lora"])
+def test_so_do_those_of_a_model_whose_head_is_a_table_of_its_own(wrt):
+    model = tiny_model()
+    head = moved(model.base["wte"], 1)
+    model = model._replace(base={**model.base, "head": head})
+    checks = check_model(model, wrt=wrt, entries=4)
+    assert_close(checks, 1e-6)
+    assert wrt == "lora" or "base.head" in {check.name for check in checks}
+
+
+def test_a_head_equal_to_the_embedding_shares_its_gradient():
+    """Tied or not, the logits are the same, and the tied gradient is the sum of the two."""
+    base, batch = a_base(), a_batch()
+    tied, dtied, _ = loss_and_grads(base, wrt="base", **batch)
+    loss, apart, _ = loss_and_grads({**base, "head": base["wte"]}, wrt="base", **batch)
+    assert loss == tied
+    np.testing.assert_allclose(apart["wte"] + apart["head"], dtied["wte"], rtol=1e-12, atol=1e-15)
+
+
 def test_the_gradient_of_the_logits():
     base, batch = a_base(), a_batch()
     logits, cache = gpt_forward(base, tokens=batch["tokens"], config=CONFIG)

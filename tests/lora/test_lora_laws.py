@@ -145,6 +145,17 @@ def test_merged_equals_unmerged(targets, rslora):
     assert_trees_close(unmerge(merged, lora, lora_config), base)
 
 
+def test_the_embedding_merges_where_the_head_is_a_table_of_its_own():
+    base, lora, lora_config, batch = model(TARGETS)
+    base = {**base, "head": base["wte"] + 1.0}
+    merged = merge(base, lora, lora_config)
+    assert merged["head"] is base["head"]
+    unmerged_logits = gpt_logits(base, lora, **without_targets(batch))
+    merged_logits = gpt_logits(merged, tokens=batch["tokens"], config=CONFIG)
+    np.testing.assert_allclose(merged_logits, unmerged_logits, rtol=1e-10, atol=1e-11)
+    assert_trees_close(unmerge(merged, lora, lora_config), base)
+
+
 def test_merging_is_pure():
     base, lora, lora_config, _ = model(MERGEABLE)
     before = flatten(map_leaves(np.copy, {"base": base, "lora": lora}))

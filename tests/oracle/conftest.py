@@ -41,6 +41,8 @@ TORCH_WORDS = {
 
 def torch_name(path: str) -> str:
     """GPT2LMHeadModel's name of the parameter at a base path, or of the module at a LoRA path."""
+    if path == "head":
+        return "lm_head.weight"
     return ".".join(["transformer", *(TORCH_WORDS.get(word, word) for word in path.split("."))])
 
 
@@ -79,7 +81,13 @@ class Twin:
         no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
         no_tokens = {"bos_token_id": None, "eos_token_id": None}
         model = GPT2LMHeadModel(
-            GPT2Config(**vars(config), **no_dropout, **no_tokens, attn_implementation="eager")
+            GPT2Config(
+                **vars(config),
+                **no_dropout,
+                **no_tokens,
+                tie_word_embeddings="head" not in base,
+                attn_implementation="eager",
+            )
         )
         model.to(torch.from_numpy(base["wte"]).dtype)
         self.base = {path: model.get_parameter(torch_name(path)) for path in flatten(base)}
@@ -87,7 +95,8 @@ class Twin:
         assert not unset, f"our tree has no {sorted(unset)}"
         for path, leaf in flatten(base).items():
             self.base[path].data = torch.from_numpy(leaf.copy())
-        assert model.lm_head.weight is self.base["wte"], "the head is not tied"
+        tied = model.lm_head.weight is self.base["wte"]
+        assert tied == ("head" not in base), "the head is not tied as in our tree"
 
         self.adapters: list[tuple[Any, Any, list[Part]]] = []
         self.model: Any = model
@@ -195,7 +204,13 @@ def twin() -> type[Twin]:
 
 
 def random_model(
-    config: GPTConfig, lora_config: LoRAConfig | None, *, seed: int, dtype: Any, spread: float = 0.2
+    config: GPTConfig,
+    lora_config: LoRAConfig | None,
+    *,
+    seed: int,
+    dtype: Any,
+    spread: float = 0.2,
+    tied: bool = True,
 ) -> tuple[Tree, Tree | None]:
     """A base and adapters of which no entry is zero, one or as it was drawn."""
     rng = np.random.default_rng(seed)
@@ -204,6 +219,8 @@ def random_model(
         return (x + spread * rng.standard_normal(x.shape)).astype(dtype)
 
     base = map_leaves(move, gpt_init(config, seed=seed, dtype=np.float64))
+    if not tied:
+        base["head"] = move(np.zeros_like(base["wte"]))
     if lora_config is None:
         return base, None
     lora = map_leaves(move, lora_init(base, lora_config, seed=seed))

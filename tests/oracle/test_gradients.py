@@ -31,6 +31,7 @@ class Case(NamedTuple):
     attended: np.ndarray
     ignore_index: int
     seed: int
+    tied: bool
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -87,7 +88,8 @@ def cases(draw: st.DrawFn, adapted: bool = True) -> Case:
     attended = np.arange(T) < np.array([[T] * B] if lengths is None else [lengths]).T
     targets[~attended | (rng.random((B, T)) < 0.2)] = ignore_index
     targets[0, lengths[0] - 1 if lengths else T - 1] = 0  # at least one is counted
-    return Case(config, lora_config, tokens, targets, attended, ignore_index, seed)
+    tied = draw(st.booleans())
+    return Case(config, lora_config, tokens, targets, attended, ignore_index, seed, tied)
 
 
 def oracle_loss_and_grads(model, case: Case):
@@ -132,7 +134,9 @@ def check_gradients(case: Case, base, lora, dbase, dlora, wrt, worst, tolerance)
 @settings(max_examples=150)
 @given(case=cases())
 def test_an_adapted_model_agrees_with_autograd(twin, make_model, worst, dtype, case):
-    base, lora = make_model(case.config, case.lora_config, seed=case.seed, dtype=dtype)
+    base, lora = make_model(
+        case.config, case.lora_config, seed=case.seed, dtype=dtype, tied=case.tied
+    )
     model = twin(base, case.config, lora, case.lora_config)
     loss, logits, dbase, dlora = oracle_loss_and_grads(model, case)
     check_loss_and_logits(case, base, lora, loss, logits, dtype)
@@ -144,7 +148,7 @@ def test_an_adapted_model_agrees_with_autograd(twin, make_model, worst, dtype, c
 @settings(max_examples=50)
 @given(case=cases(adapted=False))
 def test_a_base_alone_agrees_with_autograd(twin, make_model, worst, dtype, case):
-    base, _ = make_model(case.config, None, seed=case.seed, dtype=dtype)
+    base, _ = make_model(case.config, None, seed=case.seed, dtype=dtype, tied=case.tied)
     loss, logits, dbase, dlora = oracle_loss_and_grads(twin(base, case.config), case)
     assert dlora == {}
     check_loss_and_logits(case, base, None, loss, logits, dtype)
@@ -156,7 +160,7 @@ def test_every_target_alone_agrees_with_autograd(twin, make_model, worst):
     tokens, targets = np.random.default_rng(0).integers(config.vocab_size, size=(2, 2, 6))
     for seed, target in enumerate(TARGETS):
         lora_config = LoRAConfig(rank=2, alpha=3.0, targets=(target,))
-        case = Case(config, lora_config, tokens, targets, np.ones((2, 6), bool), -100, seed)
+        case = Case(config, lora_config, tokens, targets, np.ones((2, 6), bool), -100, seed, True)
         base, lora = make_model(config, lora_config, seed=seed, dtype=np.float64)
         _, _, dbase, dlora = oracle_loss_and_grads(twin(base, config, lora, lora_config), case)
         assert all(np.abs(gradient).max() > 1e-6 for gradient in dlora.values()), target
