@@ -6,6 +6,7 @@ package copies between the two.
 
 from __future__ import annotations
 
+import functools
 import sys
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -37,15 +38,28 @@ def load_cupy() -> ModuleType:
     """
     try:
         import cupy
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise MiniloraError(
             "the device cuda needs CuPy: pip install 'minilora[cuda13]' (or [cuda12], "
             "as nvidia-smi names your driver's CUDA version)"
         ) from error
-    if not cupy.is_available():
+    except ImportError as error:
+        raise MiniloraError(f"CuPy is installed but does not import: {error}") from error
+    _prove(cupy)
+    return cupy
+
+
+@functools.cache
+def _prove(cupy: ModuleType) -> None:
+    """See, once, that there is a GPU and that CUDA's libraries compile and multiply on it."""
+    try:
+        cupy.cuda.runtime.getDeviceCount()
+    except RuntimeError as error:
         raise MiniloraError(
-            "CuPy is installed but finds no usable GPU or driver; nvidia-smi must list a GPU"
-        )
+            f"CuPy is installed but finds no usable GPU or driver ({error}); nvidia-smi must list "
+            "a GPU and name a CUDA version that is not older than CuPy's, 13 for minilora[cuda13] "
+            "or 12 for minilora[cuda12]"
+        ) from error
     try:
         probe = cupy.ones((2, 2), dtype=cupy.float32)
         float((probe @ probe).sum())
@@ -54,7 +68,6 @@ def load_cupy() -> ModuleType:
             f"the GPU is there but CUDA's libraries do not load ({error}); "
             "pip install 'cupy-cuda13x[ctk]' (or cupy-cuda12x[ctk]) brings them"
         ) from error
-    return cupy
 
 
 def resolve_device(device: str) -> str:
@@ -76,11 +89,10 @@ def resolve_device(device: str) -> str:
 
 
 def to_device(arrays: Any, device: str) -> Any:
-    """An array or tree on `device` ("cpu" or "cuda"); what lies there already is not copied."""
-    if device == "cpu":
+    """An array or tree on a device (see `resolve_device`); what lies there already is not copied."""
+    if resolve_device(device) == "cpu":
         return to_host(arrays)
-    cupy = load_cupy()
-    return tree.map_leaves(cupy.asarray, arrays)
+    return tree.map_leaves(load_cupy().asarray, arrays)
 
 
 def to_host(arrays: Any) -> Any:

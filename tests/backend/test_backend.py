@@ -21,13 +21,20 @@ def fake_cupy(monkeypatch, *, available=True, fails=None):
 
     Array.__module__ = "cupy._core.core"
 
+    def device_count():
+        if not available:
+            raise RuntimeError("cudaErrorNoDevice: no CUDA-capable device is detected")
+        return 1
+
     def ones(shape, dtype):
+        proofs.append(shape)
         if fails is not None:
             raise fails
         return np.ones(shape, dtype)
 
     cupy = types.ModuleType("cupy")
-    cupy.is_available = lambda: available
+    cupy.proofs = proofs = []
+    cupy.cuda = types.SimpleNamespace(runtime=types.SimpleNamespace(getDeviceCount=device_count))
     cupy.float32 = np.float32
     cupy.ones = ones
     cupy.asarray = lambda x: np.asarray(x).view(Array)
@@ -85,6 +92,18 @@ def without_cupy(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)  # `import cupy` raises ImportError
 
 
+def without_an_import(monkeypatch):
+    class Broken:
+        """Finds a CuPy that raises as it is imported."""
+
+        def find_spec(self, name, *_):
+            if name == "cupy":
+                raise ImportError("libcudart.so.13: cannot open shared object file")
+
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+
+
 def without_gpu(monkeypatch):
     fake_cupy(monkeypatch, available=False)
 
@@ -99,7 +118,8 @@ def without_shared_objects(monkeypatch):
 
 MISSING = [
     (without_cupy, r"needs CuPy: pip install 'minilora\[cuda13\]'"),
-    (without_gpu, "finds no usable GPU"),
+    (without_an_import, r"does not import: libcudart.so.13"),
+    (without_gpu, r"finds no usable GPU or driver \(cudaErrorNoDevice"),
     (without_libraries, r"libraries do not load \(libnvrtc.so.13 not found\)"),
     (without_shared_objects, r"libraries do not load \(libcublas"),
 ]
@@ -120,6 +140,8 @@ def test_what_is_missing_is_named(monkeypatch, break_it, message):
 def test_a_gpu_that_works_is_used(monkeypatch):
     cupy = fake_cupy(monkeypatch)
     assert load_cupy() is cupy
+    assert load_cupy() is cupy
+    assert len(cupy.proofs) == 1, "each proof waits for the device"
     assert resolve_device("cuda") == "cuda"
     assert resolve_device("auto") == "cuda"
 
@@ -133,3 +155,5 @@ def test_the_cpu_needs_no_cupy(monkeypatch):
 def test_other_devices_are_refused(name):
     with pytest.raises(MiniloraError, match="cpu, cuda, auto"):
         resolve_device(name)
+    with pytest.raises(MiniloraError, match="cpu, cuda, auto"):
+        to_device(np.zeros(2), name)
