@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 from minilora import tree
 from minilora.backend import Array, to_device, to_host
 from minilora.errors import MiniloraError
+from minilora.formats.files import make_folder
 from minilora.formats.tensors import read_tensors, write_tensors
 from minilora.optim import Moments
 from minilora.tree import Tree
@@ -39,6 +41,23 @@ class State:
     moments: Moments
     history: History
     seconds: float = 0.0
+
+
+@contextmanager
+def output_folder(folder: Path) -> Iterator[None]:
+    """Make the folder where it is missing; should the block fail and leave it empty, it goes again.
+
+    Raises MiniloraError where it cannot be made.
+    """
+    is_new = not folder.exists()
+    make_folder(folder)
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            with suppress(OSError):  # it holds a checkpoint
+                folder.rmdir()
+        raise
 
 
 def save_checkpoint(folder: Path, state: State, settings: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ record of the run, and only then is the checkpoint deleted: whatever moment a ru
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,24 +17,19 @@ import numpy as np
 
 from minilora import tree
 from minilora.checkpoint import CHECKPOINT, History, check_same_run
-from minilora.data import Corpus
+from minilora.data import ByteTokenizer, Corpus
 from minilora.errors import MiniloraError
 from minilora.formats import save_adapter, save_base
 from minilora.formats.files import read_json, write_bytes, write_json
 from minilora.gpt import GPTConfig, gpt_init
 from minilora.lora import LoRAConfig, lora_init
 from minilora.model import Model
-from minilora.train import (
-    Progress,
-    TrainConfig,
-    Trained,
-    run_fingerprint,
-    train,
-)
+from minilora.train import Progress, TrainConfig, Trained, run_fingerprint, train
 from minilora.tree import Tree
 
 RECORD = "training.json"
 ADAPTER_WEIGHTS, BASE_WEIGHTS = "adapter_model.safetensors", "model.safetensors"
+RESULT = {"lora": ("adapter_config.json", ADAPTER_WEIGHTS), "full": ("config.json", BASE_WEIGHTS)}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -104,95 +99,31 @@ def adapt_in_folder(
     folder goes on and ends in the same files, bit for bit; where there is none, a new one starts.
     Raises MiniloraError when the folder holds anything else.
     """
+    folder = Path(folder)
+    finished = claim_folder(folder, resume=resume)
+    fingerprint = run_fingerprint(model.base, model.config, lora_config, settings, corpus, device)
+    if finished is not None:
+        return _finished_run(folder, finished, fingerprint)
     lora = None
     if settings.method == "lora":
         lora = lora_init(model.base, lora_config, seed=settings.seed)
-
-    def save(folder: Path, params: Tree) -> Path:
-        adapted = _with_trained(model, lora_config, settings, params)
-        if adapted.lora is None:
-            save_base(folder, adapted.base, model.config, dtype=dtype)
-            copy_tokenizer(model.folder, folder)
-            return folder / BASE_WEIGHTS
-        save_adapter(folder, adapted.lora, lora_config, model.config, base_name=model.base_name)
-        return folder / ADAPTER_WEIGHTS
-
-    return _run_in_folder(
-        model.base, lora, corpus, model.config, lora_config, settings, Path(folder), save,
-        resume=resume, device=device, report=report,
-    )  # fmt: skip
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy whatever tokenizer files a base's folder has to another."""
-    for name in TOKENIZER_FILES:
-        if (source / name).exists():
-            write_bytes(target / name, (source / name).read_bytes())
-
-
-def pretrain_in_folder(
-    config: GPTConfig,
-    corpus: Corpus,
-    settings: TrainConfig,
-    folder: str | Path,
-    *,
-    dtype: Any = np.float32,
-    resume: bool = False,
-    device: str = "cpu",
-    report: Report = silent,
-) -> Run:
-    """A base trained from `gpt_init` on, saved in a folder as `dtype`; see `adapt_in_folder`."""
-
-    def save(folder: Path, params: Tree) -> Path:
-        save_base(folder, params, config, dtype=dtype)
-        return folder / BASE_WEIGHTS
-
-    base = gpt_init(config, seed=settings.seed)
-    return _run_in_folder(
-        base, None, corpus, config, None, settings, Path(folder), save,
-        resume=resume, device=device, report=report,
-    )  # fmt: skip
-
-
-def _with_trained(
-    model: Model, lora_config: LoRAConfig, settings: TrainConfig, params: Tree
-) -> Model:
-    if settings.method == "lora":
-        return model.with_adapter(params, lora_config)
-    return dataclasses.replace(model, base=params)
-
-
-def _run_in_folder(
-    base: Tree,
-    lora: Tree | None,
-    corpus: Corpus,
-    config: GPTConfig,
-    lora_config: LoRAConfig | None,
-    settings: TrainConfig,
-    folder: Path,
-    save: Callable[[Path, Tree], Path],
-    *,
-    resume: bool,
-    device: str,
-    report: Report,
-) -> Run:
-    fingerprint = run_fingerprint(base, config, lora_config, settings, corpus)
-    finished = claim_folder(folder, resume=resume)
-    if finished is not None:
-        check_same_run(folder / RECORD, finished["settings"], fingerprint)
-        (folder / CHECKPOINT).unlink(missing_ok=True)
-        return Run(finished["figures"], History(**finished["history"]), was_finished=True)
     trained = train(
-        base, lora, corpus, config=config, lora_config=lora_config, settings=settings,
-        folder=folder, resume=resume, device=device, report=report,
+        model.base, lora, corpus, config=model.config, lora_config=lora_config, settings=settings,
+        folder=folder, fingerprint=fingerprint, resume=resume, device=device, report=report,
     )  # fmt: skip
-    weights = save(folder, trained.params)
+    adapted = _with_trained(model, lora_config, settings, trained.params)
+    if adapted.lora is not None:
+        save_adapter(folder, adapted.lora, lora_config, model.config, base_name=model.base_name)
+    else:
+        save_base(folder, adapted.base, model.config, dtype=dtype)
+        copy_tokenizer(model.folder, folder)
+    weights = folder / RESULT[settings.method][-1]
     history = trained.history
     figures: dict[str, float | int] = {
         "loss_before": history.held_out[0][1],
         "loss_after": history.held_out[-1][1],
         "trainable_parameters": tree.count(trained.params),
-        "base_parameters": tree.count(base),
+        "base_parameters": tree.count(model.base),
         "adapter_bytes": weights.stat().st_size,
         "seconds": trained.seconds,
         "tokens_per_second": trained.tokens_per_second,
@@ -205,6 +136,45 @@ def _run_in_folder(
     write_json(folder / RECORD, record)
     (folder / CHECKPOINT).unlink(missing_ok=True)
     return Run(figures, history)
+
+
+def pretrain_in_folder(
+    config: GPTConfig, corpus: Corpus, settings: TrainConfig, folder: str | Path, **options: Any
+) -> Run:
+    """A byte-level base trained from `gpt_init` on: full training, saved as `adapt_in_folder` does.
+
+    The options are those of `adapt_in_folder`.
+    """
+    fresh = Model(gpt_init(config, seed=settings.seed), config, ByteTokenizer(), Path(folder))
+    settings = dataclasses.replace(settings, method="full")
+    return adapt_in_folder(fresh, corpus, LoRAConfig(), settings, folder, **options)
+
+
+def _with_trained(
+    model: Model, lora_config: LoRAConfig, settings: TrainConfig, params: Tree
+) -> Model:
+    if settings.method == "lora":
+        return model.with_adapter(params, lora_config)
+    return dataclasses.replace(model, base=params)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy whatever tokenizer files a base's folder has to another."""
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            write_bytes(target / name, (source / name).read_bytes())
+
+
+def _finished_run(folder: Path, record: dict[str, Any], fingerprint: Mapping[str, Any]) -> Run:
+    check_same_run(folder / RECORD, record["settings"], fingerprint)
+    for name in RESULT[fingerprint["method"]]:
+        if not (folder / name).is_file():
+            raise MiniloraError(
+                f"{folder} holds the record of a finished run but not its {name}; "
+                "empty the folder to train again"
+            )
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+    return Run(record["figures"], History(**record["history"]), was_finished=True)
 
 
 def claim_folder(folder: Path, *, resume: bool) -> dict[str, Any] | None:

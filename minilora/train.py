@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,11 +22,17 @@ import numpy as np
 
 from minilora import tree
 from minilora.backend import Array, namespace, to_device, to_host
-from minilora.checkpoint import History, State, checksum, load_checkpoint, save_checkpoint
+from minilora.checkpoint import (
+    History,
+    State,
+    checksum,
+    load_checkpoint,
+    output_folder,
+    save_checkpoint,
+)
 from minilora.data import Corpus, check_ids, check_length, draw_batch
 from minilora.errors import MiniloraError
 from minilora.evaluation import held_out_batches, sum_nats
-from minilora.formats.files import make_folder
 from minilora.gpt import GPTConfig, loss_and_grads
 from minilora.lora import LoRAConfig, dropout_masks
 from minilora.optim import adamw, adamw_init, clip_by_global_norm, warmup_cosine
@@ -192,6 +198,7 @@ def train(
     lora_config: LoRAConfig | None = None,
     settings: TrainConfig,
     folder: Path | None = None,
+    fingerprint: Mapping[str, Any] | None = None,
     resume: bool = False,
     device: str = "cpu",
     report: Callable[[Progress], None] = lambda progress: None,
@@ -199,9 +206,10 @@ def train(
     """Train `lora` on a frozen `base` (method `lora`), or `base` itself (method `full`).
 
     With a `folder`, the state is saved there every `checkpoint_every` steps, and `resume` goes on
-    from it, or starts afresh where there is none. Neither tree is changed. Raises MiniloraError for
-    text that is too short or of another vocabulary, a context beyond the base's, or a loss that is
-    not finite (the last checkpoint stays); Interrupted after Ctrl-C, the state being saved.
+    from it, or starts afresh where there is none; `fingerprint` is `run_fingerprint`'s, where the
+    caller has it already. Neither tree is changed. Raises MiniloraError for text that is too short
+    or of another vocabulary, a context beyond the base's, or a loss that is not finite (the last
+    checkpoint stays); Interrupted after Ctrl-C, the state being saved.
     """
     if settings.context > config.n_positions:
         raise MiniloraError(
@@ -214,20 +222,23 @@ def train(
         raise MiniloraError(f"{corpus.name} is too short: nothing of it can be held out")
     for tokens in (corpus.train, corpus.held_out):
         check_ids(tokens, config.vocab_size)
-    fingerprint = run_fingerprint(base, config, lora_config, settings, corpus)
-    base = to_device(base, device)
-    params = to_device(lora, device) if settings.method == "lora" else base
-    state = None
-    if folder:
-        make_folder(folder)
-        state = load_checkpoint(folder, fingerprint, params, device) if resume else None
-    if state is None:
-        state = State(0, params, adamw_init(params), History())
+    if fingerprint is None:
+        fingerprint = (
+            run_fingerprint(base, config, lora_config, settings, corpus, device) if folder else {}
+        )
     with (
-        Workers(fingerprint["threads"], device) as workers,
+        output_folder(folder) if folder else nullcontext(),
+        Workers(settings.threads or cores(), device) as workers,
         ctrl_c_sets_flag() as stop,
         np.errstate(all="ignore"),  # as in Workers
     ):
+        base = to_device(base, device)
+        params = to_device(lora, device) if settings.method == "lora" else base
+        state = None
+        if folder and resume:
+            state = load_checkpoint(folder, fingerprint, params, device)
+        if state is None:
+            state = State(0, params, adamw_init(params), History())
         loop = Loop(base, corpus, config, lora_config, settings, device, workers)
         return loop.run(state, folder, fingerprint, stop, report)
 
@@ -238,12 +249,14 @@ def run_fingerprint(
     lora_config: LoRAConfig | None,
     settings: TrainConfig,
     corpus: Corpus,
+    device: str,
 ) -> dict[str, Any]:
-    """What must be equal for a run to go on: the settings, and checksums of base and text."""
+    """What must be equal for a run to go on: settings, device, checksums of base and text."""
     parts = dataclasses.asdict(config) | dataclasses.asdict(settings)
     if lora_config is not None and settings.method == "lora":
         parts |= dataclasses.asdict(lora_config)
     parts["threads"] = settings.threads or cores()
+    parts["device"] = device
     parts["checksum of the base"] = checksum(tree.flatten(to_host(base)).values())
     parts["checksum of the text"] = checksum([corpus.train, corpus.held_out])
     return parts

@@ -1,5 +1,6 @@
 """A run's folder: what is in it at every moment, and that `resume` finds what it needs."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from minilora import tree
-from minilora.checkpoint import CHECKPOINT
+from minilora.checkpoint import CHECKPOINT, checksum
 from minilora.data import ByteTokenizer, Corpus
 from minilora.errors import MiniloraError
 from minilora.formats import load_adapter, load_base, save_base
@@ -120,8 +121,7 @@ def test_a_full_run_leaves_a_base(tmp_path, model):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_pretraining_leaves_a_base_in_the_dtype_asked_for(tmp_path, dtype):
-    settings = dataclasses.replace(SETTINGS, method="full")
-    finished = pretrain_in_folder(CONFIG, corpus(), settings, tmp_path / "out", dtype=dtype)
+    finished = pretrain_in_folder(CONFIG, corpus(), SETTINGS, tmp_path / "out", dtype=dtype)
     assert names(tmp_path / "out") == ["config.json", "model.safetensors", RECORD]
     base, _ = load_base(tmp_path / "out")
     start = gpt_init(CONFIG, seed=0)
@@ -198,6 +198,72 @@ def test_a_finished_run_is_not_run_again(tmp_path, model):
     assert again.figures == first.figures
     assert again.history.held_out == [list(point) for point in first.history.held_out]
     assert {name: (tmp_path / "out" / name).read_bytes() for name in ADAPTER_FILES} == before
+
+
+@pytest.mark.parametrize(
+    ("method", "name"), [("lora", "adapter_config.json"), ("lora", ADAPTER_WEIGHTS),
+                         ("full", "config.json"), ("full", BASE_WEIGHTS)],
+)  # fmt: skip
+def test_a_finished_run_without_its_files_is_not_finished(tmp_path, model, method, name):
+    folder = tmp_path / "out"
+    run(model, folder, method=method)
+    (folder / name).unlink()
+    left = names(folder)
+    with pytest.raises(MiniloraError, match=f"a finished run but not its {name}; empty the folder"):
+        run(model, folder, method=method, resume=True)
+    assert names(folder) == left
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_run_that_cannot_begin_leaves_no_empty_folder(tmp_path, model, monkeypatch, is_new):
+    folder = tmp_path / "out"
+    if not is_new:
+        folder.mkdir()
+
+    def out_of_memory(*_, **__):
+        raise MemoryError("nothing left")
+
+    monkeypatch.setattr("minilora.train.loss_and_grads", out_of_memory)
+    with pytest.raises(MemoryError, match="nothing left"):
+        run(model, folder)
+    assert folder.exists() != is_new  # what was there before stays
+
+
+def test_a_run_that_fails_later_keeps_its_checkpoint(tmp_path, model):
+    with pytest.raises(Killed):
+        run(model, tmp_path / "out", report=stop_at(2))
+    assert names(tmp_path / "out") == [CHECKPOINT]
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_another_device_is_another_run(tmp_path, model, monkeypatch, finished):
+    """Its rounding is another. The arrays stay on the host here, whatever the device is called."""
+    for module in ("train", "checkpoint", "evaluation"):
+        monkeypatch.setattr(f"minilora.{module}.to_device", lambda arrays, device: arrays)
+
+    def on(device, resume=False, report=lambda progress: None):
+        adapt_in_folder(model, corpus(), LORA_CONFIG, SETTINGS, tmp_path / "out", device=device,
+                        resume=resume, report=report)  # fmt: skip
+
+    with contextlib.nullcontext() if finished else pytest.raises(Killed):
+        on("cuda", report=stop_at(5 if finished else 3))
+    with pytest.raises(MiniloraError, match="with device cuda, but this one has cpu"):
+        on("cpu", resume=True)
+    on("cuda", resume=True)
+
+
+def test_the_base_is_read_through_once_for_its_checksum(tmp_path, model, monkeypatch):
+    calls = []
+
+    def counting(arrays):
+        calls.append(arrays)
+        return checksum(arrays)
+
+    monkeypatch.setattr("minilora.train.checksum", counting)
+    run(model, tmp_path / "out")
+    assert len(calls) == 2  # the base and the text
+    adapt(model, corpus(), LORA_CONFIG, SETTINGS)
+    assert len(calls) == 2  # no folder, nothing to resume
 
 
 @pytest.mark.parametrize("finished", [False, True])
