@@ -236,6 +236,47 @@ def add_gradcheck(group: Any) -> None:
     add_seed(sub, "seed of the random arguments")
 
 
+def add_bench(group: Any) -> None:
+    sub = add_command(
+        group,
+        "bench",
+        commands.bench_command,
+        summary="time a step, and the matrix products that it cannot do without",
+        figures="step_seconds_median, floor_seconds, tokens_per_second, peak_rss_bytes, "
+        "blas_kernel, threads, breakdown, and more",
+    )
+    sub.add_argument(
+        "--shape",
+        choices=("tiny", "small", "gpt2", "gpt2-medium"),
+        default="tiny",
+        help="4 blocks of width 256, 6 of 384, 12 of 768 or 24 of 1024; the weights are random",
+    )
+    sub.add_argument(
+        "--what",
+        choices=("step", "evaluate", "generate"),
+        default="step",
+        help="a step of training, the loss on a batch, or a text of --context tokens",
+    )
+    sub.add_argument(
+        "--method", choices=("lora", "full"), default="lora", help="what a step trains"
+    )
+    sub.add_argument("--batch", type=int, default=8, help="sequences in a batch")
+    sub.add_argument("--context", type=int, default=128, help="tokens in a sequence")
+    sub.add_argument("--rank", type=int, default=8, help="rank R of A and B")
+    sub.add_argument("--targets", default="qkv", help="weights to adapt, separated by commas")
+    sub.add_argument(
+        "--threads", type=natural, default=0, help="threads in all (0: one for each core)"
+    )
+    sub.add_argument("--steps", type=int, default=10, help="how many times it is timed")
+    add_device(sub)
+    sub.add_argument(
+        "--versus",
+        choices=("peft", "1"),
+        help="time beside it, in turn, PyTorch with transformers and PEFT, or one thread",
+    )
+    sub.add_argument("--rounds", type=int, default=3, help="processes of each for --versus")
+
+
 COMMANDS = (
     add_demo,
     add_adapt,
@@ -244,6 +285,7 @@ COMMANDS = (
     add_generate,
     add_merge,
     add_gradcheck,
+    add_bench,
 )
 
 

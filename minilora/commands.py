@@ -196,6 +196,28 @@ def gradcheck_command(args: argparse.Namespace) -> int:
     return 0 if errors[worst] <= TOLERANCE else 1
 
 
+def bench_command(args: argparse.Namespace) -> int:
+    from minilora.bench.case import SHAPES, Case
+    from minilora.bench.command import bench
+    from minilora.workers import cores
+
+    case = Case(
+        config=SHAPES[args.shape],
+        what=args.what,
+        method=args.method,
+        batch=args.batch,
+        context=args.context,
+        rank=args.rank,
+        targets=targets_of(args.targets),
+        threads=args.threads or cores(),
+        steps=args.steps,
+        device=chosen_device(args),
+    )
+    figures = bench(case, versus=args.versus, rounds=args.rounds)
+    write_figures(args, {"shape": args.shape, **figures})
+    return 0
+
+
 # --- what commands share -----------------------------------------------------------------------
 
 

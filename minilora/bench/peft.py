@@ -1,0 +1,139 @@
+"""The same case in PyTorch, with transformers and PEFT: their best way that we know of.
+
+No dropout, no caching where nothing is generated, the loss from the logits directly, AdamW on the
+adapters alone, and both of transformers' attentions: the caller takes the better one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from minilora.bench.case import PROMPT, Case
+from minilora.bench.measure import WARM_UP, peak_rss, seconds_of
+from minilora.data import draw_batch
+from minilora.errors import MiniloraError
+
+ATTENTIONS = ("sdpa", "eager")
+MODULES = {
+    "qkv": "attn.c_attn",
+    "o": "attn.c_proj",
+    "up": "mlp.c_fc",
+    "down": "mlp.c_proj",
+    "embedding": "wte",
+}
+
+
+def check(case: Case) -> None:
+    """Raise MiniloraError where the comparison cannot be made."""
+    for name in ("torch", "transformers", "peft"):
+        if importlib.util.find_spec(name) is None:
+            raise MiniloraError(
+                f"--versus peft needs {name}: pip install 'minilora[oracle]' brings it"
+            )
+    for target in case.targets:
+        if target not in MODULES:
+            raise MiniloraError(
+                f"PEFT has no target {target!r} in GPT-2; --versus peft knows {', '.join(MODULES)}"
+            )
+
+
+def measure_peft(case: Case, *, attention: str) -> dict[str, Any]:
+    """The figures of `measure` without those of the floor."""
+    started = time.perf_counter()
+    warnings.simplefilter("ignore")
+    import peft
+    import torch
+    import transformers
+
+    figures: dict[str, Any] = {"import_seconds": time.perf_counter() - started}
+    torch.set_num_threads(case.threads)
+    c = case.config
+    model: Any = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=c.vocab_size, n_positions=c.n_positions, n_embd=c.n_embd, n_layer=c.n_layer,
+            n_head=c.n_head, n_inner=c.inner, layer_norm_epsilon=c.layer_norm_epsilon,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+            bos_token_id=None, eos_token_id=None, attn_implementation=attention,
+        )
+    )  # fmt: skip
+    if case.what == "step" and case.method == "lora":
+        lora = peft.LoraConfig(
+            r=case.rank, lora_alpha=case.rank, lora_dropout=0.0, fan_in_fan_out=True,
+            target_modules=[MODULES[target] for target in case.targets],
+        )  # fmt: skip
+        model = peft.get_peft_model(model, lora)
+    run = RUNS[case.what](case, model.to(case.device))
+    figures["first_step_seconds"] = seconds_of(run)
+    for _ in range(WARM_UP):
+        run()
+    figures["seconds"] = [seconds_of(run) for _ in range(case.steps)]
+    return figures | {"peak_rss_bytes": peak_rss()}
+
+
+def step(case: Case, model: Any) -> Callable[[], None]:
+    import torch
+
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    settings = case.settings
+    optimizer = torch.optim.AdamW(trained, lr=settings.lr / settings.warmup, weight_decay=0.0)
+    text, rng = case.corpus().train, np.random.default_rng(0)
+
+    def run() -> None:
+        batch = draw_batch(text, batch=case.batch, context=case.context, rng=rng)
+        tokens, targets = (torch.from_numpy(x).long().to(case.device) for x in batch)
+        logits = model(input_ids=tokens, use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        del logits  # else they are kept through the backward pass
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, settings.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()
+
+    return run
+
+
+def evaluate(case: Case, model: Any) -> Callable[[], None]:
+    import torch
+
+    model.eval()
+    tokens = torch.from_numpy(case.corpus().train[: case.tokens + 1]).long().to(case.device)
+    inputs = tokens[:-1].reshape(case.batch, case.context)
+
+    def run() -> None:
+        with torch.inference_mode():
+            logits = model(input_ids=inputs, use_cache=False).logits
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[1:]).item()
+
+    return run
+
+
+def generation(case: Case, model: Any) -> Callable[[], None]:
+    import torch
+
+    model.eval()
+    prompt = torch.from_numpy(case.corpus().train[None, :PROMPT]).long().to(case.device)
+
+    def run() -> None:
+        with torch.inference_mode():
+            text = model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=case.context,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=0,
+            )
+        assert text.shape == (1, PROMPT + case.context)
+
+    return run
+
+
+RUNS = {"step": step, "evaluate": evaluate, "generate": generation}

@@ -1,0 +1,105 @@
+"""Where the time goes: every pair and the optimiser, timed from outside while a step runs."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from minilora import evaluation, generate, gpt, lora, ops, optim, train
+
+MODULES = (ops, lora, gpt, optim, train, evaluation, generate)
+OTHERS = {
+    "loss_and_grads",
+    "cached_attention",
+    "clip_by_global_norm",
+    "adamw",
+    "draw_batch",
+    "distribution",
+}
+
+
+class Profile:
+    """Seconds by operation and thread, each without those of the operations that it calls."""
+
+    def __init__(self) -> None:
+        self.local = threading.local()
+        self.lock = threading.Lock()
+        self.seconds: dict[tuple[str, bool], float] = defaultdict(float)
+        self.calls: dict[str, int] = defaultdict(int)
+
+    def operation(self) -> str:
+        """The one that this thread is in."""
+        stack = getattr(self.local, "stack", [])
+        return stack[-1][0] if stack else ""
+
+    def timed(self, f: Callable[..., Any]) -> Callable[..., Any]:
+        name = f.__name__
+
+        @functools.wraps(f)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if not hasattr(self.local, "stack"):
+                self.local.stack = []
+            stack = self.local.stack
+            stack.append([name, 0.0])
+            start = time.perf_counter()
+            try:
+                return f(*args, **kwargs)
+            finally:
+                taken = time.perf_counter() - start
+                _, inside = stack.pop()
+                if stack:
+                    stack[-1][1] += taken
+                on_main = threading.current_thread() is threading.main_thread()
+                with self.lock:
+                    self.seconds[name, on_main] += taken - inside
+                    self.calls[name] += 1
+
+        return wrapper
+
+    def by_operation(self, threads: int) -> dict[str, float]:
+        """Seconds of the clock: what the sharing threads did counts by its mean over them."""
+        seconds: dict[str, float] = defaultdict(float)
+        for (name, on_main), taken in self.seconds.items():
+            seconds[name] += taken if on_main else taken / threads
+        return dict(seconds)
+
+
+@contextmanager
+def profiling() -> Iterator[Profile]:
+    """Within, every operation that the package calls is timed."""
+    profile = Profile()
+    wrappers: dict[Callable[..., Any], Callable[..., Any]] = {}
+    undo: list[Callable[[], None]] = []
+
+    def wrapped(name: str, f: Any) -> Any:
+        known = name.endswith(("_forward", "_backward")) or name in OTHERS
+        if not (inspect.isfunction(f) and known and not name.startswith("_")):
+            return f
+        if f not in wrappers:
+            wrappers[f] = profile.timed(f)
+        return wrappers[f]
+
+    for module in MODULES:
+        for name, value in list(vars(module).items()):
+            if wrapped(name, value) is not value:
+                undo.append(functools.partial(setattr, module, name, value))
+                setattr(module, name, wrapped(name, value))
+    for f in list(wrappers):  # functions that are the default of an argument
+        before = f.__kwdefaults__
+        if before:
+            undo.append(functools.partial(setattr, f, "__kwdefaults__", before))
+            f.__kwdefaults__ = {
+                key: wrappers.get(value, value) if callable(value) else value
+                for key, value in before.items()
+            }
+    try:
+        yield profile
+    finally:
+        for restore in undo:
+            restore()
