@@ -277,6 +277,59 @@ def add_bench(group: Any) -> None:
     sub.add_argument("--rounds", type=int, default=3, help="processes of each for --versus")
 
 
+def add_budget(group: Any) -> None:
+    from minilora.lora import TARGETS
+
+    sub = add_command(
+        group,
+        "budget",
+        commands.budget_command,
+        summary="work out by formula what a training step takes, LoRA beside full fine-tuning",
+        figures="those of --method: trainable_parameters, base_parameters, adapter_bytes, "
+        "weights_bytes, gradients_bytes, optimizer_bytes, activations_bytes, peak_bytes, "
+        "forward_flops, backward_flops",
+    )
+    which = sub.add_mutually_exclusive_group()
+    which.add_argument(
+        "--model",
+        choices=(
+            *("tiny", "small", "distilgpt2", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"),
+            "gpt3",
+        ),
+        default="gpt2",
+        help="a named shape",
+    )
+    which.add_argument(
+        "--base", metavar="DIR", help="folder whose config.json gives the shape; no weights are read"
+    )
+    for name in ("layers", "width", "heads", "vocabulary"):
+        sub.add_argument(f"--{name}", type=int, help=f"other {name} than the shape's")
+    sub.add_argument(
+        "--method", choices=("lora", "full"), default="lora", help="whose figures --json writes"
+    )
+    sub.add_argument("--rank", type=int, default=8, help="rank R of A and B")
+    sub.add_argument(
+        "--targets",
+        default="qkv",
+        help=f"weights to adapt, separated by commas: {', '.join(TARGETS)}, "
+        "or regular expressions over paths such as blocks.0.attn.qkv",
+    )
+    sub.add_argument("--dropout", type=float, default=0.0, help="dropout on the adapters' input")
+    sub.add_argument("--batch", type=int, default=8, help="sequences in a step")
+    sub.add_argument("--context", type=int, default=128, help="tokens in a sequence")
+    sub.add_argument(
+        "--dtype",
+        choices=("float16", "float32", "float64"),
+        default="float32",
+        help="dtype of every array",
+    )
+    sub.add_argument(
+        "--threads",
+        type=int,
+        help="threads that share the batch as in adapt (default: all of it in one pass)",
+    )
+
+
 COMMANDS = (
     add_demo,
     add_adapt,
@@ -286,6 +339,7 @@ COMMANDS = (
     add_merge,
     add_gradcheck,
     add_bench,
+    add_budget,
 )
 
 

@@ -218,6 +218,25 @@ def bench_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def budget_command(args: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from minilora.budget import SHAPES, Step, figures, read_shape, report, resized
+    from minilora.lora import LoRAConfig
+
+    name, config, tied = args.model, SHAPES[args.model], True
+    if args.base is not None:
+        name, (config, tied) = args.base, read_shape(args.base)
+    config = resized(config, args.layers, args.width, args.heads, args.vocabulary)
+    lora_config = LoRAConfig(args.rank, targets=targets_of(args.targets), dropout=args.dropout)
+    lora = Step(config, lora_config, args.batch, args.context, args.dtype, args.threads, tied)
+    full = replace(lora, lora_config=None)
+    for line in report(name, lora, full):
+        print(line)
+    write_figures(args, figures(lora if args.method == "lora" else full))
+    return 0
+
+
 # --- what commands share -----------------------------------------------------------------------
 
 

@@ -1,0 +1,497 @@
+"""What a training step will need, by formula: parameters, bytes and FLOPs, for LoRA and in full.
+
+Nothing is allocated here, so the sizes may be GPT-3's. A formula is a text such as "3 N C + N" over
+the shape key (B, T, N = B T rows, C, H, F, V, P), and the same text is evaluated and printed. The
+functions named `kept_…` say what each pair's cache keeps beside parameters, which are there anyway;
+token ids, some bytes a row, are left out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from minilora.errors import MiniloraError
+from minilora.gpt import GPTConfig
+from minilora.lora import LoRAConfig, adapted_paths, weight_of
+from minilora.workers import Workers
+
+SHAPES = {
+    "tiny": GPTConfig(512, 1024, n_embd=256, n_layer=4, n_head=4),
+    "small": GPTConfig(12564, 1024, n_embd=384, n_layer=6, n_head=6),
+    "distilgpt2": GPTConfig(n_embd=768, n_layer=6, n_head=12),
+    "gpt2": GPTConfig(n_embd=768, n_layer=12, n_head=12),
+    "gpt2-medium": GPTConfig(n_embd=1024, n_layer=24, n_head=16),
+    "gpt2-large": GPTConfig(n_embd=1280, n_layer=36, n_head=20),
+    "gpt2-xl": GPTConfig(n_embd=1600, n_layer=48, n_head=25),
+    "gpt3": GPTConfig(50257, 2048, n_embd=12288, n_layer=96, n_head=96),
+}
+"""Named sizes: two for benchmarks, the GPT-2 family (Radford et al. 2019, table 2), and GPT-3
+(Brown et al. 2020, table 2.1)."""
+
+ITEMSIZE = {"float16": 2, "float32": 4, "float64": 8}
+
+
+def evaluate(formula: str, sizes: Mapping[str, int]) -> int:
+    """The value of a sum of products of sizes and whole numbers, such as "3 N C + N"."""
+    return sum(
+        math.prod(sizes[factor] if factor in sizes else int(factor) for factor in term.split())
+        for term in formula.split("+")
+    )
+
+
+# --- parameters --------------------------------------------------------------------------------
+
+
+def weight_shapes(config: GPTConfig) -> dict[str, tuple[int, int]]:
+    """(in, out) of the four linear maps of a block, by name."""
+    C, F = config.n_embd, config.inner
+    return {"qkv": (C, 3 * C), "o": (C, C), "up": (C, F), "down": (F, C)}
+
+
+def base_parameters(config: GPTConfig, *, tied: bool = True) -> int:
+    """How many numbers a base holds; `tied` without a table of its own for the head."""
+    tables = "V C + P C" if tied else "2 V C + P C"
+    block = "4 C C + 4 C + 2 C F + F + C + 4 C"  # attention, MLP, two layer norms
+    sizes = {
+        "V": config.vocab_size, "P": config.n_positions, "C": config.n_embd, "F": config.inner
+    }  # fmt: skip
+    return evaluate(f"{tables} + 2 C", sizes) + config.n_layer * evaluate(block, sizes)
+
+
+def adapter_shapes(config: GPTConfig, lora_config: LoRAConfig) -> dict[str, tuple[int, int, int]]:
+    """(in, R, out) of every adapter by LoRA path: A is (in, R), B (R, out).
+
+    Raises MiniloraError for a target that names nothing and a rank above its weight's smaller side.
+    """
+    shapes = {}
+    for path in adapted_paths(lora_config, config.n_layer):
+        weight, columns = weight_of(path, config.n_embd)
+        name = weight.split(".")[-2] if "." in weight else weight
+        n_in, n_out = {**weight_shapes(config), "wte": (config.vocab_size, config.n_embd)}[name]
+        n_out = len(range(n_out)[columns])
+        rank = lora_config.rank_of(path)
+        if rank > min(n_in, n_out):
+            raise MiniloraError(
+                f"rank {rank} is above the smaller side of {path}, a weight of {n_in} × {n_out}"
+            )
+        shapes[path] = n_in, rank, n_out
+    return shapes
+
+
+# --- the step to be budgeted -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step of adapters (`lora_config`) or, without them, of the whole base.
+
+    With `threads` the batch is shared as `train` shares it; without, it is one call of
+    `loss_and_grads`. Raises MiniloraError for what cannot be run.
+    """
+
+    config: GPTConfig
+    lora_config: LoRAConfig | None
+    batch: int = 8
+    context: int = 128
+    dtype: str = "float32"
+    threads: int | None = None
+    tied: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "context"):
+            if getattr(self, name) < 1:
+                raise MiniloraError(f"{name} {getattr(self, name)} is too small; it is at least 1")
+        if self.context > self.config.n_positions:
+            raise MiniloraError(
+                f"{self.context} tokens exceed the model's context of {self.config.n_positions}"
+            )
+
+    @property
+    def trains_base(self) -> bool:
+        return self.lora_config is None
+
+    @cached_property
+    def adapters(self) -> dict[str, tuple[int, int, int]]:
+        """(in, R, out) of every adapter by LoRA path."""
+        return {} if self.lora_config is None else adapter_shapes(self.config, self.lora_config)
+
+    @cached_property
+    def base_parameters(self) -> int:
+        return base_parameters(self.config, tied=self.tied)
+
+    @property
+    def adapter_parameters(self) -> int:
+        return sum(rank * (n_in + n_out) for n_in, rank, n_out in self.adapters.values())
+
+    @property
+    def trainable_parameters(self) -> int:
+        return self.base_parameters if self.trains_base else self.adapter_parameters
+
+    @cached_property
+    def lowest(self) -> int:
+        """The lowest block that a gradient has to reach; n_layer if none."""
+        if self.trains_base or "embedding" in self.adapters:
+            return 0
+        return min(int(path.split(".")[1]) for path in self.adapters)
+
+    @property
+    def shards(self) -> list[int]:
+        """The sequences of each pass: of one over the whole batch, or of the threads' shares."""
+        if self.threads is None:
+            return [self.batch]
+        shards = Workers(self.threads).shards(self.batch, self.context)
+        return [shard.stop - shard.start for shard in shards]
+
+    @property
+    def passes(self) -> int:
+        """How many of them run at once."""
+        return min(len(self.shards), self.threads or 1)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The shape key, for the largest of the passes."""
+        config, batch = self.config, max(self.shards)
+        return {
+            "B": batch, "T": self.context, "N": batch * self.context, "C": config.n_embd,
+            "H": config.n_head, "F": config.inner, "V": config.vocab_size, "P": config.n_positions,
+        }  # fmt: skip
+
+
+# --- the ledger: what caches keep --------------------------------------------------------------
+
+
+class Kept(NamedTuple):
+    """One array, or a few, that the cache of a pair keeps, and the formula of how many numbers."""
+
+    pair: str
+    keeps: str
+    formula: str
+
+
+def kept_layer_norm() -> Iterator[Kept]:
+    """The normalised input, frozen or not: dx is made of it [LN.6]."""
+    yield Kept("layer norm", "x̂, 1/√(σ² + ε)", "N C + N")
+
+
+def kept_linear(name: str, n_in: str, *, frozen: bool) -> Iterator[Kept]:
+    """The input, for dW [LIN.3]; nothing when frozen."""
+    if not frozen:
+        yield Kept(f"linear {name}", "x", f"N {n_in}")
+
+
+def kept_lora(name: str, n_in: str, rank: int, *, dropout: float, shared: bool) -> Iterator[Kept]:
+    """h, for dB [LORA.3], and the input, for dA [LORA.5], unless the weight's linear map or another
+    adapter keeps it too; with dropout an input of its own, and the mask."""
+    if dropout:
+        yield Kept(f"LoRA {name}", "x ∘ mask, mask", f"2 N {n_in}")
+    elif not shared:
+        yield Kept(f"LoRA {name}", "x", f"N {n_in}")
+    yield Kept(f"LoRA {name}", "h", f"N {rank}")
+
+
+def kept_attention() -> Iterator[Kept]:
+    """q, k, v [ATT.4-8] and the weights P [ATT.6]."""
+    yield Kept("attention", "q, k, v", "3 N C")
+    yield Kept("attention", "P", "H T N")
+
+
+def kept_gelu() -> Iterator[Kept]:
+    """The input; tanh u is computed again [GELU.4]."""
+    yield Kept("GELU", "x", "N F")
+
+
+def kept_head(*, frozen: bool) -> Iterator[Kept]:
+    """The input, for dwte [HEAD.3]; nothing when frozen."""
+    if not frozen:
+        yield Kept("head", "x", "N C")
+
+
+def kept_cross_entropy() -> Iterator[Kept]:
+    """The logits and each row's log Σ exp [CE.3]."""
+    yield Kept("cross-entropy", "logits, log Σ exp", "N V + N")
+
+
+def kept_adapted_linear(step: Step, path: str, n_in: str) -> Iterator[Kept]:
+    """The linear map at a path such as `blocks.0.attn.qkv`, and the adapters on it."""
+    name = path.rpartition(".")[2]
+    yield from kept_linear(name, n_in, frozen=not step.trains_base)
+    shared = step.trains_base
+    for target in (name, *(name if name == "qkv" else "")):
+        adapter = path.removesuffix(name) + target
+        if step.lora_config is not None and adapter in step.adapters:
+            dropout = step.lora_config.dropout
+            rank = step.adapters[adapter][1]
+            yield from kept_lora(target, n_in, rank, dropout=dropout, shared=shared)
+            shared = shared or not dropout
+
+
+def kept_block(step: Step, block: int) -> Iterator[Kept]:
+    """The parts of a block in the order of its forward pass."""
+    if block < step.lowest:
+        return
+    path = f"blocks.{block}"
+    yield from kept_layer_norm()
+    yield from kept_adapted_linear(step, f"{path}.attn.qkv", "C")
+    yield from kept_attention()
+    yield from kept_adapted_linear(step, f"{path}.attn.o", "C")
+    yield from kept_layer_norm()
+    yield from kept_adapted_linear(step, f"{path}.mlp.up", "C")
+    yield from kept_gelu()
+    yield from kept_adapted_linear(step, f"{path}.mlp.down", "F")
+
+
+class Entry(NamedTuple):
+    """A line of the ledger, evaluated: `place` is `blocks.3`, `embedding`, `ln_f` or `head`."""
+
+    place: str
+    pair: str
+    keeps: str
+    formula: str
+    numbers: int
+
+
+def ledger(step: Step) -> list[Entry]:
+    """Everything that the caches of one pass keep when its forward pass is done."""
+    kept: list[tuple[str, Kept]] = []
+    if "embedding" in step.adapters:
+        rank = step.adapters["embedding"][1]
+        kept += [("embedding", Kept("LoRA embedding", "h", f"N {rank}"))]
+    for block in range(step.config.n_layer):
+        kept += [(f"blocks.{block}", line) for line in kept_block(step, block)]
+    kept += [("ln_f", line) for line in kept_layer_norm()]
+    kept += [("head", line) for line in kept_head(frozen=not step.trains_base)]
+    kept += [("head", line) for line in kept_cross_entropy()]
+    return [Entry(place, *line, evaluate(line.formula, step.sizes)) for place, line in kept]
+
+
+# --- the largest moment ------------------------------------------------------------------------
+
+
+def temporary(step: Step) -> dict[str, int]:
+    """What is allocated beside parameters and caches at the three hungriest places of one pass.
+
+    Numbers, by the name of the moment; what stays until the pass ends counts everywhere after it.
+    """
+    sizes = step.sizes
+    trains = step.trains_base
+
+    def count(formula: str) -> int:
+        return evaluate(formula, sizes)
+
+    dhead = count("V C") if trains else 0
+    dblock = count("4 C C + 2 C F + F + 9 C") if trains else 0
+    blocks = step.config.n_layer - step.lowest
+    gelu = count("N C + 4 N F")
+    attention = count("5 N C + 3 H T N")
+    end = dhead + blocks * dblock
+    return {
+        "the loss": count("2 N V"),
+        "a block's backward": count("N V") + end + max(gelu, attention),
+        "the embedding's backward": count("N V + N C") + end + dhead + count("P C") * trains,
+    }
+
+
+def moments(step: Step) -> dict[str, int]:
+    """Bytes beside weights, adapters and AdamW's moments at each of the moments of a step.
+
+    Threads are taken to reach the same moment together, which is the worst that can happen.
+    """
+    itemsize = ITEMSIZE[step.dtype]
+    kept = sum(entry.numbers for entry in ledger(step))
+    summed = step.trainable_parameters if len(step.shards) > 1 else 0
+    found = {
+        moment: step.passes * (kept + numbers) + summed
+        for moment, numbers in temporary(step).items()
+    }
+    found["the update"] = 5 * step.trainable_parameters
+    return {moment: itemsize * numbers for moment, numbers in found.items()}
+
+
+# --- FLOPs -------------------------------------------------------------------------------------
+
+
+class Flops(NamedTuple):
+    """Floating-point operations of a step's matrix products, two for each multiply-and-add."""
+
+    forward: int
+    backward: int
+
+    @property
+    def total(self) -> int:
+        return self.forward + self.backward
+
+
+def flops(step: Step) -> Flops:
+    """Those of the whole batch. A product y = x W of N rows takes 2 N I O.
+
+    Backwards dx takes as many, and so does dW where W is trained. Element-wise work is left out.
+    """
+    config = step.config
+    sizes = {**step.sizes, "B": step.batch, "N": step.batch * step.context}
+    N, C, V = sizes["N"], config.n_embd, config.vocab_size
+    weights = sum(n_in * n_out for n_in, n_out in weight_shapes(config).values())
+    attention = evaluate("4 T N C", sizes)
+    reached = config.n_layer - step.lowest
+    adapters = sum(
+        (2 * N * rank * (n_in + n_out) if path != "embedding" else 2 * N * rank * n_out)
+        for path, (n_in, rank, n_out) in step.adapters.items()
+    )
+    forward = config.n_layer * (2 * N * weights + attention) + 2 * N * C * V + adapters
+    passes = 2 if step.trains_base else 1  # dx, dW
+    backward = passes * (reached * 2 * N * weights + 2 * N * C * V)
+    backward += reached * 2 * attention + 2 * adapters
+    return Flops(forward, backward)
+
+
+# --- figures -----------------------------------------------------------------------------------
+
+
+def activation_bytes(step: Step, entries: list[Entry]) -> int:
+    """What these lines of the ledger take in all passes that run at once."""
+    return ITEMSIZE[step.dtype] * step.passes * sum(entry.numbers for entry in entries)
+
+
+def figures(step: Step) -> dict[str, int]:
+    """What --json writes; `peak_bytes` is the largest moment, with all that is there then."""
+    itemsize = ITEMSIZE[step.dtype]
+    weights, adapters = itemsize * step.base_parameters, itemsize * step.adapter_parameters
+    trained = itemsize * step.trainable_parameters
+    cost = flops(step)
+    return {
+        "trainable_parameters": step.trainable_parameters,
+        "base_parameters": step.base_parameters,
+        "adapter_bytes": adapters,
+        "weights_bytes": weights,
+        "gradients_bytes": trained,
+        "optimizer_bytes": 2 * trained,
+        "activations_bytes": activation_bytes(step, ledger(step)),
+        "peak_bytes": weights + adapters + 2 * trained + max(moments(step).values()),
+        "forward_flops": cost.forward,
+        "backward_flops": cost.backward,
+    }
+
+
+# --- the table that `minilora budget` prints ---------------------------------------------------
+
+
+def scaled(value: float, unit: str) -> str:
+    """Four digits and a decimal prefix: 37.75 MB, 3.501 TFLOP."""
+    for prefix in ("", "k", "M", "G", "T", "P", "E"):
+        if value < 999.95 or prefix == "E":
+            break
+        value /= 1000
+    digits = 0 if not prefix else max(0, 3 - len(str(int(value))) + 1)
+    return f"{value:.{digits}f} {prefix}{unit}"
+
+
+def line(label: str, *cells: str) -> str:
+    """A line of the table: a label and right-aligned cells."""
+    return f"{label:<38}" + "".join(f" {cell:>18}" for cell in cells)
+
+
+HEADER = ("LoRA", "full")
+BYTES = {
+    "weights": "weights_bytes",
+    "adapters": "adapter_bytes",
+    "gradients": "gradients_bytes",
+    "AdamW's moments": "optimizer_bytes",
+    "activations": "activations_bytes",
+    "largest moment": "peak_bytes",
+}
+
+
+def report(name: str, lora: Step, full: Step) -> Iterator[str]:
+    """The lines of the table: LoRA beside full fine-tuning, then the ledger."""
+    config, lora_config = lora.config, lora.lora_config
+    assert lora_config is not None
+    yield (
+        f"{name}: {config.n_layer} blocks, width {config.n_embd}, {config.n_head} heads, "
+        f"vocabulary {config.vocab_size:,}"
+    )
+    yield (
+        f"a step of {lora.batch} × {lora.context} tokens in {lora.dtype}; "
+        f"LoRA of rank {lora_config.rank} on {', '.join(lora_config.targets)}"
+    )
+    if len(lora.shards) > 1:
+        yield (
+            f"shared: {len(lora.shards)} passes of up to {max(lora.shards)} sequences, "
+            f"{lora.passes} of them at once"
+        )
+    steps, found = (lora, full), (figures(lora), figures(full))
+    yield "\n" + line("", *HEADER)
+    for key in ("base_parameters", "trainable_parameters"):
+        yield line(key.replace("_", " "), *(f"{x[key]:,}" for x in found))
+    yield line(
+        "  of the base", *(f"{x['trainable_parameters'] / x['base_parameters']:.3%}" for x in found)
+    )
+    for label, key in BYTES.items():
+        yield line(label, *(scaled(x[key], "B") for x in found))
+    yield line("  which is", *(largest_moment(step) for step in steps))
+    for key in ("forward_flops", "backward_flops"):
+        yield line(key.replace("_flops", ""), *(scaled(x[key], "FLOP") for x in found))
+    yield line("  in all", *(scaled(flops(step).total, "FLOP") for step in steps))
+
+    yield "\n" + line("what caches keep, N = B T", "formula", *HEADER)
+    for (what, formula), amounts in compared(steps, lambda e: (f"{e.pair}: {e.keeps}", e.formula)):
+        yield line(what, formula, *amounts)
+    yield "\n" + line("the same by layer", *HEADER)
+    by_layer = compared(steps, lambda e: e.place)
+    for amounts, places in itertools.groupby(by_layer, key=lambda found: found[1]):
+        first, *others = (place for place, _ in places)
+        yield line(f"each of {first} to {others[-1]}" if others else first, *amounts)
+
+
+def compared(
+    steps: tuple[Step, Step], key: Callable[[Entry], Any]
+) -> Iterator[tuple[Any, tuple[str, ...]]]:
+    """Bytes of LoRA and full by a key of the ledger's entries: full's in order, then LoRA's own."""
+    lora, full = (ledger(step) for step in steps)
+    for value in dict.fromkeys(map(key, full + lora)):
+        yield (
+            value,
+            tuple(
+                scaled(activation_bytes(step, [e for e in entries if key(e) == value]), "B")
+                for step, entries in zip(steps, (lora, full), strict=True)
+            ),
+        )
+
+
+def largest_moment(step: Step) -> str:
+    """The name of the moment at which a step holds most."""
+    found = moments(step)
+    return max(found, key=lambda moment: found[moment])
+
+
+# --- other shapes ------------------------------------------------------------------------------
+
+
+def resized(
+    config: GPTConfig,
+    layers: int | None = None,
+    width: int | None = None,
+    heads: int | None = None,
+    vocabulary: int | None = None,
+) -> GPTConfig:
+    """The same configuration but for the sizes that are given."""
+    sizes = {"n_layer": layers, "n_embd": width, "n_head": heads, "vocab_size": vocabulary}
+    return replace(config, **{name: size for name, size in sizes.items() if size is not None})
+
+
+def read_shape(folder: str | Path) -> tuple[GPTConfig, bool]:
+    """The sizes in a folder's config.json, and whether its head is the embedding table.
+
+    Raises MiniloraError as `load_base` does; the weights are not read and need not be there.
+    """
+    from minilora.formats.files import field, read_json
+    from minilora.formats.gpt2 import CONFIG, read_config
+
+    path = Path(folder) / CONFIG
+    document = read_json(path)
+    tied = field(document, "tie_word_embeddings", bool, True, where=path)
+    return read_config(document, path), tied
