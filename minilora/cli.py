@@ -300,7 +300,9 @@ def add_budget(group: Any) -> None:
         help="a named shape",
     )
     which.add_argument(
-        "--base", metavar="DIR", help="folder whose config.json gives the shape; no weights are read"
+        "--base",
+        metavar="DIR",
+        help="folder whose config.json gives the shape; no weights are read",
     )
     for name in ("layers", "width", "heads", "vocabulary"):
         sub.add_argument(f"--{name}", type=int, help=f"other {name} than the shape's")

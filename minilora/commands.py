@@ -231,8 +231,7 @@ def budget_command(args: argparse.Namespace) -> int:
     lora_config = LoRAConfig(args.rank, targets=targets_of(args.targets), dropout=args.dropout)
     lora = Step(config, lora_config, args.batch, args.context, args.dtype, args.threads, tied)
     full = replace(lora, lora_config=None)
-    for line in report(name, lora, full):
-        print(line)
+    print(*report(name, lora, full), sep="\n")
     write_figures(args, figures(lora if args.method == "lora" else full))
     return 0
 
