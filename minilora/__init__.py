@@ -12,6 +12,7 @@ from minilora.errors import MiniloraError
 from minilora.formats import load_adapter, load_base, save_adapter, save_base
 from minilora.gpt import GPTConfig, loss_and_grads
 from minilora.lora import LoRAConfig, lora_init, merge, unmerge
+from minilora.mix import mix
 from minilora.model import Model, complete, evaluate, load_model
 from minilora.runs import adapt
 from minilora.train import TrainConfig
@@ -34,6 +35,7 @@ __all__ = [
     "lora_init",
     "loss_and_grads",
     "merge",
+    "mix",
     "save_adapter",
     "save_base",
     "unmerge",

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
+import numpy as np
+
 from minilora import commands
 from minilora.errors import MiniloraError
 
@@ -30,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser().parse_args(argv)
         if arguments.json is not None:
             commands.check_writable(arguments.json, "--json")
-        status = int(arguments.run(arguments))
+        with np.errstate(all="ignore"):  # what overflows is told in a sentence, where it matters
+            status = int(arguments.run(arguments))
         sys.stdout.flush()
         return status
     except KeyboardInterrupt as interrupt:
@@ -173,7 +176,7 @@ def add_evaluate(group: Any) -> None:
     )
     add_data(sub)
     add_base(sub)
-    add_adapter(sub)
+    add_adapters(sub)
     sub.add_argument(
         "--held-out",
         action="store_true",
@@ -193,7 +196,7 @@ def add_generate(group: Any) -> None:
         figures="text (the continuation), token_ids",
     )
     add_base(sub)
-    add_adapter(sub)
+    add_adapters(sub)
     sub.add_argument(
         "--prompt",
         metavar="TEXT",
@@ -216,13 +219,30 @@ def add_merge(group: Any) -> None:
         group,
         "merge",
         commands.merge_command,
-        summary="add an adapter into its base, giving a base as fast as the old",
-        figures="merge_max_abs_difference, parameters, bytes",
+        summary="add adapters into their base, giving a base as fast as the old",
+        figures="merge_max_abs_difference (of logits, with the adapters in use and merged), "
+        "unmerge_max_abs_difference (of weights, in the base and after subtracting the adapters "
+        "from the merged file), parameters, bytes",
     )
     add_base(sub)
-    add_adapter(sub, required=True)
+    add_adapters(sub, required=True)
     add_dtype(sub)
+    add_device(sub)
     add_out(sub, "merged", "folder for the base")
+
+
+def add_mix(group: Any) -> None:
+    sub = add_command(
+        group,
+        "mix",
+        commands.mix_command,
+        summary="write the weighted sum of adapters as one adapter",
+        figures="mix_max_abs_difference (of logits, with the adapters in use and written), "
+        "parameters, bytes",
+    )
+    add_base(sub)
+    add_adapters(sub, required=True)
+    add_out(sub, "mixed", "folder for the adapter")
 
 
 def add_gradcheck(group: Any) -> None:
@@ -234,6 +254,7 @@ def add_gradcheck(group: Any) -> None:
         figures="max_relative_error, pairs (name to error)",
     )
     add_seed(sub, "seed of the random arguments")
+    add_device(sub)
 
 
 def add_bench(group: Any) -> None:
@@ -339,6 +360,7 @@ COMMANDS = (
     add_evaluate,
     add_generate,
     add_merge,
+    add_mix,
     add_gradcheck,
     add_bench,
     add_budget,
@@ -387,7 +409,7 @@ def add_data(sub: Options) -> None:
     )
 
 
-def add_base(sub: argparse.ArgumentParser) -> None:
+def add_base(sub: Options) -> None:
     sub.add_argument(
         "--base",
         metavar="DIR",
@@ -396,9 +418,20 @@ def add_base(sub: argparse.ArgumentParser) -> None:
     )
 
 
-def add_adapter(sub: argparse.ArgumentParser, *, required: bool = False) -> None:
+def add_adapters(sub: Options, *, required: bool = False) -> None:
     sub.add_argument(
-        "--adapter", metavar="DIR", required=required, help="folder of an adapter in PEFT's layout"
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="DIR",
+        required=required,
+        help="folder of an adapter in PEFT's layout; may be repeated: the updates add up",
+    )
+    sub.add_argument(
+        "--weight",
+        type=float,
+        action="append",
+        help="factor of an adapter's update, one for each --adapter in their order (default: 1)",
     )
 
 

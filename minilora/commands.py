@@ -56,8 +56,7 @@ def adapt_command(args: argparse.Namespace) -> int:
         )  # fmt: skip
     finish_training(args, run)
     if args.method == "lora":
-        base = [] if args.base is None else ["--base", args.base]
-        print_next("generate", *base, "--adapter", args.out)
+        print_next("generate", *base_option(args), "--adapter", args.out)
         if any(matches_qkv_part(path) for path in adapted_paths(lora_config, model.config.n_layer)):
             print("the adapters of q, k and v were written as one equal adapter of c_attn")
     return 0
@@ -93,10 +92,10 @@ def pretrain_command(args: argparse.Namespace) -> int:
 
 def evaluate_command(args: argparse.Namespace) -> int:
     from minilora.data import check_length, load_corpus, load_text
-    from minilora.model import evaluate_stream, load_model
+    from minilora.model import evaluate_stream
 
     device = chosen_device(args)
-    model = load_model(args.base, args.adapter)
+    model = chosen_model(args)
     name = " ".join(args.data)
     if args.held_out:
         corpus = load_corpus(args.data, model.tokenizer)
@@ -118,10 +117,10 @@ def evaluate_command(args: argparse.Namespace) -> int:
 
 def generate_command(args: argparse.Namespace) -> int:
     from minilora.data import read_documents
-    from minilora.model import complete, load_model
+    from minilora.model import complete
 
     device = chosen_device(args)
-    model = load_model(args.base, args.adapter).on(device)
+    model = chosen_model(args).on(device)
     prompt = "\n" if args.prompt is None else args.prompt
     if prompt == "-":
         prompt = read_documents("-")[0].text
@@ -147,26 +146,24 @@ def generate_command(args: argparse.Namespace) -> int:
 
 
 def merge_command(args: argparse.Namespace) -> int:
-    import numpy as np
-
     from minilora import tree
     from minilora.formats import save_base
+    from minilora.lora import unmerge
     from minilora.model import load_model
     from minilora.runs import BASE_WEIGHTS, claim_folder, copy_tokenizer
 
+    device = chosen_device(args)
     claim_folder(args.out, resume=False)
-    model = load_model(args.base, args.adapter)
-    merged = model.merged()
-    save_base(args.out, merged.base, merged.config, dtype=args.dtype)
+    model = chosen_model(args).on(device)
+    before = probe_logits(model)
+    save_base(args.out, model.merged().base, model.config, dtype=args.dtype)
     copy_tokenizer(model.folder, args.out)
-    saved = load_model(args.out)
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(model.config.vocab_size, size=(1, min(64, model.config.n_positions)))
+    saved = load_model(args.out).on(device)
+    restored = unmerge(saved.base, model.lora, model.lora_config)
     figures = {
-        "merge_max_abs_difference": float(
-            np.abs(model.logits(tokens) - saved.logits(tokens)).max()
-        ),
-        "parameters": tree.count(merged.base),
+        "merge_max_abs_difference": largest_difference(before, probe_logits(saved)),
+        "unmerge_max_abs_difference": largest_difference(model.base, restored),
+        "parameters": tree.count(saved.base),
         "bytes": (args.out / BASE_WEIGHTS).stat().st_size,
     }
     write_figures(args, figures)
@@ -175,14 +172,36 @@ def merge_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def mix_command(args: argparse.Namespace) -> int:
+    from minilora import tree
+    from minilora.formats import save_adapter
+    from minilora.runs import ADAPTER_WEIGHTS, claim_folder
+
+    claim_folder(args.out, resume=False)
+    model = chosen_model(args)
+    before = probe_logits(model)
+    save_adapter(args.out, model.lora, model.lora_config, model.config, base_name=model.base_name)
+    saved = model.with_adapters_from(args.out)
+    figures = {
+        "mix_max_abs_difference": largest_difference(before, probe_logits(saved)),
+        "parameters": tree.count(saved.lora),
+        "bytes": (args.out / ADAPTER_WEIGHTS).stat().st_size,
+    }
+    write_figures(args, figures)
+    print_figures(figures)
+    print_next("generate", *base_option(args), "--adapter", args.out)
+    return 0
+
+
 def gradcheck_command(args: argparse.Namespace) -> int:
     from minilora.gradcheck import TOLERANCE, GradientError
     from minilora.pairs import table
 
+    device = chosen_device(args)
     print(f"{'pair':<28} {'max relative error':>18} {'entries':>8} {'seconds':>8}")
     errors = {}
     try:
-        for row in table(seed=args.seed):
+        for row in table(seed=args.seed, device=device):
             errors[row.name] = row.error
             verdict = "" if row.error <= TOLERANCE else "   ABOVE"
             figures = f"{row.error:>18.1e} {row.entries:>8} {row.seconds:>8.3f}"
@@ -258,6 +277,41 @@ def chosen_device(args: argparse.Namespace) -> str:
     if args.device == "auto":
         print(f"device: {device}", file=sys.stderr)
     return device
+
+
+def chosen_model(args: argparse.Namespace) -> Any:
+    """The Model that --base names, with the sum that --adapter and --weight ask for."""
+    from minilora.model import load_model
+
+    model = load_model(args.base)
+    if not args.adapter and args.weight is None:
+        return model
+    return model.with_adapters_from(*args.adapter, weights=args.weight)
+
+
+def probe_logits(model: Any) -> Any:
+    """The logits of a model on some random tokens; MiniloraError unless they are finite."""
+    import numpy as np
+
+    length = min(64, model.config.n_positions)
+    tokens = np.random.default_rng(0).integers(model.config.vocab_size, size=(1, length))
+    logits = model.logits(tokens)
+    if not np.isfinite(logits).all():
+        raise MiniloraError("the logits are not finite: the numbers of the model overflow")
+    return logits
+
+
+def largest_difference(ours: Any, theirs: Any) -> float:
+    """The largest absolute difference between two arrays or trees, entry by entry."""
+    from minilora.tree import flatten
+
+    pairs = zip(flatten(ours).values(), flatten(theirs).values(), strict=True)
+    return max(float(abs(a - b).max()) for a, b in pairs)
+
+
+def base_option(args: argparse.Namespace) -> list[str]:
+    """The words of --base, to be given to the next command."""
+    return [] if args.base is None else ["--base", args.base]
 
 
 def targets_of(text: str) -> tuple[str, ...]:

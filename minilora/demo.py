@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from minilora import tree
+from minilora.backend import to_host
 from minilora.data import load_corpus
 from minilora.gradcheck import TOLERANCE, max_error
 from minilora.lora import LoRAConfig
@@ -37,7 +38,7 @@ def demo(*, seed: int = 0, threads: int = 0, device: str = "cpu") -> dict[str, A
         f"The new domain: Python, {corpus.train_bytes / 1e6:.1f} MB of the standard library; "
         f"{corpus.held_out_bytes / 1e6:.1f} MB in other files held out.\n"
     )
-    print(f"Before, it continues {PROMPT!r} with:\n{indented(continuation(model))}\n")
+    print(f"Before, it continues {PROMPT!r} with:\n{indented(continuation(model.on(device)))}\n")
 
     settings = TrainConfig(
         steps=STEPS,
@@ -53,7 +54,7 @@ def demo(*, seed: int = 0, threads: int = 0, device: str = "cpu") -> dict[str, A
         with ProgressBar(settings.steps, "adapt") as report:
             run = adapt_in_folder(model, corpus, LORA, settings, folder, device=device,
                                   report=report)  # fmt: skip
-        adapted = load_model(adapter=folder)
+        adapted = load_model(adapter=folder).on(device)
 
     print(
         f"\nAfter {STEPS} steps, it continues {PROMPT!r} with:\n{indented(continuation(adapted))}"
@@ -64,7 +65,7 @@ def demo(*, seed: int = 0, threads: int = 0, device: str = "cpu") -> dict[str, A
         "bits_per_byte_before": run.figures["loss_before"] * bits,
         "bits_per_byte_after": run.figures["loss_after"] * bits,
         "merge_max_abs_difference": merge_difference(adapted),
-        "gradcheck_max_relative_error": check_factors(adapted, seed=seed),
+        "gradcheck_max_relative_error": check_factors(adapted, seed=seed, device=device),
     }
     figures["seconds"] = time.perf_counter() - started
     print(summary(figures))
@@ -83,7 +84,7 @@ def merge_difference(adapted: Model) -> float:
     return float(np.abs(adapted.merged().logits(tokens) - adapted.logits(tokens)).max())
 
 
-def check_factors(adapted: Model, *, seed: int) -> float:
+def check_factors(adapted: Model, *, seed: int, device: str = "cpu") -> float:
     """The largest relative error of the factors' gradients, two entries each, all in float64.
 
     The gradients written by hand are held against central differences of the loss.
@@ -96,15 +97,15 @@ def check_factors(adapted: Model, *, seed: int) -> float:
     text = adapted.tokenizer.encode("for key, value in")
     assert adapted.lora_config is not None  # it was just adapted
     case = Case(
-        base=tree.map_leaves(float64, adapted.base),
-        lora=tree.map_leaves(float64, adapted.lora),
+        base=tree.map_leaves(float64, to_host(adapted.base)),
+        lora=tree.map_leaves(float64, to_host(adapted.lora)),
         tokens=text[None, :-1],
         targets=text[None, 1:],
         config=adapted.config,
         lora_config=adapted.lora_config,
         masks=None,
     )
-    return max_error(check_model(case, wrt="lora", seed=seed, entries=2))
+    return max_error(check_model(case, wrt="lora", seed=seed, entries=2, device=device))
 
 
 def indented(text: str) -> str:

@@ -11,6 +11,8 @@ import math
 import re
 from collections.abc import Sequence
 
+import numpy as np
+
 from minilora.backend import Array, namespace
 from minilora.errors import MiniloraError
 from minilora.lora import LoRAConfig, adapters, lora_paths
@@ -29,7 +31,7 @@ def mix(
     they are. Raises MiniloraError for a weight that is missing or not finite, and for adapters of
     different bases, as far as their shapes tell.
     """
-    _check_weights(parts, weights)
+    check_weights(len(parts), weights)
     n_layer = len(parts[0][0]["blocks"])
     stacks: dict[str, tuple[list[Array], list[Array]]] = {p: ([], []) for p in lora_paths(n_layer)}
     for number, ((lora, config), weight) in enumerate(zip(parts, weights, strict=True), start=1):
@@ -42,7 +44,7 @@ def mix(
             As, Bs = stacks[path]
             _check_fit(f"adapter {number}, {path}", ab, config.rank_of(path), As, Bs)
             As.append(ab["A"])
-            Bs.append(ab["B"] * (weight * config.scale_of(path)))
+            Bs.append(_scaled(ab["B"], weight * config.scale_of(path), f"adapter {number}, {path}"))
 
     flat: dict[str, Array] = {}
     ranks: dict[str, int] = {}
@@ -58,11 +60,14 @@ def mix(
     return mixed, _unscaled(ranks)
 
 
-def _check_weights(parts: Sequence[tuple[Tree, LoRAConfig]], weights: Sequence[float]) -> None:
-    if not parts:
+def check_weights(adapters: int, weights: Sequence[float]) -> None:
+    """Raise MiniloraError unless there are adapters and as many weights, each a finite number."""
+    if adapters == 0:
         raise MiniloraError("there are no adapters to mix; expected at least one")
-    if len(parts) != len(weights):
-        raise MiniloraError(f"{len(parts)} adapters and {len(weights)} weights; expected one each")
+    if adapters != len(weights):
+        raise MiniloraError(
+            f"adapters: {adapters}, weights: {len(weights)}; expected a weight for each adapter"
+        )
     for weight in weights:
         if not math.isfinite(weight):
             raise MiniloraError(f"the weight {weight} of an adapter is not a finite number")
@@ -82,6 +87,15 @@ def _check_fit(
             f"{name} is for a weight of {A.shape[0]} × {B.shape[1]}, an earlier one "
             f"for {As[0].shape[0]} × {Bs[0].shape[1]}; expected adapters of the same base"
         )
+
+
+def _scaled(B: Array, factor: float, name: str) -> Array:
+    """B times a factor; MiniloraError where the product is beyond the dtype's range."""
+    with np.errstate(over="ignore"):
+        scaled: Array = B * factor
+    if not namespace(B).isfinite(scaled).all():
+        raise MiniloraError(f"{name}: B times {factor:g}, its weight and scale, is not finite")
+    return scaled
 
 
 def _unscaled(ranks: dict[str, int]) -> LoRAConfig:

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 
 from minilora import lora as lora_math
-from minilora.backend import to_device
+from minilora.backend import namespace, to_device, to_host
 from minilora.data import Tokenizer, load_text, load_tokenizer
 from minilora.errors import MiniloraError
 from minilora.evaluation import Evaluation, evaluate_tokens
 from minilora.generate import generate
 from minilora.gpt import GPTConfig, gpt_logits
 from minilora.lora import LoRAConfig
+from minilora.mix import check_weights, mix
 from minilora.tree import Tree
 
 BUILT_IN = Path(__file__).parent / "base"
@@ -55,6 +56,23 @@ class Model:
         """The same base with this adapter; the base's arrays are shared, not copied."""
         return replace(self, lora=lora, lora_config=lora_config)
 
+    def with_adapters_from(
+        self, *folders: str | Path, weights: Sequence[float] | None = None
+    ) -> Model:
+        """The same base with the adapter in a folder, or with the weighted sum of several.
+
+        The sum is exact (see `mix`); without `weights` each adapter counts once. Raises
+        MiniloraError for files that are missing, damaged, or of another base, and for weights that
+        are not finite or not one for each adapter.
+        """
+        from minilora.formats import load_adapter
+
+        weights = [1.0] * len(folders) if weights is None else list(weights)
+        check_weights(len(folders), weights)
+        dtype = self.base["wte"].dtype
+        parts = [load_adapter(folder, self.config, dtype=dtype) for folder in folders]
+        return self.with_adapter(*(parts[0] if weights == [1.0] else mix(parts, weights)))
+
     def merged(self) -> Model:
         """A model without an adapter that computes the same, its weights being W + s A B."""
         if self.lora is None or self.lora_config is None:
@@ -68,10 +86,18 @@ class Model:
         return replace(self, base=to_device(self.base, device), lora=lora)
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
-        """Logits of every next token, (B, T) token ids -> (B, T, V)."""
-        return gpt_logits(
-            self.base, self.lora, tokens=tokens, config=self.config, lora_config=self.lora_config
+        """Logits of every next token, (B, T) token ids -> (B, T, V), both on the host."""
+        tokens = namespace(self.base["wte"]).asarray(tokens)
+        logits: np.ndarray = to_host(
+            gpt_logits(
+                self.base,
+                self.lora,
+                tokens=tokens,
+                config=self.config,
+                lora_config=self.lora_config,
+            )
         )
+        return logits
 
 
 def load_model(
@@ -83,7 +109,7 @@ def load_model(
     no folder is a model on the hub. Raises MiniloraError for files that are missing, damaged, or do
     not belong together, and for a model that cannot be fetched.
     """
-    from minilora.formats import load_adapter, load_base
+    from minilora.formats import load_base
     from minilora.formats.hub import fetch_base, is_hub_id
 
     folder, hub_id = BUILT_IN if base is None else Path(base), None
@@ -92,9 +118,7 @@ def load_model(
     weights, config = load_base(folder, dtype=dtype)
     tokenizer = load_tokenizer(folder, config.vocab_size)
     model = Model(weights, config, tokenizer, folder, hub_id=hub_id)
-    if adapter is None:
-        return model
-    return model.with_adapter(*load_adapter(adapter, config, dtype=dtype))
+    return model if adapter is None else model.with_adapters_from(adapter)
 
 
 def evaluate(

@@ -7,6 +7,7 @@ here. Everything is float64.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from minilora import ops
-from minilora.backend import Array
+from minilora.backend import Array, to_device, to_host
 from minilora.gpt import GPTConfig, gpt_forward, gpt_init, loss_and_grads
 from minilora.gradcheck import Check, check_pair, check_tree, max_error
 from minilora.lora import (
@@ -180,12 +181,14 @@ def check_model(
     wrt: Literal["lora", "base", "both"],
     seed: int = 0,
     entries: int | None = None,
+    device: str = "cpu",
 ) -> list[Check]:
     """Compares the gradients of a whole model with central differences of its loss, leaf by leaf.
 
-    The trees must be float64. `entries` limits the entries compared per leaf.
+    The arrays are on the host, the trees float64; the model computes on the device. `entries`
+    limits the entries compared per leaf.
     """
-    constants = model._asdict()
+    constants = _moved(model._asdict(), device)
     base, lora, targets = (constants.pop(name) for name in ("base", "lora", "targets"))
     _, *gradients = loss_and_grads(base, lora, targets=targets, **constants, wrt=wrt)
     given = {name: g for name, g in zip(("base", "lora"), gradients, strict=True) if g is not None}
@@ -194,11 +197,13 @@ def check_model(
 
     def loss(flat: dict[str, Array]) -> float:
         leaves = iter(flat.values())
-        moved = map_leaves(lambda _: next(leaves), trained)
+        moved = map_leaves(lambda _: to_device(next(leaves), device), trained)
         logits, _ = gpt_forward(**{**trees, **moved}, **constants)
         return float(ops.cross_entropy_forward(logits, targets=targets)[0])
 
-    return check_tree(loss, flatten(trained), flatten(given), seed=seed, entries=entries)
+    return check_tree(
+        loss, flatten(to_host(trained)), flatten(to_host(given)), seed=seed, entries=entries
+    )
 
 
 class Row(NamedTuple):
@@ -210,23 +215,48 @@ class Row(NamedTuple):
     seconds: float
 
 
-def table(*, seed: int = 0) -> Iterator[Row]:
+def table(*, seed: int = 0, device: str = "cpu") -> Iterator[Row]:
     """The rows of `minilora gradcheck`, each as soon as it is known.
 
     Every pair, the whole model (base and adapters on every target, with dropout), and the LoRA
-    factors alone, over a frozen base.
+    factors alone, over a frozen base; all computed on the device.
     """
+    options: dict[str, Any] = {"seed": seed, "device": device}
     model = tiny_model(seed=seed)
     for name, pair in PAIRS.items():
-        yield _row(name, lambda pair=pair: _check(pair, seed))  # type: ignore[misc]
-    yield _row("model, base and LoRA", lambda: check_model(model, wrt="both", seed=seed))
-    yield _row("model, LoRA factors", lambda: check_model(model, wrt="lora", seed=seed))
+        yield _row(name, lambda pair=pair: _check(pair, **options))  # type: ignore[misc]
+    yield _row("model, base and LoRA", lambda: check_model(model, wrt="both", **options))
+    yield _row("model, LoRA factors", lambda: check_model(model, wrt="lora", **options))
 
 
-def _check(pair: Pair, seed: int) -> list[Check]:
+def _check(pair: Pair, seed: int, device: str) -> list[Check]:
     arguments, constants = pair.make(np.random.default_rng(seed))
+    if device != "cpu":
+        pair = _computing_on(device, pair)
     return check_pair(
         pair.forward, pair.backward, arguments, constants, seed=seed, frozen=pair.frozen
+    )
+
+
+def _computing_on(device: str, pair: Pair) -> Pair:
+    """The pair for arrays of the host, which gradcheck works with; its cache is on the device."""
+
+    @functools.wraps(pair.forward)
+    def forward(*arguments: Array, **constants: Any) -> tuple[Array, Any]:
+        y, cache = pair.forward(*_moved(list(arguments), device), **_moved(constants, device))
+        return to_host(y), cache
+
+    def backward(dy: Array, cache: Any) -> tuple[Array | None, ...]:
+        gradients = pair.backward(to_device(dy, device), cache)
+        return tuple(None if gradient is None else to_host(gradient) for gradient in gradients)
+
+    return pair._replace(forward=forward, backward=backward)
+
+
+def _moved(tree: Tree, device: str) -> Tree:
+    """The tree with its NumPy arrays on the device; any other leaf, a number say, as it is."""
+    return map_leaves(
+        lambda leaf: to_device(leaf, device) if isinstance(leaf, np.ndarray) else leaf, tree
     )
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,14 +28,26 @@ def base(tmp_path_factory):
     return folder
 
 
+def save_some_adapter(folder, lora_config, seed):
+    """Write an adapter whose factors are random, and so do something."""
+    rng = np.random.default_rng(seed)
+    lora = lora_init(gpt_init(CONFIG, seed=0), lora_config, seed=0)
+    lora = map_leaves(lambda x: 0.3 * rng.standard_normal(x.shape).astype(x.dtype), lora)
+    save_adapter(folder, lora, lora_config, CONFIG)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def adapter(base):
     """The folder of an adapter that changes what the base says."""
-    rng = np.random.default_rng(0)
-    lora = lora_init(gpt_init(CONFIG, seed=0), LORA_CONFIG, seed=0)
-    lora = map_leaves(lambda x: 0.3 * rng.standard_normal(x.shape).astype(x.dtype), lora)
-    save_adapter(base.parent / "adapter", lora, LORA_CONFIG, CONFIG)
-    return base.parent / "adapter"
+    return save_some_adapter(base.parent / "adapter", LORA_CONFIG, 0)
+
+
+@pytest.fixture(scope="session")
+def other_adapter(base):
+    """The folder of an adapter of other rank, scale and targets for the same base."""
+    lora_config = LoRAConfig(rank=3, alpha=2.5, targets=("q", "v", "down"), rslora=True)
+    return save_some_adapter(base.parent / "other-adapter", lora_config, 1)
 
 
 @pytest.fixture(scope="session")
@@ -67,5 +80,28 @@ def cli(tmp_path, monkeypatch):
         return SimpleNamespace(
             status=status, out=out.getvalue(), err=err.getvalue(), lines=err.getvalue().splitlines()
         )
+
+    return run
+
+
+def snapshot(folder):
+    """Every path below a folder, with its bytes."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def refused(cli, tmp_path, base):
+    """Assert that a command is refused as it should be, in a line that matches a pattern."""
+
+    def run(pattern, *words):
+        before = snapshot(tmp_path) | snapshot(base.parent)
+        result = cli(*words)
+        shown = f"{result.status}\n{result.out}\n{result.err}"
+        assert result.status == 2, shown
+        assert len(result.lines) == 1, shown
+        assert result.lines[0].startswith("minilora: "), shown
+        assert result.out == "", shown
+        assert re.search(pattern, result.err), f"{pattern}\n{shown}"
+        assert snapshot(tmp_path) | snapshot(base.parent) == before, "files were written"
 
     return run

@@ -39,7 +39,13 @@ COMMANDS = {
     "pretrain": ADAPT,
     "evaluate": {"loss": float, "bits_per_byte": float, "tokens": int},
     "generate": {"text": str, "token_ids": list},
-    "merge": {"merge_max_abs_difference": float, "parameters": int, "bytes": int},
+    "merge": {
+        "merge_max_abs_difference": float,
+        "unmerge_max_abs_difference": float,
+        "parameters": int,
+        "bytes": int,
+    },
+    "mix": {"mix_max_abs_difference": float, "parameters": int, "bytes": int},
     "gradcheck": {"max_relative_error": float, "pairs": dict},
 }
 OPTIONS = {
@@ -50,11 +56,12 @@ OPTIONS = {
     "--resume --plot --json",
     "pretrain": "--layers --width --heads --dtype --steps --lr --batch --context --short-context "
     "--short-steps --seed --threads --device --out --resume --plot --json",
-    "evaluate": "--base --adapter --held-out --threads --device --json",
-    "generate": "--base --adapter --prompt --tokens --temperature --top-k --top-p --seed --device "
-    "--json",
-    "merge": "--base --adapter --dtype --out --json",
-    "gradcheck": "--seed --json",
+    "evaluate": "--base --adapter --weight --held-out --threads --device --json",
+    "generate": "--base --adapter --weight --prompt --tokens --temperature --top-k --top-p --seed "
+    "--device --json",
+    "merge": "--base --adapter --weight --dtype --device --out --json",
+    "mix": "--base --adapter --weight --out --json",
+    "gradcheck": "--seed --device --json",
 }
 
 

@@ -16,30 +16,6 @@ from minilora.formats.tensors import write_tensors
 from minilora.gpt import GPTConfig, gpt_init
 from minilora.lora import LoRAConfig, lora_init
 
-
-def snapshot(folder):
-    """Every path below a folder, with its bytes."""
-    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
-
-
-@pytest.fixture
-def refused(cli, tmp_path, base):
-    """Assert that a command is refused as it should be, in a line that matches a pattern."""
-
-    def run(pattern, *words):
-        before = snapshot(tmp_path) | snapshot(base.parent)
-        result = cli(*words)
-        shown = f"{result.status}\n{result.out}\n{result.err}"
-        assert result.status == 2, shown
-        assert len(result.lines) == 1, shown
-        assert result.lines[0].startswith("minilora: "), shown
-        assert result.out == "", shown
-        assert re.search(pattern, result.err), f"{pattern}\n{shown}"
-        assert snapshot(tmp_path) | snapshot(base.parent) == before, "files were written"
-
-    return run
-
-
 # --- text --------------------------------------------------------------------------------------
 
 TEXTS = {
@@ -214,6 +190,10 @@ OTHERS = [
     ("required: DATA", "evaluate"),
     ("required: DATA", "pretrain"),
     ("required: --adapter", "merge"),
+    ("required: --adapter", "mix"),
+    ("--weight: invalid float value: 'much'", "merge", "--adapter", "x", "--weight", "much"),
+    ("unknown device 'x'", "merge", "--adapter", "x", "--device", "x"),
+    ("unknown device 'x'", "gradcheck", "--device", "x"),
     ("--threads: 'two' is not", "evaluate", "python", "--threads", "two"),
 ]
 
@@ -243,6 +223,9 @@ def test_cuda_without_cupy(refused, quick, base, text, monkeypatch):
     refused(r"cuda needs CuPy: pip install", *quick, "--device", "cuda")
     refused(r"cuda needs CuPy", "generate", "--base", base, "--device", "cuda")
     refused(r"cuda needs CuPy", "evaluate", text, "--base", base, "--device", "cuda")
+    refused(r"cuda needs CuPy", "merge", "--adapter", "x", "--base", base, "--device", "cuda")
+    refused(r"cuda needs CuPy", "gradcheck", "--device", "cuda")
+    refused(r"cuda needs CuPy", "demo", "--device", "cuda")
 
 
 def test_a_plot_without_matplotlib_is_refused_before_training(refused, quick, monkeypatch):
@@ -276,8 +259,9 @@ def test_an_output_folder_with_something_else(refused, quick, tmp_path, base, ad
     refused("x{300}", *quick, "--out", "x" * 300, *resume)
 
 
-def test_merging_refuses_a_folder_with_something_else(refused, base, adapter):
-    words = ("merge", "--base", base, "--adapter", adapter, "--out")
+@pytest.mark.parametrize("command", ["merge", "mix"])
+def test_merging_and_mixing_refuse_a_folder_with_something_else(refused, base, adapter, command):
+    words = (command, "--base", base, "--adapter", adapter, "--out")
     refused("base already holds config.json", *words, base)
     refused("adapter already holds", *words, adapter)
 

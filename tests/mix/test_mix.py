@@ -200,7 +200,7 @@ def of_another_base(n_layer=2, n_embd=8, targets=("o",)):
     "parts, weights, message",
     [
         ([], [], "no adapters to mix"),
-        ([an_adapter(("o",))], [0.5, 0.5], "1 adapters and 2 weights"),
+        ([an_adapter(("o",))], [0.5, 0.5], "adapters: 1, weights: 2"),
         ([an_adapter(("o",))], [float("nan")], "weight nan"),
         ([an_adapter(("o",))], [float("inf")], "weight inf"),
         ([an_adapter(("o",)), of_another_base(n_layer=3)], [1, 1], "adapter 2 .* 3 blocks"),
@@ -213,6 +213,11 @@ def of_another_base(n_layer=2, n_embd=8, targets=("o",)):
             [(an_adapter(("o",))[0], LoRAConfig(rank=3, targets=("o",)))],
             [1],
             r"adapter 1, blocks\.0\.attn\.o: A \(8, 2\) and B \(2, 8\) are not of rank 3",
+        ),
+        (
+            [an_adapter(("qkv",)), an_adapter(("o",), dtype=np.float32)],
+            [1, 1e39],
+            r"adapter 2, blocks\.0\.attn\.o: B times 1\.5e\+39, its weight and scale, is not",
         ),
     ],
 )
