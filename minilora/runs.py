@@ -24,6 +24,7 @@ from minilora.formats.files import read_json, write_bytes, write_json
 from minilora.gpt import GPTConfig, gpt_init
 from minilora.lora import LoRAConfig, lora_init
 from minilora.model import Model
+from minilora.parallel import Ranks
 from minilora.train import Progress, TrainConfig, Trained, run_fingerprint, train
 from minilora.tree import Tree
 
@@ -64,6 +65,7 @@ def adapt(
     *,
     device: str = "cpu",
     report: Report = silent,
+    ranks: Ranks | None = None,
 ) -> tuple[Model, Trained]:
     """A model adapted to a corpus: with a trained adapter, or a trained base (method `full`).
 
@@ -76,7 +78,7 @@ def adapt(
         lora = lora_init(model.base, lora_config, seed=settings.seed)
     trained = train(
         model.base, lora, corpus, config=model.config, lora_config=lora_config,
-        settings=settings, device=device, report=report,
+        settings=settings, device=device, report=report, ranks=ranks,
     )  # fmt: skip
     return _with_trained(model, lora_config, settings, trained.params), trained
 
@@ -92,50 +94,69 @@ def adapt_in_folder(
     resume: bool = False,
     device: str = "cpu",
     report: Report = silent,
+    ranks: Ranks | None = None,
 ) -> Run:
     """`adapt`, its result saved in a folder: an adapter in PEFT's layout, or a base (`full`).
 
     A base is saved as `dtype`, an adapter in its own. With `resume`, an unfinished run in the
     folder goes on and ends in the same files, bit for bit; where there is none, a new one starts.
-    Raises MiniloraError when the folder holds anything else.
+    Of several `ranks` only the first needs the folder. Raises MiniloraError when it holds anything
+    else.
     """
-    folder = Path(folder)
-    finished = claim_folder(folder, resume=resume)
-    fingerprint = run_fingerprint(model.base, model.config, lora_config, settings, corpus, device)
+    folder, ranks = Path(folder), ranks or Ranks()
+    finished = ranks.of_first(lambda: claim_folder(folder, resume=resume))
+    fingerprint = run_fingerprint(
+        model.base, model.config, lora_config, settings, corpus, device, ranks
+    )
     if finished is not None:
-        return _finished_run(folder, finished, fingerprint)
+        return ranks.of_first(lambda: _finished_run(folder, finished, fingerprint))
     lora = None
     if settings.method == "lora":
         lora = lora_init(model.base, lora_config, seed=settings.seed)
     trained = train(
         model.base, lora, corpus, config=model.config, lora_config=lora_config, settings=settings,
         folder=folder, fingerprint=fingerprint, resume=resume, device=device, report=report,
+        ranks=ranks,
     )  # fmt: skip
-    adapted = _with_trained(model, lora_config, settings, trained.params)
-    if adapted.lora is not None:
-        save_adapter(folder, adapted.lora, lora_config, model.config, base_name=model.base_name)
-    else:
-        save_base(folder, adapted.base, model.config, dtype=dtype)
-        copy_tokenizer(model.folder, folder)
-    weights = folder / RESULT[settings.method][-1]
-    history = trained.history
+
+    def save() -> Run:
+        adapted = _with_trained(model, lora_config, settings, trained.params)
+        if adapted.lora is not None:
+            save_adapter(folder, adapted.lora, lora_config, model.config, base_name=model.base_name)
+        else:
+            save_base(folder, adapted.base, model.config, dtype=dtype)
+            copy_tokenizer(model.folder, folder)
+        weights = folder / RESULT[settings.method][-1]
+        figures = _figures(model.base, trained, weights.stat().st_size, ranks)
+        record = {
+            "settings": fingerprint,
+            "figures": figures,
+            "history": dataclasses.asdict(trained.history),
+        }
+        write_json(folder / RECORD, record)
+        (folder / CHECKPOINT).unlink(missing_ok=True)
+        return Run(figures, trained.history)
+
+    return ranks.of_first(save)
+
+
+def _figures(base: Tree, trained: Trained, size: int, ranks: Ranks) -> dict[str, float | int]:
     figures: dict[str, float | int] = {
-        "loss_before": history.held_out[0][1],
-        "loss_after": history.held_out[-1][1],
+        "loss_before": trained.history.held_out[0][1],
+        "loss_after": trained.history.held_out[-1][1],
         "trainable_parameters": tree.count(trained.params),
-        "base_parameters": tree.count(model.base),
-        "adapter_bytes": weights.stat().st_size,
+        "base_parameters": tree.count(base),
+        "adapter_bytes": size,
         "seconds": trained.seconds,
         "tokens_per_second": trained.tokens_per_second,
     }
-    record = {
-        "settings": fingerprint,
-        "figures": figures,
-        "history": dataclasses.asdict(history),
-    }
-    write_json(folder / RECORD, record)
-    (folder / CHECKPOINT).unlink(missing_ok=True)
-    return Run(figures, history)
+    if ranks.size > 1:
+        figures |= {
+            "processes": ranks.size,
+            "bytes_summed_per_step": tree.nbytes(trained.params),
+            "bytes_summed_per_step_full": tree.nbytes(base),
+        }
+    return figures
 
 
 def pretrain_in_folder(

@@ -36,8 +36,9 @@ from minilora.evaluation import held_out_batches, sum_nats
 from minilora.gpt import GPTConfig, loss_and_grads
 from minilora.lora import LoRAConfig, dropout_masks
 from minilora.optim import adamw, adamw_init, clip_by_global_norm, warmup_cosine
+from minilora.parallel import Ranks
 from minilora.tree import Tree
-from minilora.workers import Workers, cores
+from minilora.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,12 @@ def batch_loss_and_grads(
     config: GPTConfig,
     lora_config: LoRAConfig | None,
     device: str = "cpu",
+    count: int | None = None,
 ) -> tuple[Array, Tree]:
-    """The mean loss of a batch (B, T) and the gradients of the trained tree, shard by shard."""
+    """The mean loss of a batch (B, T) and the gradients of the trained tree, shard by shard.
+
+    Where the batch is part of a larger one, `count` is the number of tokens in the whole.
+    """
 
     def of_shard(rows: slice) -> tuple[Array, Tree]:
         loss, dbase, dlora = loss_and_grads(
@@ -142,7 +147,7 @@ def batch_loss_and_grads(
             config=config,
             lora_config=lora_config,
             wrt=wrt,
-            count=tokens.size,
+            count=count or tokens.size,
         )
         return loss, dlora if wrt == "lora" else dbase
 
@@ -202,15 +207,23 @@ def train(
     resume: bool = False,
     device: str = "cpu",
     report: Callable[[Progress], None] = lambda progress: None,
+    ranks: Ranks | None = None,
 ) -> Trained:
     """Train `lora` on a frozen `base` (method `lora`), or `base` itself (method `full`).
 
     With a `folder`, the state is saved there every `checkpoint_every` steps, and `resume` goes on
     from it, or starts afresh where there is none; `fingerprint` is `run_fingerprint`'s, where the
-    caller has it already. Neither tree is changed. Raises MiniloraError for text that is too short
-    or of another vocabulary, a context beyond the base's, or a loss that is not finite (the last
-    checkpoint stays); Interrupted after Ctrl-C, the state being saved.
+    caller has it already. Several `ranks` share each batch and each evaluation; the first alone
+    writes and reports. Neither tree is changed. Raises MiniloraError for text that is too short or
+    of another vocabulary, a context beyond the base's, a batch with fewer rows than there are
+    ranks, or a loss that is not finite (the last checkpoint stays); Interrupted after Ctrl-C, the
+    state being saved.
     """
+    ranks = ranks or Ranks()
+    if settings.batch < ranks.size:
+        raise MiniloraError(
+            f"batch {settings.batch} is too small for {ranks.size} processes; each needs a sequence"
+        )
     if settings.context > config.n_positions:
         raise MiniloraError(
             f"context {settings.context} exceeds the base's context of {config.n_positions}"
@@ -224,11 +237,14 @@ def train(
         check_ids(tokens, config.vocab_size)
     if fingerprint is None:
         fingerprint = (
-            run_fingerprint(base, config, lora_config, settings, corpus, device) if folder else {}
+            run_fingerprint(base, config, lora_config, settings, corpus, device, ranks)
+            if folder
+            else {}
         )
+    is_first = ranks.rank == 0
     with (
-        output_folder(folder) if folder else nullcontext(),
-        Workers(settings.threads or cores(), device) as workers,
+        output_folder(folder) if folder and is_first else nullcontext(),
+        Workers(settings.threads or ranks.threads(), device) as workers,
         ctrl_c_sets_flag() as stop,
         np.errstate(all="ignore"),  # as in Workers
     ):
@@ -236,10 +252,10 @@ def train(
         params = to_device(lora, device) if settings.method == "lora" else base
         state = None
         if folder and resume:
-            state = load_checkpoint(folder, fingerprint, params, device)
+            state = ranks.of_first(lambda: load_checkpoint(folder, fingerprint, params, device))
         if state is None:
             state = State(0, params, adamw_init(params), History())
-        loop = Loop(base, corpus, config, lora_config, settings, device, workers)
+        loop = Loop(base, corpus, config, lora_config, settings, device, workers, ranks)
         return loop.run(state, folder, fingerprint, stop, report)
 
 
@@ -250,15 +266,21 @@ def run_fingerprint(
     settings: TrainConfig,
     corpus: Corpus,
     device: str,
+    ranks: Ranks,
 ) -> dict[str, Any]:
-    """What must be equal for a run to go on: settings, device, checksums of base and text."""
+    """What must be equal for a run to go on: settings, device, checksums of base and text.
+
+    Raises MiniloraError where it is not equal on all ranks.
+    """
     parts = dataclasses.asdict(config) | dataclasses.asdict(settings)
     if lora_config is not None and settings.method == "lora":
         parts |= dataclasses.asdict(lora_config)
-    parts["threads"] = settings.threads or cores()
+    parts["threads"] = settings.threads or ranks.threads()
+    parts["processes"] = ranks.size
     parts["device"] = device
     parts["checksum of the base"] = checksum(tree.flatten(to_host(base)).values())
     parts["checksum of the text"] = checksum([corpus.train, corpus.held_out])
+    ranks.check_equal(parts)
     return parts
 
 
@@ -273,6 +295,7 @@ class Loop:
     settings: TrainConfig
     device: str
     workers: Workers
+    ranks: Ranks
 
     def run(
         self,
@@ -291,7 +314,8 @@ class Loop:
         while state.step < settings.steps:
             state, loss_and_norm = self.step(state)
             pending.append(loss_and_norm)
-            step, last, stopping = state.step, state.step == settings.steps, stop.is_set()
+            step, last = state.step, state.step == settings.steps
+            stopping = self.ranks.any(stop.is_set())
             saving = last or stopping or step % settings.checkpoint_every == 0
             evaluating = last or step % settings.eval_every == 0
             if saving or evaluating or step % settings.log_every == 0:
@@ -305,11 +329,12 @@ class Loop:
                 state.seconds = time.perf_counter() - started
                 speed = self.tokens_per_step * step / state.seconds
                 left = (settings.steps - step) * self.tokens_per_step / speed
-                report(Progress(step, settings.steps, losses[-1], held_out, speed, left))
+                if self.ranks.rank == 0:
+                    report(Progress(step, settings.steps, losses[-1], held_out, speed, left))
             if saving:
                 check_finite("a trained weight", step, state.params)
             if folder and saving:
-                save_checkpoint(folder, state, fingerprint)
+                self.save(folder, state, fingerprint)
             if stopping and not last:
                 saved = "; its state is saved, and --resume goes on from it" if folder else ""
                 raise Interrupted(f" at step {step}{saved}")
@@ -319,6 +344,13 @@ class Loop:
     @property
     def tokens_per_step(self) -> int:
         return self.settings.batch * self.settings.context
+
+    def save(self, folder: Path, state: State, fingerprint: Mapping[str, Any]) -> None:
+        """The first rank writes a checkpoint, once all are seen to hold the same weights."""
+        if self.ranks.size > 1:
+            weights = checksum(tree.flatten(to_host(state.params)).values())
+            self.ranks.check_equal({f"the checksum of the weights at step {state.step}": weights})
+        self.ranks.of_first(lambda: save_checkpoint(folder, state, fingerprint))
 
     def trees(self, params: Tree) -> tuple[Tree, Tree | None]:
         """(base, lora) with the trained tree in its place."""
@@ -334,18 +366,21 @@ class Loop:
         masks = None
         if lora is not None and self.lora_config is not None:
             masks = dropout_masks(lora, self.lora_config, rng=rng, shape=(batch, context))
+        rows = self.ranks.share(batch)
         loss, grads = batch_loss_and_grads(
             self.workers,
             base,
             lora,
-            tokens,
-            targets,
-            masks=masks,
+            tokens[rows],
+            targets[rows],
+            masks=masks and {path: mask[rows] for path, mask in masks.items()},
             wrt="lora" if lora is not None else "base",
             config=self.config,
             lora_config=self.lora_config,
             device=self.device,
+            count=tokens.size,
         )
+        loss, grads = self.ranks.sum([loss, grads])
         grads, norm = clip_by_global_norm(grads, settings.clip)
         params, moments = adamw(
             state.params,
@@ -367,14 +402,15 @@ class Loop:
             context=self.settings.context,
             limit=self.settings.eval_tokens,
         )
-        total, predicted = sum_nats(
+        nats_and_tokens = sum_nats(
             self.workers,
             *self.trees(state.params),
-            batches,
+            batches[self.ranks.share(len(batches))],
             self.config,
             self.lora_config,
             self.device,
         )
+        total, predicted = map(sum, zip(*self.ranks.gather(nats_and_tokens), strict=True))
         check_finite("the held-out loss", state.step, np.float64(total))
         return total / predicted
 

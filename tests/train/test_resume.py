@@ -215,10 +215,10 @@ def test_another_run_is_refused_by_what_differs(tmp_path, changes, name):
 
 
 def test_a_machine_with_other_cores_is_another_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("minilora.train.cores", lambda: 2)
+    monkeypatch.setattr("minilora.parallel.cores", lambda: 2)
     with pytest.raises(Killed):
         run(folder=tmp_path, report=killed_at(3), threads=0)
-    monkeypatch.setattr("minilora.train.cores", lambda: 3)
+    monkeypatch.setattr("minilora.parallel.cores", lambda: 3)
     with pytest.raises(MiniloraError, match="threads 2, but this one has 3"):
         run(folder=tmp_path, threads=0)
     assert_same_result(run(folder=tmp_path, threads=2), run(threads=2))

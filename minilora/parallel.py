@@ -1,0 +1,187 @@
+"""Processes that train together: each takes its share of a batch, and the gradients are summed.
+
+One process is a `Ranks` whose sums are what it was given. Several, started by `mpiexec`, are
+`MPIRanks` (extra `mpi`); mpi4py is imported only when a launcher says that there are several.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import itertools
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from typing import Any, TypeVar
+
+from minilora import tree
+from minilora.backend import namespace, to_host
+from minilora.errors import MiniloraError
+from minilora.tree import Tree
+from minilora.workers import cores
+
+# Where launchers tell a process its rank, and how many processes there are.
+LAUNCHERS = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),  # Open MPI
+    ("PMI_RANK", "PMI_SIZE"),  # MPICH, Intel MPI, Microsoft MPI
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),  # Slurm's srun
+)
+HEAD_START = 1.0  # seconds in which the first rank may tell an error that all ranks have
+
+Value = TypeVar("Value")
+
+
+class Ranks:
+    """The processes that train together, numbered from 0; of this class, one that trains alone.
+
+    Every method but `share` waits until all ranks have called it.
+    """
+
+    rank = 0
+    size = 1
+
+    def threads(self) -> int:
+        """How many threads this rank has cores for."""
+        return cores()
+
+    def gather(self, value: Value) -> list[Value]:
+        """The values of all ranks, in their order."""
+        return [value]
+
+    def sum(self, arrays: Tree) -> Tree:
+        """Every array of a tree summed over the ranks, bit for bit the same on each of them."""
+        return arrays
+
+    def share(self, items: int) -> slice:
+        """This rank's part of so many items: consecutive, of equal size or one more."""
+        return slice(items * self.rank // self.size, items * (self.rank + 1) // self.size)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on some rank."""
+        return any(self.gather(flag))
+
+    def of_first(self, make: Callable[[], Value]) -> Value:
+        """What the first rank makes; the others wait for it."""
+        return self.gather(make() if self.rank == 0 else None)[0]  # type: ignore[return-value]
+
+    def check_equal(self, values: Mapping[str, Any]) -> None:
+        """Raise MiniloraError naming a value in which a rank differs from the first."""
+        first, *others = self.gather(values)
+        for (rank, other), name in itertools.product(enumerate(others, 1), first):
+            if other[name] != first[name]:
+                raise MiniloraError(
+                    f"{name} is {first[name]} on rank 0 but {other[name]} on rank {rank}; "
+                    "all ranks need the same files, software and kind of processor"
+                )
+
+
+class MPIRanks(Ranks):
+    """The processes of an MPI communicator."""
+
+    def __init__(self, comm: Any) -> None:
+        from mpi4py import MPI
+
+        self.comm = comm
+        self.rank, self.size = comm.Get_rank(), comm.Get_size()
+        neighbours = comm.Split_type(MPI.COMM_TYPE_SHARED)
+        affinity = getattr(os, "sched_getaffinity", None)  # not on Windows and macOS
+        mine = affinity(0) if affinity else set(range(cores()))
+        together = set().union(*neighbours.allgather(mine))
+        self._threads = max(1, len(together) // neighbours.Get_size())
+
+    def threads(self) -> int:
+        """The cores that the ranks on this machine may use together, divided among them."""
+        return self._threads
+
+    def gather(self, value: Value) -> list[Value]:
+        """The values of all ranks, in their order."""
+        values: list[Value] = self.comm.allgather(value)
+        return values
+
+    def sum(self, arrays: Tree) -> Tree:
+        """Every array summed over the ranks: one all-reduce, on the host, of all put end to end."""
+        from mpi4py import MPI
+
+        leaves = list(tree.flatten(arrays).values())
+        xp = namespace(leaves[0])
+        buffer = to_host(xp.concatenate([leaf.ravel() for leaf in leaves]))
+        self.comm.Allreduce(MPI.IN_PLACE, buffer)
+        ends = list(itertools.accumulate(leaf.size for leaf in leaves))
+        parts = iter(xp.split(xp.asarray(buffer), ends))
+        return tree.map_leaves(lambda leaf: next(parts).reshape(leaf.shape), arrays)
+
+
+def launched() -> tuple[int, int]:
+    """(rank, size) as the launcher of this process says in its environment; (0, 1) without one."""
+    for rank, size in LAUNCHERS:
+        if os.environ.get(rank, "").isdecimal() and os.environ.get(size, "").isdecimal():
+            return int(os.environ[rank]), int(os.environ[size])
+    return 0, 1
+
+
+@functools.cache
+def find_ranks() -> Ranks:
+    """The ranks among which a launcher started this process; `Ranks()` where there is but one.
+
+    Raises MiniloraError where there are several but mpi4py does not work or does not see them.
+    """
+    _, size = launched()
+    if size == 1:
+        return Ranks()
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # RuntimeError: it finds no MPI library
+        problem = str(error).splitlines()[0]
+        raise MiniloraError(
+            f"the launcher started {size} processes, and they need mpi4py and an MPI library "
+            f"({problem}): pip install 'minilora[mpi]' mpich"
+        ) from error
+    if MPI.COMM_WORLD.Get_size() != size:
+        raise MiniloraError(
+            f"the launcher started {size} processes, but mpi4py sees {MPI.COMM_WORLD.Get_size()}: "
+            "its MPI library is not the launcher's"
+        )
+    return MPIRanks(MPI.COMM_WORLD)
+
+
+def check_alone() -> None:
+    """Raise MiniloraError where a launcher started several processes of a command for one."""
+    _, size = launched()
+    if size > 1:
+        raise MiniloraError(
+            f"{size} processes were started, but only adapt and pretrain share their work; "
+            "start one"
+        )
+
+
+def as_one(run: Callable[[], int]) -> int:
+    """The exit status of `run`, which all ranks call: the first prints, one that fails ends all.
+
+    An error that all ranks have is told by the first alone.
+    """
+    rank, size = launched()
+    if size == 1:
+        return run()
+    printed = io.StringIO()
+    with ExitStack() as silence:
+        if rank > 0:
+            silence.enter_context(redirect_stdout(printed))
+            silence.enter_context(redirect_stderr(printed))
+        try:
+            status = run()
+        except Exception:  # a mistake in this program
+            traceback.print_exc()
+            status = 1
+    if status == 0:
+        return 0
+    if rank > 0:
+        time.sleep(HEAD_START)
+        print(f"rank {rank}: {printed.getvalue().strip()}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if mpi := sys.modules.get("mpi4py.MPI"):
+        mpi.COMM_WORLD.Abort(status)  # the others may wait for this rank
+    return status
