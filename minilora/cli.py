@@ -15,11 +15,16 @@ from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 
-from minilora import commands
+from minilora import commands, parallel
 from minilora.errors import MiniloraError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status, as one where MPI runs several of us."""
+    return parallel.as_one(lambda: answer(argv))
+
+
+def answer(argv: Sequence[str] | None) -> int:
     """Run one command and return its exit status.
 
     0: done. 1: a gradient check failed. 2: bad input, with one sentence saying what was expected.
@@ -30,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     try:
         arguments = parser().parse_args(argv)
+        if arguments.run not in (commands.adapt_command, commands.pretrain_command):
+            parallel.check_alone()
         if arguments.json is not None:
             commands.check_writable(arguments.json, "--json")
         with np.errstate(all="ignore"):  # what overflows is told in a sentence, where it matters

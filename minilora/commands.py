@@ -30,8 +30,10 @@ def adapt_command(args: argparse.Namespace) -> int:
     from minilora.data import load_corpus
     from minilora.lora import LoRAConfig, adapted_paths
     from minilora.model import load_model
+    from minilora.parallel import find_ranks
     from minilora.runs import adapt_in_folder
 
+    ranks = find_ranks()
     if args.lr is None:
         args.lr = ADAPT_LR[args.method]
     if args.method == "full" and args.dropout:
@@ -52,8 +54,10 @@ def adapt_command(args: argparse.Namespace) -> int:
     with progress_bar(args, "adapt") as report:
         run = adapt_in_folder(
             model, corpus, lora_config, settings, args.out,
-            dtype=args.dtype, resume=args.resume, device=device, report=report,
+            dtype=args.dtype, resume=args.resume, device=device, report=report, ranks=ranks,
         )  # fmt: skip
+    if ranks.rank > 0:
+        return 0  # the first tells
     finish_training(args, run)
     if args.method == "lora":
         print_next("generate", *base_option(args), "--adapter", args.out)
@@ -70,8 +74,10 @@ def matches_qkv_part(path: str) -> bool:
 def pretrain_command(args: argparse.Namespace) -> int:
     from minilora.data import ByteTokenizer, load_corpus
     from minilora.gpt import GPTConfig
+    from minilora.parallel import find_ranks
     from minilora.runs import pretrain_in_folder
 
+    ranks = find_ranks()
     settings = settings_of(args, method="full")
     sizes = {"n_embd": args.width, "n_layer": args.layers, "n_head": args.heads}
     try:
@@ -83,8 +89,10 @@ def pretrain_command(args: argparse.Namespace) -> int:
     with progress_bar(args, "pretrain") as report:
         run = pretrain_in_folder(
             config, corpus, settings, args.out,
-            dtype=args.dtype, resume=args.resume, device=device, report=report,
+            dtype=args.dtype, resume=args.resume, device=device, report=report, ranks=ranks,
         )  # fmt: skip
+    if ranks.rank > 0:
+        return 0  # the first tells
     finish_training(args, run)
     print_next("generate", "--base", args.out)
     return 0
