@@ -1,4 +1,4 @@
-"""Settings of every test: Hypothesis profiles, and a loud line where the oracles are missing."""
+"""Settings of every test: Hypothesis profiles, --require-gpu, a line where oracles are missing."""
 
 import importlib.util
 import os
@@ -11,6 +11,13 @@ from hypothesis import settings
 settings.register_profile("minilora", deadline=None)
 settings.register_profile("minilora-ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("minilora-ci" if os.environ.get("CI") else "minilora")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--require-gpu`, for where a GPU has to be there."""
+    parser.addoption(
+        "--require-gpu", action="store_true", help="fail gpu tests that find no GPU, not skip them"
+    )
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
