@@ -89,7 +89,10 @@ def resolve_device(device: str) -> str:
 
 
 def to_device(arrays: Any, device: str) -> Any:
-    """An array or tree on a device (see `resolve_device`); what lies there already is not copied."""
+    """An array or tree on a device; what lies there already is not copied.
+
+    Raises MiniloraError as `resolve_device` does.
+    """
     if resolve_device(device) == "cpu":
         return to_host(arrays)
     return tree.map_leaves(load_cupy().asarray, arrays)
