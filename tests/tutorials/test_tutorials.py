@@ -50,6 +50,9 @@ def test_what_a_tutorial_names_exists(path):
     for file, test in re.findall(r"(tests/[\w/]+\.py)(?:::(\w+))?", text):
         assert (ROOT / file).exists(), file
         assert f"def {test}" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{test}"
+    tests = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("*.py"))
+    for test in re.findall(r"`(test_\w+)`", text):
+        assert f"def {test}(" in tests, test
     for file in re.findall(r"`((?:minilora|docs|tutorials)/[\w/.]+)`", text):
         assert (ROOT / file).exists(), file
     pages = (ROOT / "docs" / "derivations").glob("*.md")
