@@ -224,8 +224,9 @@ def gradcheck_command(args: argparse.Namespace) -> int:
 
 
 def bench_command(args: argparse.Namespace) -> int:
-    from minilora.bench.case import SHAPES, Case
+    from minilora.bench.case import Case
     from minilora.bench.command import bench
+    from minilora.budget import SHAPES
     from minilora.workers import cores
 
     case = Case(

@@ -9,20 +9,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from minilora.data import Corpus
 from minilora.errors import MiniloraError
 from minilora.gpt import GPTConfig
 from minilora.lora import LoRAConfig
-from minilora.train import TrainConfig
 
-SHAPES = {
-    "tiny": GPTConfig(vocab_size=512, n_embd=256, n_layer=4, n_head=4),
-    "small": GPTConfig(vocab_size=12564, n_embd=384, n_layer=6, n_head=6),
-    "gpt2": GPTConfig(),
-    "gpt2-medium": GPTConfig(n_embd=1024, n_layer=24, n_head=16),
-}
-WHAT = ("step", "evaluate", "generate")
 PROMPT = 8  # tokens that a generation starts from
+CLIP = 1.0
+LEARNING_RATE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -64,22 +57,10 @@ class Case:
     def lora_config(self) -> LoRAConfig:
         return LoRAConfig(rank=self.rank, alpha=self.rank, targets=self.targets)
 
-    @property
-    def settings(self) -> TrainConfig:
-        return TrainConfig(
-            method=self.method,
-            batch=self.batch,
-            context=self.context,
-            steps=10**6,
-            threads=self.threads,
-        )
-
-    def corpus(self) -> Corpus:
-        """Random tokens."""
+    def text(self) -> np.ndarray:
+        """Random tokens, some batches of them."""
         size = 8 * self.batch * self.context + 1
-        tokens = np.random.default_rng(0).integers(self.config.vocab_size, size=size)
-        train = tokens.astype(np.int32)
-        return Corpus(train, train, size, size, 1, "random tokens")
+        return np.random.default_rng(0).integers(self.config.vocab_size, size=size, dtype=np.int32)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
+import tempfile
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, TypeAlias
 
 import minilora
 from minilora.bench import peft
@@ -19,29 +21,32 @@ from minilora.errors import MiniloraError
 
 OURS = """\
 import time; started = time.perf_counter()
-import json, sys
+import sys
 from minilora.bench.case import Case
 from minilora.bench.measure import measure
-case = Case.from_json(sys.argv[1])
-print(json.dumps(measure(case, started=started, floor=sys.argv[2] == "floor")))
+measure(Case.from_json(sys.argv[1]), started=started, floor=sys.argv[2] == "floor")
 """
 THEIRS = """\
-import json, sys
+import sys
 from minilora.bench.case import Case
 from minilora.bench.peft import measure_peft
-print(json.dumps(measure_peft(Case.from_json(sys.argv[1]), attention=sys.argv[2])))
+measure_peft(Case.from_json(sys.argv[1]), attention=sys.argv[2])
 """
+
+Ways: TypeAlias = dict[str, tuple[str, Case, str]]
+"""By name, a program, the case that it runs, and how."""
 
 
 def bench(case: Case, *, versus: str | None = None, rounds: int = 3) -> dict[str, Any]:
     """Measure, print, and return the figures.
 
-    `versus` names another way to run the case, each in turn `rounds` times: `peft`, or `1` for one
-    thread. Raises MiniloraError where that cannot be done, or when a process fails.
+    `versus` names another way to run the case, timed in turn with ours `rounds` times: `peft`, or
+    `1` for one thread. Raises MiniloraError where that cannot be done, or when a process fails.
     """
     if versus == "peft":
         peft.check(case)
-    found = in_process(OURS, case, "floor")
+    with Process(OURS, case, "floor") as process:
+        found = process.answer()
     figures = describe(case, found)
     report(case, figures)
     if versus == "peft":
@@ -51,28 +56,54 @@ def bench(case: Case, *, versus: str | None = None, rounds: int = 3) -> dict[str
     return figures
 
 
-def in_process(program: str, case: Case, how: str) -> dict[str, Any]:
-    """What one of the programs above says of a case, run by a new Python."""
-    package = str(Path(minilora.__path__[0]).parent)
-    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-    done = subprocess.run(
-        [sys.executable, "-c", program, case.to_json(), how],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONIOENCODING": "utf-8"},
-    )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise MiniloraError(f"the measured process failed: {last}")
-    figures: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return figures
+class Process:
+    """A new Python that runs one of the programs above on a case."""
+
+    def __init__(self, program: str, case: Case, how: str) -> None:
+        package = str(Path(minilora.__path__[0]).parent)
+        paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+        self.errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", program, case.to_json(), how],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            encoding="utf-8",
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONIOENCODING": "utf-8"},
+        )
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        for stream in (self.process.stdin, self.process.stdout, self.errors):
+            with suppress(OSError):  # what was written to it may not have been read
+                stream.close()  # type: ignore[union-attr]
+        self.process.wait()
+
+    def answer(self, question: str | None = None) -> Any:
+        """What it says to a line, or, with none, at the end of its input."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            if question is None:
+                self.process.stdin.close()
+            else:
+                self.process.stdin.write(question + "\n")
+                self.process.stdin.flush()
+            return json.loads(self.process.stdout.readline())
+        except (OSError, json.JSONDecodeError):
+            self.process.wait()
+            self.errors.seek(0)
+            lines = self.errors.read().strip().splitlines()
+            reason = lines[-1] if lines else f"exit status {self.process.returncode}"
+            raise MiniloraError(f"the measured process failed: {reason}") from None
 
 
 def describe(case: Case, found: dict[str, Any]) -> dict[str, Any]:
     """The figures that --json writes."""
-    median = statistics.median(found["seconds"])
-    figures = {
+    seconds, floor = found["seconds"], found["floor"]
+    return {
         "what": case.what,
         "method": case.method,
         "batch": case.batch,
@@ -82,87 +113,91 @@ def describe(case: Case, found: dict[str, Any]) -> dict[str, Any]:
         "device": case.device,
         "threads": case.threads,
         "steps": case.steps,
-        "step_seconds_median": median,
-        "step_seconds_minimum": min(found["seconds"]),
-        "tokens_per_second": case.tokens / median,
-        "peak_rss_bytes": found["peak_rss_bytes"],
-        "import_seconds": found["import_seconds"],
-        "first_step_seconds": found["first_step_seconds"],
-    }
-    for name in ("blas", "blas_kernel", "blas_threads"):
-        if name in found:
-            figures[name] = found[name]
-    if "floor" in found:
-        floor = statistics.median(found["floor"])
-        figures |= {
-            "floor_seconds": floor,
-            "floor_seconds_minimum": min(found["floor"]),
-            "floor_gflop": found["flops"] / 1e9,
-            "step_to_floor": median / floor,
-            "breakdown": found["breakdown"],
-        }
-    return figures | {"machine": f"{platform.machine()}, {os.cpu_count()} cores, "
-                                 f"{platform.system()}"}  # fmt: skip
+        "step_seconds_median": median(seconds),
+        "step_seconds_minimum": min(seconds),
+        "tokens_per_second": case.tokens / median(seconds),
+        "floor_seconds": median(floor),
+        "floor_seconds_minimum": min(floor),
+        "floor_gflop": found["flops"] / 1e9,
+        "step_to_floor": median(s / f for s, f in zip(seconds, floor, strict=True)),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
+        **{name: found[name] for name in (
+            "peak_rss_bytes", "import_seconds", "first_step_seconds", "blas", "blas_kernel",
+            "blas_threads", "breakdown",
+        )},
+    }  # fmt: skip
 
 
 # --- side by side --------------------------------------------------------------------------------
 
 
 def versus_peft(case: Case, rounds: int) -> dict[str, Any]:
-    """Both of PEFT's attentions and ours in turn; PEFT's better one counts, for each figure."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for _ in range(rounds):
-        found.setdefault("minilora", []).append(in_process(OURS, case, "alone"))
-        for attention in peft.ATTENTIONS:
-            found.setdefault(f"peft, {attention}", []).append(in_process(THEIRS, case, attention))
-    figures = side_by_side(case, found)
-    ours = figures.pop("minilora")
+    """Ours and PEFT with either attention in turn; the better one counts, for each figure."""
+    ways: Ways = {"minilora": (OURS, case, "alone")}
+    for attention in peft.ATTENTIONS:
+        ways[f"peft, {attention}"] = (THEIRS, case, attention)
+    figures = side_by_side(case, ways, rounds)
+    ours, *theirs = figures.values()
     ratios = {
-        name: ours[name] / min(theirs[name] for theirs in figures.values())
-        for name in ("step_seconds_median", "peak_rss_bytes", "start_seconds")
-    }
+        "step_seconds": max(
+            median(a / b for a, b in zip(ours["turns"], their["turns"], strict=True))
+            for their in theirs
+        ),
+        **{name: ours[name] / min(their[name] for their in theirs)
+           for name in ("peak_rss_bytes", "start_seconds")},
+    }  # fmt: skip
     print()
-    print(f"step time      {ratios['step_seconds_median']:.3f} of PEFT's")
+    print(f"time           {ratios['step_seconds']:.3f} of PEFT's")
     print(f"peak memory    {ratios['peak_rss_bytes']:.3f} of PEFT's")
-    print(f"start          {ratios['start_seconds']:.3f} of PEFT's (import and first step)")
-    return {"minilora": ours, **figures, "ratios": ratios}
+    print(f"start          {ratios['start_seconds']:.3f} of PEFT's (import and first run)")
+    return {**figures, "ratios": ratios}
 
 
 def versus_one_thread(case: Case, rounds: int) -> dict[str, Any]:
-    """The case with its threads and with one thread, in turn."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for _ in range(rounds):
-        for threads in (1, case.threads):
-            found.setdefault(f"threads: {threads}", []).append(
-                in_process(OURS, replace(case, threads=threads), "alone")
-            )
-    figures: dict[str, Any] = side_by_side(case, found)
-    one, many = (figures[name]["step_seconds_median"] for name in found)
-    figures["speedup"] = one / many
-    print(f"\n{case.threads} threads are {one / many:.2f} times as fast as one")
-    return figures
+    """The case with one thread and with its threads, in turn."""
+    ways: Ways = {
+        f"threads: {threads}": (OURS, replace(case, threads=threads), "alone")
+        for threads in (1, case.threads)
+    }
+    figures = side_by_side(case, ways, rounds)
+    one, *many = (row["turns"] for row in figures.values())
+    speedup = median(a / b for a, b in zip(one, *many, strict=True)) if many else 1.0
+    print(f"\n{case.threads} threads are {speedup:.2f} times as fast as one")
+    return {**figures, "speedup": speedup}
 
 
-def side_by_side(case: Case, found: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
-    """Print and return the figures of each of several ways over all rounds."""
-    print(f"\n{'':<14} {'median':>10} {'minimum':>10} {'tokens/s':>10} {'peak':>10} {'import':>8} "
-          f"{'first':>8}")  # fmt: skip
-    figures = {}
-    for name, rounds in found.items():
-        seconds = [s for figures in rounds for s in figures["seconds"]]
-        median = statistics.median(seconds)
-        figures[name] = row = {
-            "step_seconds_median": median,
-            "step_seconds_minimum": min(seconds),
-            "tokens_per_second": case.tokens / median,
-            "peak_rss_bytes": statistics.median(r["peak_rss_bytes"] for r in rounds),
-            "import_seconds": statistics.median(r["import_seconds"] for r in rounds),
-            "first_step_seconds": statistics.median(r["first_step_seconds"] for r in rounds),
+def side_by_side(case: Case, ways: Ways, rounds: int) -> dict[str, dict[str, Any]]:
+    """Run the case in each of several ways in turn; print and return what each took."""
+    seconds: dict[str, list[list[float]]] = {name: [] for name in ways}
+    with ExitStack() as stack:
+        processes: dict[str, Process] = {}
+        for name, way in ways.items():
+            processes[name] = stack.enter_context(Process(*way))
+            processes[name].answer("0")  # it is ready when it answers: one starts at a time
+        for _ in range(rounds):
+            for name, process in processes.items():
+                seconds[name].append(process.answer(str(case.steps)))
+        found = {name: process.answer() for name, process in processes.items()}
+
+    print(f"\n{'':<14}{'median':>12}{'minimum':>12}{'tokens/s':>10}{'peak':>12}{'import':>9}"
+          f"{'first run':>11}")  # fmt: skip
+    figures: dict[str, dict[str, Any]] = {}
+    for name in ways:
+        every = [s for turn in seconds[name] for s in turn]
+        start = found[name]["import_seconds"] + found[name]["first_step_seconds"]
+        figures[name] = {
+            "step_seconds_median": median(every),
+            "step_seconds_minimum": min(every),
+            "turns": [median(turn) for turn in seconds[name]],
+            "tokens_per_second": case.tokens / median(every),
+            "start_seconds": start,
+            **found[name],
         }
-        row["start_seconds"] = row["import_seconds"] + row["first_step_seconds"]
-        print(f"{name:<14} {1e3 * median:>7.1f} ms {1e3 * min(seconds):>7.1f} ms "
-              f"{row['tokens_per_second']:>10,.0f} {row['peak_rss_bytes'] / 2**20:>6,.0f} MiB "
-              f"{row['import_seconds']:>6.2f} s {row['first_step_seconds']:>6.2f} s")  # fmt: skip
+        print(f"{name:<14}{1e3 * median(every):>9.1f} ms{1e3 * min(every):>9.1f} ms"
+              f"{case.tokens / median(every):>10,.0f}"
+              f"{found[name]['peak_rss_bytes'] / 2**20:>8,.0f} MiB"
+              f"{found[name]['import_seconds']:>7.2f} s"
+              f"{found[name]['first_step_seconds']:>9.2f} s")  # fmt: skip
     return figures
 
 
@@ -179,23 +214,25 @@ def report(case: Case, figures: dict[str, Any]) -> None:
     }[case.what]
     if case.what == "step" and case.method == "lora":
         what += f", rank {case.rank} on {','.join(case.targets)}"
-    print(f"{c.n_layer} blocks of width {c.n_embd}, vocabulary {c.vocab_size:,}: {what}")
-    print(f"{figures['machine']}; threads: {case.threads}; {figures['blas']}, kernel "
-          f"{figures['blas_kernel']}, {figures['blas_threads']} BLAS threads in each")  # fmt: skip
-    print()
-    print(f"time           {1e3 * figures['step_seconds_median']:.1f} ms (median of {case.steps}), "
-          f"{1e3 * figures['step_seconds_minimum']:.1f} ms (minimum)")  # fmt: skip
     gflops = figures["floor_gflop"] / figures["floor_seconds"]
-    print(f"floor          {1e3 * figures['floor_seconds']:.1f} ms for the matrix products alone "
-          f"({figures['floor_gflop']:.1f} GFLOP, {gflops:.0f} GFLOP/s)")  # fmt: skip
-    print(f"time / floor   {figures['step_to_floor']:.2f}")
-    print(f"tokens/s       {figures['tokens_per_second']:,.0f}")
-    print(f"peak memory    {figures['peak_rss_bytes'] / 2**20:,.0f} MiB resident")
-    print(f"start          import {figures['import_seconds']:.2f} s, "
-          f"first run {figures['first_step_seconds']:.2f} s")  # fmt: skip
-    print(f"\n{'operation':<28} {'calls':>6} {'ms':>8} {'share':>6} {'products, ms':>13}")
+    print(f"""\
+{c.n_layer} blocks of width {c.n_embd}, vocabulary {c.vocab_size:,}: {what}
+{figures["machine"]}, {case.threads} threads; {figures["blas"]}, kernel {figures["blas_kernel"]}, \
+BLAS threads: {figures["blas_threads"]}
+
+time           {1e3 * figures["step_seconds_median"]:.1f} ms (median of {case.steps}), \
+{1e3 * figures["step_seconds_minimum"]:.1f} ms (minimum)
+floor          {1e3 * figures["floor_seconds"]:.1f} ms, the matrix products alone: \
+{figures["floor_gflop"]:.1f} GFLOP, {gflops:.0f} GFLOP/s
+time / floor   {figures["step_to_floor"]:.2f}
+tokens/s       {figures["tokens_per_second"]:,.0f}
+peak memory    {figures["peak_rss_bytes"] / 2**20:,.0f} MiB resident
+start          import {figures["import_seconds"]:.2f} s, \
+first run {figures["first_step_seconds"]:.2f} s
+
+{"operation":<28}{"calls":>7}{"ms":>9}{"share":>8}{"products, ms":>14}""")
     total = sum(row["seconds"] for row in figures["breakdown"])
     for row in figures["breakdown"]:
         products = f"{1e3 * row['products_seconds']:.2f}" if row["products_seconds"] else ""
-        print(f"{row['operation']:<28} {row['calls']:>6} {1e3 * row['seconds']:>8.2f} "
-              f"{row['seconds'] / total:>6.1%} {products:>13}")  # fmt: skip
+        print(f"{row['operation']:<28}{row['calls']:>7}{1e3 * row['seconds']:>9.2f}"
+              f"{row['seconds'] / total:>8.1%}{products:>14}")  # fmt: skip

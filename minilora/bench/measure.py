@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import statistics
+import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from minilora.backend import to_device, to_host
-from minilora.bench.case import PROMPT, Case
+from minilora.bench.case import CLIP, LEARNING_RATE, PROMPT, Case
 from minilora.bench.products import (
     RecordingWorkers,
     prepare,
@@ -19,17 +22,16 @@ from minilora.bench.products import (
     repeat_timed,
 )
 from minilora.bench.profile import profiling
-from minilora.checkpoint import History, State
+from minilora.data import draw_batch
 from minilora.evaluation import sum_nats
 from minilora.generate import generate
 from minilora.gpt import gpt_init
 from minilora.lora import lora_init
-from minilora.optim import adamw_init
-from minilora.train import Loop
+from minilora.optim import adamw, adamw_init, clip_by_global_norm
+from minilora.train import batch_loss_and_grads
 from minilora.tree import Tree
 from minilora.workers import Workers
 
-WARM_UP = 2
 PROFILED = 3
 
 
@@ -41,11 +43,10 @@ def random_model(case: Case) -> dict[str, Tree]:
     return {"base": base, "lora": lora_init(base, case.lora_config, seed=0)}
 
 
-def measure(case: Case, *, started: float, floor: bool = True) -> dict[str, Any]:
-    """Seconds of every run, peak memory and, with `floor`, products and breakdown of a case.
+def measure(case: Case, *, started: float, floor: bool) -> None:
+    """Run the case when told to (see `serve`), or beside its products alone.
 
-    `started` is the time.perf_counter() when this process began to import. The peak is that of the
-    runs alone: what `floor` needs comes after.
+    `started` is the time.perf_counter() when this process began to import.
     """
     from threadpoolctl import threadpool_limits
 
@@ -55,15 +56,24 @@ def measure(case: Case, *, started: float, floor: bool = True) -> dict[str, Any]
     with threadpool_limits(case.threads, user_api="blas"), Workers(sharing, case.device) as workers:
         run = RUNS[case.what](case, to_device(model, case.device), workers)
         figures["first_step_seconds"] = seconds_of(run)
-        for _ in range(WARM_UP):
-            run()
         figures |= blas()
+        run()
         if not floor:
-            figures["seconds"] = [seconds_of(run) for _ in range(case.steps)]
-            return figures | {"peak_rss_bytes": peak_rss()}
-        figures["peak_rss_bytes"] = peak_rss()
+            serve(run, figures)
+            return
+        figures["peak_rss_bytes"] = peak_rss()  # of the runs alone
         figures |= floor_and_breakdown(case, model, workers, run)
-    return figures
+        print(json.dumps(figures))
+
+
+def serve(run: Callable[[], None], figures: dict[str, Any]) -> None:
+    """Answer every number on standard input with the seconds of so many runs, its end with figures.
+
+    So the processes that are compared can take turns, each waiting while the other runs.
+    """
+    for line in sys.stdin:
+        print(json.dumps([seconds_of(run) for _ in range(int(line))]), flush=True)
+    print(json.dumps(figures | {"peak_rss_bytes": peak_rss()}))
 
 
 def floor_and_breakdown(
@@ -73,7 +83,6 @@ def floor_and_breakdown(
     with profiling() as names, recording(model, names.operation) as log:
         record = RecordingWorkers(case.threads, "cpu")
         RUNS[case.what](case, recorded(model), record)()
-    flops = sum(product.flops for products in log.items for product in products)
     products = prepare(log.items, case.device)
 
     def all_products(each: Callable[..., Any] = repeat) -> list[Any]:
@@ -82,36 +91,35 @@ def floor_and_breakdown(
         return done
 
     all_products()
-    seconds, floor_seconds = [], []
-    for _ in range(case.steps):
-        seconds.append(seconds_of(run))
-        floor_seconds.append(seconds_of(all_products))
+    pairs = [(seconds_of(all_products), seconds_of(run)) for _ in range(case.steps)]
+    floor_seconds, seconds = zip(*pairs, strict=True)
 
+    profiled, alone = 0.0, Counter[str]()
     with profiling() as profile:
-        profiled = statistics.fmean(seconds_of(run) for _ in range(PROFILED))
-    alone: dict[str, float] = {}
-    for _ in range(PROFILED):
-        for by_operation in all_products(repeat_timed):
-            for operation, taken in by_operation.items():
-                alone[operation] = alone.get(operation, 0.0) + taken / PROFILED / workers.threads
-    rows: list[dict[str, Any]] = [
-        {
-            "operation": operation,
-            "calls": profile.calls[operation] // PROFILED,
-            "seconds": taken / PROFILED,
-            "products_seconds": alone.get(operation, 0.0),
-        }
+        for _ in range(PROFILED):
+            profiled += seconds_of(run)
+            for by_operation in all_products(repeat_timed):
+                alone.update(by_operation)
+    rows = [
+        row(operation, taken, alone[operation] / workers.threads, profile.calls[operation])
         for operation, taken in profile.by_operation(workers.threads).items()
     ]
-    rest = profiled - sum(row["seconds"] for row in rows)
-    rows.append({"operation": "all else, and waiting", "calls": 0, "seconds": rest,
-                 "products_seconds": 0.0})  # fmt: skip
-    rows.sort(key=lambda row: -row["seconds"])
+    rows.append(row("all else, and waiting", profiled - profile.total(workers.threads), 0.0, 0))
     return {
         "seconds": seconds,
         "floor": floor_seconds,
-        "flops": flops,
-        "breakdown": rows,
+        "flops": sum(product.flops for item in log.items for product in item),
+        "breakdown": sorted(rows, key=lambda row: -row["seconds"]),
+    }
+
+
+def row(operation: str, seconds: float, products: float, calls: int) -> dict[str, Any]:
+    """A line of the breakdown: means over the profiled runs."""
+    return {
+        "operation": operation,
+        "calls": calls // PROFILED,
+        "seconds": seconds / PROFILED,
+        "products_seconds": products / PROFILED,
     }
 
 
@@ -119,23 +127,35 @@ def floor_and_breakdown(
 
 
 def step(case: Case, model: Tree, workers: Workers) -> Callable[[], None]:
-    """A training step, as the loop of `train` does it."""
-    loop = Loop(model["base"], case.corpus(), case.config, case.lora_config, case.settings,
-                case.device, workers)  # fmt: skip
-    params = model["lora" if case.method == "lora" else "base"]
-    state = State(0, params, adamw_init(params), History())
+    """A training step, of the parts that the loop of `train` makes it of."""
+    text, rng = case.text(), np.random.default_rng(0)
+    trees = {"base": model["base"], "lora": model.get("lora")}
+    trained: Literal["lora", "base"] = "lora" if case.method == "lora" else "base"
+    moments = adamw_init(trees[trained])
 
     def run() -> None:
-        nonlocal state
-        state, loss_and_norm = loop.step(state)
-        to_host(loss_and_norm)  # a GPU is done only then
+        nonlocal moments
+        tokens, targets = draw_batch(text, batch=case.batch, context=case.context, rng=rng)
+        _, grads = batch_loss_and_grads(
+            workers,
+            **trees,
+            tokens=tokens,
+            targets=targets,
+            wrt=trained,
+            config=case.config,
+            lora_config=case.lora_config,
+            device=case.device,
+        )
+        grads, norm = clip_by_global_norm(grads, CLIP)
+        trees[trained], moments = adamw(trees[trained], grads, moments, step=1, lr=LEARNING_RATE)
+        to_host(norm)  # a GPU is done only then
 
     return run
 
 
 def evaluate(case: Case, model: Tree, workers: Workers) -> Callable[[], None]:
     """The loss on a batch, shared as that of a step."""
-    tokens = case.corpus().train[: case.tokens + 1]
+    tokens = case.text()[: case.tokens + 1]
     inputs, targets = (x.reshape(case.batch, case.context) for x in (tokens[:-1], tokens[1:]))
     shards = workers.shards(case.batch, case.context)
     batches = [(inputs[rows], targets[rows]) for rows in shards]
@@ -148,7 +168,7 @@ def evaluate(case: Case, model: Tree, workers: Workers) -> Callable[[], None]:
 
 def generation(case: Case, model: Tree, workers: Workers) -> Callable[[], None]:
     """The likeliest continuation of a prompt."""
-    prompt = case.corpus().train[:PROMPT]
+    prompt = case.text()[:PROMPT]
 
     def run() -> None:
         for _ in generate(

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from minilora.bench.case import PROMPT, Case
-from minilora.bench.measure import WARM_UP, peak_rss, seconds_of
+from minilora.bench.case import CLIP, LEARNING_RATE, PROMPT, Case
+from minilora.bench.measure import seconds_of, serve
 from minilora.data import draw_batch
 from minilora.errors import MiniloraError
 
@@ -43,8 +43,8 @@ def check(case: Case) -> None:
             )
 
 
-def measure_peft(case: Case, *, attention: str) -> dict[str, Any]:
-    """The figures of `measure` without those of the floor."""
+def measure_peft(case: Case, *, attention: str) -> None:
+    """Run the case when told to, as `measure` does."""
     started = time.perf_counter()
     warnings.simplefilter("ignore")
     import peft
@@ -70,10 +70,8 @@ def measure_peft(case: Case, *, attention: str) -> dict[str, Any]:
         model = peft.get_peft_model(model, lora)
     run = RUNS[case.what](case, model.to(case.device))
     figures["first_step_seconds"] = seconds_of(run)
-    for _ in range(WARM_UP):
-        run()
-    figures["seconds"] = [seconds_of(run) for _ in range(case.steps)]
-    return figures | {"peak_rss_bytes": peak_rss()}
+    run()
+    serve(run, figures)
 
 
 def step(case: Case, model: Any) -> Callable[[], None]:
@@ -81,9 +79,8 @@ def step(case: Case, model: Any) -> Callable[[], None]:
 
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
-    settings = case.settings
-    optimizer = torch.optim.AdamW(trained, lr=settings.lr / settings.warmup, weight_decay=0.0)
-    text, rng = case.corpus().train, np.random.default_rng(0)
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
+    text, rng = case.text(), np.random.default_rng(0)
 
     def run() -> None:
         batch = draw_batch(text, batch=case.batch, context=case.context, rng=rng)
@@ -92,7 +89,7 @@ def step(case: Case, model: Any) -> Callable[[], None]:
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         del logits  # else they are kept through the backward pass
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, settings.clip)
+        torch.nn.utils.clip_grad_norm_(trained, CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss.item()
@@ -104,7 +101,7 @@ def evaluate(case: Case, model: Any) -> Callable[[], None]:
     import torch
 
     model.eval()
-    tokens = torch.from_numpy(case.corpus().train[: case.tokens + 1]).long().to(case.device)
+    tokens = torch.from_numpy(case.text()[: case.tokens + 1]).long().to(case.device)
     inputs = tokens[:-1].reshape(case.batch, case.context)
 
     def run() -> None:
@@ -119,7 +116,7 @@ def generation(case: Case, model: Any) -> Callable[[], None]:
     import torch
 
     model.eval()
-    prompt = torch.from_numpy(case.corpus().train[None, :PROMPT]).long().to(case.device)
+    prompt = torch.from_numpy(case.text()[None, :PROMPT]).long().to(case.device)
 
     def run() -> None:
         with torch.inference_mode():

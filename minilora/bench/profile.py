@@ -69,6 +69,9 @@ class Profile:
             seconds[name] += taken if on_main else taken / threads
         return dict(seconds)
 
+    def total(self, threads: int) -> float:
+        return sum(self.by_operation(threads).values())
+
 
 @contextmanager
 def profiling() -> Iterator[Profile]:
