@@ -14,7 +14,7 @@ SIZES = (Sizes(lead=(3, 5), C=4, O=6, R=2, V=7, H=2), Sizes(lead=(2,), C=3, O=1,
 
 
 def moved(tree, dtype, device):
-    """The tree with its arrays on the device, those of floats as `dtype`; other leaves as they are."""
+    """The tree with its arrays on the device, those of floats as `dtype`; other leaves as is."""
 
     def leaf(x):
         if not isinstance(x, np.ndarray):

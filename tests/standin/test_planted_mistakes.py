@@ -1,0 +1,293 @@
+"""Mistakes planted in the library itself are noticed on the stand-in: this is what it is for.
+
+Every call of `xp.f` becomes `np.f`, every `to_device` and `to_host` is left out, and every array
+that starts at zero starts as it finds the memory; a few more mistakes are planted by hand. After
+each change the library trains, evaluates, generates, merges and writes files once more.
+"""
+
+import __future__
+
+import ast
+import contextlib
+import copy
+import dataclasses
+import importlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from types import CodeType, FunctionType
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from strict_cupy import COPIES
+
+import minilora
+from minilora import gpt, model, ops, optim, train, tree
+from minilora.backend import load_cupy, to_device, to_host
+from minilora.data import ByteTokenizer, Corpus
+from minilora.gpt import GPTConfig, gpt_init, loss_and_grads
+from minilora.lora import LoRAConfig, lora_init
+from minilora.mix import mix
+from minilora.model import Model, complete, evaluate_stream
+from minilora.pairs import tiny_model
+from minilora.runs import adapt, adapt_in_folder
+from minilora.train import TrainConfig
+
+PACKAGE = Path(minilora.__file__).parent
+MODULES = [
+    path.stem
+    for path in sorted(PACKAGE.glob("*.py"))
+    if any(f"{word}(" in path.read_text("utf-8") for word in ("namespace", "to_device", "to_host"))
+    and path.stem not in ("pairs", "demo", "kernels", "parallel")  # run in tests of their own
+]
+# Changes that no device can notice, by "module.function: before → after", and why.
+EXPLAINED = {
+    "checkpoint.save_checkpoint: to_host(trees) → trees": "write_tensors does it as well.",
+    "train.save: to_host(state.params) → state.params": "Only several processes come here.",
+}
+
+# --- what is done after each change --------------------------------------------------------------
+
+CONFIG = GPTConfig(vocab_size=256, n_positions=8, n_embd=4, n_layer=2, n_head=2)
+LORA_CONFIG = LoRAConfig(rank=1, targets=("qkv", "o", "up", "down"), dropout=0.2)
+SETTINGS = TrainConfig(
+    steps=5, batch=2, context=6, lr=0.1, warmup=1, threads=1, log_every=2, eval_every=5,
+    eval_tokens=12, checkpoint_every=3,
+)  # fmt: skip
+
+
+def a_model() -> Model:
+    base = tree.map_leaves(lambda x: 10 * x, gpt_init(CONFIG, seed=0))
+    return Model(base, CONFIG, ByteTokenizer(), Path())
+
+
+def a_corpus() -> Corpus:
+    tokens = np.random.default_rng(0).integers(256, size=80, dtype=np.int32)
+    return Corpus(tokens[:40], tokens[40:], 40, 40, 1, "a text")
+
+
+class Stopped(Exception):
+    """Ends a training run before its end."""
+
+
+def everything(place: str, folder: Path) -> dict[str, np.ndarray]:
+    """Numbers from all that uses the device, by name; those of the host are the same."""
+
+    def stop(progress: train.Progress) -> None:
+        if progress.step == 4:
+            raise Stopped
+
+    case = tiny_model()._asdict()
+    on_device = {name: part if name.endswith("config") else to_device(part, place)
+                 for name, part in case.items()}  # fmt: skip
+    results = {f"{wrt} gradients": to_host([part for part in loss_and_grads(**on_device, wrt=wrt)
+                                            if part is not None])
+               for wrt in ("lora", "both")}  # fmt: skip
+
+    model, corpus = a_model(), a_corpus()
+    full = dataclasses.replace(SETTINGS, method="full")
+    _, trained = adapt(model.on(place), corpus, settings=full, device=place)
+    results["full"] = [trained.params, *map(np.array, vars(trained.history).values())]
+    results["init"] = to_device(lora_init(model.on(place).base, LORA_CONFIG, seed=0), "cpu")
+    with contextlib.suppress(Stopped):
+        adapt_in_folder(
+            model, corpus, LORA_CONFIG, SETTINGS, folder / place, device=place, report=stop
+        )
+    run = adapt_in_folder(
+        model.on(place), corpus, LORA_CONFIG, SETTINGS, folder / place, device=place, resume=True
+    )
+    results["lora"] = list(map(np.array, vars(run.history).values()))
+
+    adapted = model.with_adapters_from(folder / place)
+    figures = vars(evaluate_stream(adapted, corpus.held_out, 40, device=place))
+    results["evaluation"] = {name: np.array(figure) for name, figure in figures.items()}
+    adapted = adapted.on(place)
+    results["text"] = np.array(list(complete(adapted, "a", max_tokens=10)))
+    tokens = np.array([[1, 2, 3]])
+    results["logits"] = adapted.logits(tokens)
+    results["merged"] = adapted.merged().logits(tokens)
+    parts = [(adapted.lora, adapted.lora_config)] * 2
+    results["mixed"] = to_host(mix(parts, [0.5, 0.25])[0])
+    return tree.flatten(results)
+
+
+class Noticed(AssertionError):
+    """The device gave another number, dtype or kind of array than the host, or copied too often."""
+
+
+def compare(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    for name, leaf in expected.items():
+        leaf = np.asarray(leaf)
+        if type(actual[name]) is not type(leaf) or actual[name].dtype != leaf.dtype:
+            raise Noticed(f"{name}: {type(actual[name])} of {getattr(actual[name], 'dtype', None)}")
+        if not np.allclose(actual[name], leaf, rtol=1e-4, atol=1e-5):
+            raise Noticed(f"{name} differs")
+
+
+@pytest.fixture
+def check(xp, tmp_path):
+    """Runs everything on the device and compares with the host; raises where a mistake shows."""
+    load_cupy()  # reads one number, the first time
+    expected = everything("cpu", tmp_path / "expected")
+    COPIES.reset()
+    everything("cuda", tmp_path / "right")
+    copies = (COPIES.to_host, COPIES.to_device)
+    runs = iter(range(1000))
+
+    def again() -> None:
+        COPIES.reset()
+        compare(everything("cuda", tmp_path / f"changed {next(runs)}"), expected)
+        if (COPIES.to_host, COPIES.to_device) != copies:
+            raise Noticed(f"{COPIES} instead of {copies}")
+
+    again()  # nothing is wrong before anything is planted
+    return again
+
+
+# --- mistakes planted everywhere -----------------------------------------------------------------
+
+
+class Plant(NamedTuple):
+    """A function of the library, a change of one expression in it, and the changed code."""
+
+    name: str
+    function: FunctionType
+    code: CodeType
+
+
+def wrong(node: ast.expr) -> ast.expr | None:
+    """The expression with a mistake in it, or None where there is no place for one."""
+    if isinstance(node, ast.Attribute) and is_namespace(node.value):
+        numpy = ast.parse("__import__('numpy')", mode="eval").body
+        zeros = {"zeros": "empty", "zeros_like": "empty_like"}
+        if node.attr in zeros:
+            return ast.Attribute(node.value, zeros[node.attr], ast.Load())
+        return ast.Attribute(numpy, node.attr, ast.Load())
+    if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("to_device", "to_host"):
+        return node.args[0]
+    return None
+
+
+def is_namespace(node: ast.expr) -> bool:
+    is_call = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "namespace"
+    return is_call or (isinstance(node, ast.Name) and node.id == "xp")
+
+
+class Planting(ast.NodeTransformer):
+    """Changes the expression of a given number, counted in the order of the source."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.change = number, ""
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        changed = wrong(node) if isinstance(node, ast.expr) else None
+        if changed is not None:
+            self.number -= 1
+            if self.number == -1:
+                self.change = f"{ast.unparse(node)} → {ast.unparse(changed)}"
+                return ast.copy_location(changed, node)
+        return self.generic_visit(node)
+
+
+def functions(module_name: str) -> Iterator[tuple[str, FunctionType, ast.FunctionDef]]:
+    """The functions and methods of a module that no decorator hides."""
+    module = importlib.import_module(f"minilora.{module_name}")
+    source = Path(module.__file__).read_text(encoding="utf-8")
+    for node in ast.parse(source).body:
+        inside = node.body if isinstance(node, ast.ClassDef) else [node]
+        owner = getattr(module, node.name) if isinstance(node, ast.ClassDef) else module
+        for part in inside:
+            if isinstance(part, ast.FunctionDef) and not part.decorator_list:
+                yield f"{module_name}.{part.name}", getattr(owner, part.name), part
+
+
+def plants() -> Iterator[Plant]:
+    """Every mistake that can be planted."""
+    for module_name in MODULES:
+        for name, function, node in functions(module_name):
+            for number in range(1000):
+                planting = Planting(number)
+                changed = planting.visit(copy.deepcopy(node))
+                if not planting.change:
+                    break
+                compiled = compile(
+                    ast.fix_missing_locations(ast.Module([changed], [])),
+                    name,
+                    "exec",
+                    flags=__future__.annotations.compiler_flag,
+                )
+                codes = (c for c in compiled.co_consts if isinstance(c, CodeType))
+                code = next(c for c in codes if c.co_name == node.name)
+                yield Plant(f"{name}: {planting.change}", function, code)
+
+
+def test_every_mistake_in_the_library_is_noticed(check, monkeypatch):
+    unnoticed, planted = [], list(plants())
+    for plant in planted:
+        with monkeypatch.context() as patch:
+            patch.setattr(plant.function, "__code__", plant.code)
+            try:
+                check()
+            except Exception:
+                continue
+            unnoticed.append(plant.name)
+    assert len(planted) > 50
+    assert set(unnoticed) <= set(EXPLAINED), "\n".join(set(unnoticed) - set(EXPLAINED))
+
+
+# --- mistakes planted by hand --------------------------------------------------------------------
+
+
+def gelu_with_a_keyword_of_numpy(x):
+    y = ops.namespace(x).tanh(x, where=x > -math.inf)
+    return y, (x,)
+
+
+def layer_norm_that_branches(x, w, b, *, eps=1e-5, frozen=False):
+    """Reads a number from the device to choose what to do next."""
+    if float((x * x).max()) > 0:
+        return ops.layer_norm_forward(x, w, b, eps=eps, frozen=frozen)
+    return x, None
+
+
+def residual_with_a_constant_of_the_host(x, branch):
+    return x + branch * np.array(1.0, x.dtype), ()
+
+
+def norm_in_a_loop(grads, max_norm):
+    """Adds up on the host: one copy for each leaf."""
+    norm = math.sqrt(sum(float((g * g).sum()) for g in tree.flatten(grads).values()))
+    scale = min(1.0, max_norm / (norm + 1e-6))
+    first = next(iter(tree.flatten(grads).values()))
+    norm = optim.namespace(first).asarray(np.float32(norm))
+    return tree.map_leaves(lambda g: g * scale, grads), norm
+
+
+def adamw_in_float64(params, grads, moments, *, lr, **options):
+    """A NumPy scalar where a Python float belongs: float32 becomes float64."""
+    return optim.adamw(params, grads, moments, lr=np.float64(lr), **options)
+
+
+def moments_on_the_host(params):
+    zeros = tree.map_leaves(lambda p: np.zeros(p.shape, p.dtype), params)
+    return optim.Moments(zeros, zeros)
+
+
+BY_HAND = {
+    "a keyword that CuPy lacks": (gpt, "gelu_forward", gelu_with_a_keyword_of_numpy),
+    "a branch on a value": (gpt, "layer_norm_forward", layer_norm_that_branches),
+    "a host array": (gpt, "residual_forward", residual_with_a_constant_of_the_host),
+    "a host scalar in a loop": (train, "clip_by_global_norm", norm_in_a_loop),
+    "a scalar of NumPy": (train, "adamw", adamw_in_float64),
+    "a tree on the host": (train, "adamw_init", moments_on_the_host),
+    "a model left on the host": (model, "to_device", lambda arrays, device: arrays),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_a_mistake_planted_by_hand_is_noticed(check, monkeypatch, name):
+    module, attribute, mistake = BY_HAND[name]
+    monkeypatch.setattr(module, attribute, mistake)
+    with pytest.raises((Noticed, TypeError)):
+        check()
