@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from minilora.errors import MiniloraError
 from minilora.gpt import GPTConfig
 from minilora.lora import LoRAConfig, adapted_paths, weight_of
-from minilora.workers import Workers
+from minilora.workers import Workers, cores
 
 SHAPES = {
     "tiny": GPTConfig(512, 1024, n_embd=256, n_layer=4, n_head=4),
@@ -151,7 +151,7 @@ class Step:
     @property
     def passes(self) -> int:
         """How many of them run at once."""
-        return min(len(self.shards), self.threads or 1)
+        return 1 if self.threads is None else min(len(self.shards), self.threads or cores())
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -355,8 +355,9 @@ def add_budget(group: Any) -> None:
     )
     sub.add_argument(
         "--threads",
-        type=int,
-        help="threads that share the batch as in adapt (default: all of it in one pass)",
+        type=natural,
+        help="threads that share the batch as in adapt, 0: one for each core "
+        "(default: all of it in one pass)",
     )
 
 

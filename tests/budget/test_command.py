@@ -1,0 +1,131 @@
+"""`minilora budget`: what it prints and writes, and what it refuses."""
+
+import argparse
+import json
+
+import pytest
+
+from minilora.budget import SHAPES, scaled
+from minilora.cli import main, parser
+from minilora.formats import save_base
+from minilora.gpt import GPTConfig, gpt_init
+
+FIELDS = {
+    *("trainable_parameters", "base_parameters", "adapter_bytes", "weights_bytes"),
+    *("gradients_bytes", "optimizer_bytes", "activations_bytes", "peak_bytes"),
+    *("forward_flops", "backward_flops"),
+}
+
+
+@pytest.fixture
+def budget(tmp_path, capsys):
+    """Run the command: what it prints, and the figures that it writes."""
+
+    def run(*words):
+        path = tmp_path / "figures.json"
+        status = main(["budget", *map(str, words), "--json", str(path)])
+        assert status == 0, capsys.readouterr().err
+        return capsys.readouterr().out, json.loads(path.read_text(encoding="utf-8"))
+
+    return run
+
+
+def test_gpt3_with_rank_4_on_q_and_v_is_the_paper_s(budget):
+    _, figures = budget(
+        "--model", "gpt3", "--rank", 4, "--targets", "q,v", "--dtype", "float16"
+    )  # fmt: skip
+    assert set(figures) == FIELDS
+    assert figures["trainable_parameters"] == 18_874_368
+    assert figures["adapter_bytes"] == 37_748_736
+    assert figures["gradients_bytes"] == figures["adapter_bytes"]
+    assert figures["optimizer_bytes"] == 2 * figures["adapter_bytes"]
+    assert figures["weights_bytes"] == 2 * figures["base_parameters"] == 349_208_518_656
+
+
+def test_full_fine_tuning_trains_the_base(budget):
+    out, full = budget("--model", "gpt2", "--method", "full")
+    assert full["trainable_parameters"] == full["base_parameters"] == 124_439_808
+    assert full["adapter_bytes"] == 0
+    _, lora = budget("--model", "gpt2")
+    assert lora["peak_bytes"] < 0.5 * full["peak_bytes"]
+    for figures in (full, lora):  # the table shows both, whichever is written
+        for name in ("trainable_parameters", "base_parameters"):
+            assert f"{figures[name]:,}" in out
+        assert scaled(figures["peak_bytes"], "B") in out
+        assert scaled(figures["activations_bytes"], "B") in out
+
+
+def test_a_folder_s_shape_is_read_without_its_weights(budget, tmp_path):
+    config = GPTConfig(11, 16, n_embd=8, n_layer=3, n_head=2, n_inner=20)
+    save_base(tmp_path, gpt_init(config, seed=0), config)
+    (tmp_path / "model.safetensors").unlink()
+    words = ("--base", tmp_path, "--context", 16, "--rank", 2, "--targets", "1.mlp.up")
+    out, figures = budget(*words)
+    assert "3 blocks, width 8, 2 heads, vocabulary 11" in out
+    assert figures["trainable_parameters"] == 2 * (8 + 20)
+
+    document = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    document["tie_word_embeddings"] = False
+    (tmp_path / "config.json").write_text(json.dumps(document), encoding="utf-8")
+    assert budget(*words)[1]["base_parameters"] == figures["base_parameters"] + 11 * 8
+
+
+def test_sizes_given_replace_the_shape_s(budget):
+    words = ("--layers", 48, "--width", 1536, "--heads", 24, "--rank", 16, "--targets", "q,v")
+    assert budget(*words)[1]["trainable_parameters"] == 4_718_592
+
+
+def test_dropout_keeps_masks_and_threads_share_the_batch(budget):
+    words = ("--model", "tiny", "--batch", 16, "--context", 256)
+    alone = budget(*words)[1]["activations_bytes"]
+    assert budget(*words, "--dropout", 0.1)[1]["activations_bytes"] > alone
+    out, shared = budget(*words, "--threads", 2)
+    assert "4 passes of up to 4 sequences, 2 of them at once" in out
+    assert shared["activations_bytes"] == alone / 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "gpt4"], "invalid choice: 'gpt4'"),
+        (["--rank", "0"], "rank 0 is not a whole number of at least 1"),
+        (["--rank", "769"], "rank 769 is above the smaller side of blocks.0.attn.qkv"),
+        (["--targets", "key"], "unknown target 'key'"),
+        (["--batch", "0"], "batch 0 is too small"),
+        (["--context", "1025"], "1025 tokens exceed the model's context of 1024"),
+        (["--threads", "-1"], "is not a whole number of at least 0"),
+        (["--base", "nowhere"], "nowhere"),
+        (["--model", "tiny", "--base", "x"], "not allowed with"),
+        (["--width", "700"], "n_embd 700 is not a multiple of n_head 12"),
+        (["--dropout", "1"], "dropout 1.0 is not in"),
+    ],
+    ids=lambda words: " ".join(words) if isinstance(words, list) else "",
+)
+def test_bad_options_are_refused_in_a_sentence(capsys, words, message):
+    assert main(["budget", *words]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("minilora: ") and printed.err.count("\n") == 1
+    assert message in printed.err
+
+
+def test_the_parser_offers_every_shape():
+    (commands,) = (a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
+    options = {action.dest: action for action in commands.choices["budget"]._actions}
+    assert list(options["model"].choices) == list(SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.000 kB"),
+        (37_748_736, "37.75 MB"),
+        (999_960, "1.000 MB"),
+        (349_208_518_656, "349.2 GB"),
+        (1.5e21, "1500 EB"),
+    ],
+)
+def test_numbers_are_shown_with_four_digits(value, text):
+    assert scaled(value, "B") == text
