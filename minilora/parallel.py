@@ -29,6 +29,7 @@ LAUNCHERS = (
     ("PMI_RANK", "PMI_SIZE"),  # MPICH, Intel MPI, Microsoft MPI
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),  # Slurm's srun
 )
+LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 HEAD_START = 1.0  # seconds in which the first rank may tell an error that all ranks have
 
 Value = TypeVar("Value")
@@ -165,6 +166,12 @@ def as_one(run: Callable[[], int]) -> int:
     rank, size = launched()
     if size == 1:
         return run()
+    try:
+        find_ranks()
+    except MiniloraError as error:
+        if all(os.environ.get(name, "0") == "0" for name in LOCAL_RANKS):  # once on each machine
+            print(f"minilora: {error}", file=sys.stderr)
+        return 2
     printed = io.StringIO()
     with ExitStack() as silence:
         if rank > 0:
@@ -175,13 +182,11 @@ def as_one(run: Callable[[], int]) -> int:
         except Exception:  # a mistake in this program
             traceback.print_exc()
             status = 1
-    if status == 0:
-        return 0
-    if rank > 0:
-        time.sleep(HEAD_START)
-        print(f"rank {rank}: {printed.getvalue().strip()}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if mpi := sys.modules.get("mpi4py.MPI"):
-        mpi.COMM_WORLD.Abort(status)  # the others may wait for this rank
+    if status != 0:
+        if rank > 0:
+            time.sleep(HEAD_START)
+            print(f"rank {rank}: {printed.getvalue().strip()}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(status)  # the others may wait for this rank
     return status

@@ -153,8 +153,8 @@ def _figures(base: Tree, trained: Trained, size: int, ranks: Ranks) -> dict[str,
     if ranks.size > 1:
         figures |= {
             "processes": ranks.size,
-            "bytes_summed_per_step": tree.nbytes(trained.params),
-            "bytes_summed_per_step_full": tree.nbytes(base),
+            "allreduce_bytes": tree.nbytes(trained.params),
+            "allreduce_bytes_full": tree.nbytes(base),
         }
     return figures
 
