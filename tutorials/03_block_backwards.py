@@ -1,0 +1,409 @@
+# %% [markdown]
+# # A transformer block, backwards
+#
+# A block of GPT-2 is ten lines forwards. Backwards it is the same ten lines, read from the bottom
+# to the top. On this page we write both with minilora's pairs, hold every intermediate gradient
+# against finite differences, and then send the gradient of a real loss through all blocks of the
+# built-in model to see where it goes.
+#
+# Shapes: B sequences of T tokens, C numbers for each token (the width), H attention heads, F
+# numbers inside the MLP.
+
+# %%
+import os
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+import minilora
+from minilora import gradcheck, ops, tree
+from minilora.gpt import GPTConfig, gpt_init
+
+SMALL = os.environ.get("MINILORA_SMALL") == "1"  # smaller, for the tests
+plt.rcParams.update({"figure.facecolor": "white", "figure.constrained_layout.use": True})
+rng = np.random.default_rng(0)
+
+# %% [markdown]
+# ## Forwards: ten lines
+#
+# The input $x$ (B, T, C) is the **residual stream**. Two branches read from it, and each adds its
+# result to it:
+#
+# $$\mathrm{mid} = x + \operatorname{Attn}(\operatorname{LN}_1(x)), \qquad
+# y = \mathrm{mid} + \operatorname{MLP}(\operatorname{LN}_2(\mathrm{mid})) .$$
+#
+# LN is a layer norm. Attn is a linear map to queries, keys and values, the attention itself, and a
+# linear map back. MLP is a linear map up to width F, the GELU, and a linear map down.
+#
+# Each line below makes one value with one `…_forward` of [minilora/ops.py](../minilora/ops.py).
+# What that forward keeps for its backward, its **cache**, we store under the name of the value.
+# The argument `nudge` is for the check later: it moves a value by a little.
+
+
+# %%
+def block_forward(x, p, *, heads, nudge=None):
+    """Every value of the block by name, y among them, and every cache; `p` are the parameters."""
+    values, caches = {}, {}
+
+    def line(name, output_and_cache):
+        output, caches[name] = output_and_cache
+        values[name] = output + nudge[name] if nudge and name in nudge else output
+        return values[name]
+
+    n1 = line("n1", ops.layer_norm_forward(x, **p["ln_1"]))
+    qkv = line("qkv", ops.linear_forward(n1, **p["attn"]["qkv"]))
+    att = line("att", ops.attention_forward(qkv, heads=heads))
+    o = line("o", ops.linear_forward(att, **p["attn"]["o"]))
+    mid = line("mid", ops.residual_forward(x, o))
+
+    n2 = line("n2", ops.layer_norm_forward(mid, **p["ln_2"]))
+    up = line("up", ops.linear_forward(n2, **p["mlp"]["up"]))
+    act = line("act", ops.gelu_forward(up))
+    down = line("down", ops.linear_forward(act, **p["mlp"]["down"]))
+    line("y", ops.residual_forward(mid, down))
+    return values, caches
+
+
+# %% [markdown]
+# ## Backwards: the same lines from the bottom up
+#
+# We are given $\mathrm{d}y$, the gradient of the loss with respect to $y$. Each `…_backward` takes
+# the gradient of its line's output and the line's cache. It returns the gradients of the line's
+# inputs: first the value, then the parameters.
+#
+# First the two branches, each from its end to its beginning.
+
+
+# %%
+def mlp_backward(ddown, caches):
+    """Back through down, GELU, up, LN₂: the gradient of mid, of the values, of the parameters."""
+    dact, dw_down, db_down = ops.linear_backward(ddown, caches["down"])
+    (dup,) = ops.gelu_backward(dact, caches["act"])
+    dn2, dw_up, db_up = ops.linear_backward(dup, caches["up"])
+    dmid, dw_2, db_2 = ops.layer_norm_backward(dn2, caches["n2"])
+    parameters = {
+        "ln_2": {"w": dw_2, "b": db_2},
+        "mlp": {"up": {"w": dw_up, "b": db_up}, "down": {"w": dw_down, "b": db_down}},
+    }
+    return dmid, {"down": ddown, "act": dact, "up": dup, "n2": dn2}, parameters
+
+
+def attn_backward(do, caches):
+    """Back through o, attention, qkv, LN₁: the gradient of x, of the values, of the parameters."""
+    datt, dw_o, db_o = ops.linear_backward(do, caches["o"])
+    (dqkv,) = ops.attention_backward(datt, caches["att"])
+    dn1, dw_qkv, db_qkv = ops.linear_backward(dqkv, caches["qkv"])
+    dx, dw_1, db_1 = ops.layer_norm_backward(dn1, caches["n1"])
+    parameters = {
+        "ln_1": {"w": dw_1, "b": db_1},
+        "attn": {"qkv": {"w": dw_qkv, "b": db_qkv}, "o": {"w": dw_o, "b": db_o}},
+    }
+    return dx, {"o": do, "att": datt, "qkv": dqkv, "n1": dn1}, parameters
+
+
+# %% [markdown]
+# Now the block. Two rules are new, and they are all that there is to it:
+#
+# - **Where two paths meet** in a sum, such as $y = \mathrm{mid} + \mathrm{down}$, each of them
+#   gets the gradient as it is [RES.2].
+# - **Where one value is used twice**, the gradients of its two uses are added. `mid` is used by
+#   the sum *and* by the branch [BLOCK.3]. So is `x` [BLOCK.4].
+#
+# We call the gradient that comes straight along the stream the `road`.
+
+
+# %%
+def block_backward(dy, caches):
+    """The gradients of every value and of every parameter, by name."""
+    road, ddown = ops.residual_backward(dy, caches["y"])
+    branch, mlp_values, mlp_parameters = mlp_backward(ddown, caches)
+    dmid = road + branch
+
+    road, do = ops.residual_backward(dmid, caches["mid"])
+    branch, attn_values, attn_parameters = attn_backward(do, caches)
+    dx = road + branch
+    values = {"y": dy, **mlp_values, "mid": dmid, **attn_values, "x": dx}
+    return values, {**attn_parameters, **mlp_parameters}
+
+
+# %% [markdown]
+# ## Is each line right? Nudge the value and see
+#
+# A small block in float64, with random parameters. As the loss we take
+# $\langle \mathrm{d}y, y\rangle$, the sum of products of entries, for a random $\mathrm{d}y$: its
+# gradient with respect to $y$ is $\mathrm{d}y$.
+#
+# For each value we draw a random direction $V$, move the value by $\pm h V$, and run the rest of
+# the block. The difference of the losses over $2h$ must be $\langle \text{gradient}, V\rangle$.
+# The table goes from the bottom to the top, as the gradient does.
+
+# %%
+sizes = GPTConfig(vocab_size=2, n_positions=1, n_embd=8, n_layer=1, n_head=2, n_inner=12)
+block = tree.map_leaves(
+    lambda leaf: leaf + 0.5 * rng.standard_normal(leaf.shape),
+    gpt_init(sizes, seed=0, dtype=np.float64)["blocks"][0],
+)
+x, dy = rng.standard_normal((2, 2, 5, 8))  # each (B, T, C)
+_, caches = block_forward(x, block, heads=2)
+dvalues, dparameters = block_backward(dy, caches)
+
+
+def loss(nudge):
+    values, _ = block_forward(x + nudge.get("x", 0.0), block, heads=2, nudge=nudge)
+    return float(np.sum(dy * values["y"]))
+
+
+h, errors = 1e-5, {}
+print("value   shape           by hand   by differences   relative error")
+for name, gradient in dvalues.items():
+    V = rng.standard_normal(gradient.shape)
+    by_hand = float(np.sum(gradient * V))
+    by_differences = (loss({name: h * V}) - loss({name: -h * V})) / (2 * h)
+    errors[name] = abs(by_hand - by_differences) / np.linalg.norm(gradient)
+    shape = str(gradient.shape)
+    print(f"{name:6s} {shape:12s} {by_hand:12.6f} {by_differences:16.6f} {errors[name]:16.0e}")
+
+# %% [markdown]
+# And the parameters, every entry of each, with minilora's own check.
+
+
+# %%
+def loss_of_parameters(flat):
+    values, _ = block_forward(x, tree.unflatten(flat), heads=2)
+    return float(np.sum(dy * values["y"]))
+
+
+checks = gradcheck.check_tree(loss_of_parameters, tree.flatten(block), tree.flatten(dparameters))
+for check in checks:
+    print(f"{check.name:12s} {check.entries:4d} entries, largest relative error {check.error:.0e}")
+
+# %% [markdown]
+# ## What a forgotten line does
+#
+# The commonest mistakes are made where the paths meet. Leave out one summand of
+# $\mathrm{d}\mathrm{mid}$ or of $\mathrm{d}x$, and see how far $\mathrm{d}x$ is off.
+
+
+# %%
+def mlp(d):
+    return mlp_backward(d, caches)[0]
+
+
+def attn(d):
+    return attn_backward(d, caches)[0]
+
+
+dmid = dy + mlp(dy)
+wrong = {
+    "road past the MLP": mlp(dy) + attn(mlp(dy)),
+    "road past the attention": attn(dmid),
+    "branch through the MLP": dy + attn(dy),
+    "branch through the attention": dmid,
+}
+distance = {}
+for name, dx_wrong in wrong.items():
+    off = np.linalg.norm(dx_wrong - dvalues["x"]) / np.linalg.norm(dvalues["x"])
+    distance[name] = float(off)
+    print(f"forgotten: {name:30s} dx is off by {off:4.0%} of its length")
+
+# %% [markdown]
+# None of the four raises an error: all shapes are right. A model with such a bug may even learn,
+# only worse than it should. Comparing with finite differences is what tells.
+#
+# ## The whole model
+#
+# Now the built-in model, byte by byte, on a paragraph of prose. Below the blocks lies the sum of
+# token and position embeddings; above them a last layer norm, the product with the embedding table
+# (the **head**), and the cross-entropy. All of these are pairs, too.
+
+# %%
+PROSE = """The rain had stopped before noon, and the captain, who had said nothing since the
+morning, went up to look at the sky. There was no wind. The men stood about and waited for a word
+from him, but he only shook his head and asked for his glass. It was not until the evening that
+they saw the other ship, very small and far away to the south, and she was coming nearer."""
+
+model = minilora.load_model()
+ids = model.tokenizer.encode(PROSE.replace("\n", " "))[: 65 if SMALL else 257]
+tokens, targets = ids[None, :-1], ids[None, 1:]
+base, heads = model.base, model.config.n_head
+
+x0, wte_cache = ops.embedding_forward(base["wte"], index=tokens)
+x0, wpe_cache = ops.position_forward(x0, base["wpe"])
+stream = [x0]  # before the first block, and after each
+values_of, caches_of = [], []
+for p in base["blocks"]:
+    values, caches = block_forward(stream[-1], p, heads=heads)
+    stream.append(values["y"])
+    values_of.append(values)
+    caches_of.append(caches)
+x, ln_f_cache = ops.layer_norm_forward(stream[-1], **base["ln_f"])
+logits, head_cache = ops.head_forward(x, base["wte"])
+loss_value, loss_cache = ops.cross_entropy_forward(logits, targets=targets)
+print(f"{tokens.size} bytes, loss {loss_value:.4f} nats per byte")
+
+# %%
+(dlogits,) = ops.cross_entropy_backward(1.0, loss_cache)
+dx, dwte_head = ops.head_backward(dlogits, head_cache)
+dx, dw_f, db_f = ops.layer_norm_backward(dx, ln_f_cache)
+dstream, dblocks, dvalues_of = [dx], [], []
+for caches in reversed(caches_of):
+    values, parameters = block_backward(dstream[0], caches)
+    dstream.insert(0, values["x"])
+    dblocks.insert(0, parameters)
+    dvalues_of.insert(0, values)
+dx, dwpe = ops.position_backward(dstream[0], wpe_cache)
+(dwte,) = ops.embedding_backward(dx, wte_cache)
+dwte = dwte + dwte_head  # the table was used twice [GPT.1]
+ours = {"wte": dwte, "wpe": dwpe, "blocks": dblocks, "ln_f": {"w": dw_f, "b": db_f}}
+
+loss_again, theirs, _ = minilora.loss_and_grads(
+    base, tokens=tokens, targets=targets, config=model.config, wrt="base"
+)
+ours, theirs = tree.flatten(ours), tree.flatten(theirs)
+differences = {
+    path: np.abs(ours[path] - theirs[path]).max() / np.abs(theirs[path]).max() for path in theirs
+}
+print(f"{len(ours)} arrays of gradients; largest relative difference from minilora's")
+print(f"loss_and_grads: {max(differences.values()):.0e} (float32)")
+
+# %% [markdown]
+# ## What the stream does, forwards
+#
+# For each block: how long is the stream's vector at a token (on average), and how long is what the
+# two branches add to it?
+
+
+# %%
+def length(x):
+    """The length of a token's vector: the root mean square over all tokens."""
+    return float(np.sqrt(np.mean(np.sum(x * x, axis=-1))))
+
+
+def cosine(U, V):
+    return float(np.sum(U * V) / np.linalg.norm(U) / np.linalg.norm(V))
+
+
+n_layer = len(base["blocks"])
+blocks = np.arange(n_layer)
+fig, ax = plt.subplots(figsize=(7, 3.2))
+ax.plot(np.arange(n_layer + 1) - 0.5, [length(x) for x in stream], "ko-", label="stream")
+ax.bar(blocks - 0.17, [length(v["o"]) for v in values_of], 0.3, label="attention adds")
+ax.bar(blocks + 0.17, [length(v["down"]) for v in values_of], 0.3, label="MLP adds")
+ax.set(xlabel="block", ylabel="length of a token's vector")
+ax.grid(alpha=0.3)
+_ = ax.legend()
+
+# %% [markdown]
+# ## What the stream does, backwards
+#
+# Now the gradient, from right to left. Along the way it gets what the branches send back. To see
+# what the road is good for, we also send the gradient through the branches alone, as if there were
+# no residuals: $\mathrm{d}x = \mathrm{Attn}^*(\mathrm{MLP}^*(\mathrm{d}y))$, where the star is the
+# branch's backward pass.
+
+# %%
+without_road = [dstream[-1]]
+for caches in reversed(caches_of):
+    dmid, *_ = mlp_backward(without_road[0], caches)
+    dx, *_ = attn_backward(dmid, caches)
+    without_road.insert(0, dx)
+
+with_road = [length(d) for d in dstream]
+branches_only = [length(d) for d in without_road]
+alike = [cosine(d, dstream[-1]) for d in dstream]
+print("after block   |gradient|   branches alone   cosine with the gradient at the top")
+for i in reversed(range(n_layer + 1)):
+    place = str(i - 1) if i else "(start)"
+    print(f"{place:>11s} {with_road[i]:12.2e} {branches_only[i]:16.2e} {alike[i]:20.2f}")
+
+fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.4))
+places = np.arange(n_layer + 1) - 0.5
+axes[0].semilogy(places, with_road, "ko-", label="the model")
+axes[0].semilogy(places, branches_only, "s--", color="C3", label="branches alone, no road")
+axes[0].set_ylabel("length of a token's gradient")
+sent_by_mlp = [length(d["mid"] - d["y"]) for d in dvalues_of]
+sent_by_attention = [length(d["x"] - d["mid"]) for d in dvalues_of]
+axes[1].plot(places, with_road, "ko-", label="the stream's gradient")
+axes[1].bar(blocks + 0.17, sent_by_mlp, 0.3, color="C1", label="the MLP's branch adds")
+axes[1].bar(blocks - 0.17, sent_by_attention, 0.3, color="C0", label="the attention's branch adds")
+for ax, corner in zip(axes, ("lower left", "upper left"), strict=True):
+    ax.set(xlabel="block (from the loss on the left, back to the input)")
+    ax.invert_xaxis()
+    ax.set_axisbelow(True)
+    ax.grid(alpha=0.3)
+    ax.legend(loc=corner, fontsize=8)
+
+# %% [markdown]
+# Read both from left to right. Through the branches alone the gradient gets smaller at almost
+# every block; after six, little is left of it. In a deeper model the first blocks would learn
+# nothing. With the road it arrives at full length, even longer than it started. The cosine shows
+# how it turns on the way: it is a sum of what every block above has added.
+#
+# Why is it so long at the input? A layer norm divides by the standard deviation σ of each token's
+# vector. Its backward pass therefore multiplies by 1/σ [LN.6]. The stream is short at the
+# beginning, where it holds little but an embedding, so that 1/σ is large there. The more the
+# blocks have added, the smaller is the gradient that a layer norm sends back.
+
+# %%
+gain = []
+print("block   1/σ of the stream   |gradient| behind LN₁ / before it")
+for i, d in enumerate(dvalues_of):
+    one_over_sigma = float(np.mean(1.0 / np.std(stream[i], axis=-1)))
+    gain.append((one_over_sigma, length(d["x"] - d["mid"]) / length(d["n1"])))
+    print(f"{i:5d} {gain[-1][0]:19.3f} {gain[-1][1]:35.3f}")
+
+# %% [markdown]
+# ## Where the weights feel it
+#
+# The gradient of each weight matrix, as its length relative to that of the weights: what a step of
+# gradient descent would change, in proportion.
+
+# %%
+names = ("attn.qkv", "attn.o", "mlp.up", "mlp.down")
+relative = np.array(
+    [
+        [
+            np.linalg.norm(theirs[f"blocks.{i}.{name}.w"])
+            / np.linalg.norm(tree.flatten(base["blocks"][i])[f"{name}.w"])
+            for i in range(n_layer)
+        ]
+        for name in names
+    ]
+)
+fig, ax = plt.subplots(figsize=(7, 2.6))
+picture = ax.imshow(relative, cmap="viridis", aspect="auto")
+ax.set_xticks(range(n_layer))
+ax.set_yticks(range(len(names)), names)
+ax.set_xlabel("block")
+_ = fig.colorbar(picture, label="|dW| / |W|")
+
+# %% [markdown]
+# The gradient reaches every weight of every block, in sizes of the same order. This is what the
+# stream is for, and it is why LoRA can be put on any of these matrices.
+#
+# ## Claims, asserted
+
+# %%
+assert max(errors.values()) < 1e-7, "a gradient of a value disagrees with the differences"
+assert gradcheck.max_error(checks) < gradcheck.TOLERANCE, "a parameter's gradient is wrong"
+assert min(distance.values()) > 0.1, "a forgotten summand would hardly matter"
+assert max(differences.values()) < 1e-3, "our gradients are not those of loss_and_grads"
+assert float(loss_again) == float(loss_value), "the losses differ"
+assert branches_only[0] < 0.1 * branches_only[-1], "the branches alone keep the gradient"
+assert with_road[0] > with_road[-1], "the road does not keep the gradient"
+assert gain[0][0] == max(g for g, _ in gain), "the stream is not shortest at the start"
+assert relative.max() < 100 * relative.min(), "some weights hardly get a gradient"
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. In `minilora/gpt.py`, in `block_backward`, replace the second `dx = dx + dh` by `dx = dh`. Run
+#    `python -m pytest tests/gpt`. The test is
+#    `tests/gpt/test_gpt.py::test_the_model_s_gradients_agree_with_central_differences`. Which
+#    parameters does its message name first, and why are those of the last block right?
+# 2. GPT-2's layer norms stand at the entrance of the branches. The first transformers had them on
+#    the road: $y = \operatorname{LN}(x + \mathrm{branch}(x))$. Change `block_forward` and the two
+#    rules accordingly, check with the table, and look at the picture again with random weights
+#    (`gpt_init`).
+# 3. The cache of which line holds the most numbers? Count them with T = 512. The page on [the
+#    model](../docs/derivations/model.md) has the answer by formula.
