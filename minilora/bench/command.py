@@ -18,6 +18,7 @@ import minilora
 from minilora.bench import peft
 from minilora.bench.case import Case
 from minilora.errors import MiniloraError
+from minilora.lora import adapted_paths
 
 OURS = """\
 import time; started = time.perf_counter()
@@ -43,6 +44,9 @@ def bench(case: Case, *, versus: str | None = None, rounds: int = 3) -> dict[str
     `versus` names another way to run the case, timed in turn with ours `rounds` times: `peft`, or
     `1` for one thread. Raises MiniloraError where that cannot be done, or when a process fails.
     """
+    if rounds < 1:
+        raise MiniloraError(f"rounds {rounds} is too small; it is at least 1")
+    adapted_paths(case.lora_config, case.config.n_layer)  # raises for an unknown target
     if versus == "peft":
         peft.check(case)
     with Process(OURS, case, "floor") as process:

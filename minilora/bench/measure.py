@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -82,7 +85,7 @@ def floor_and_breakdown(
     """Runs and their products alone, in turn; then where the time of a run goes."""
     with profiling() as names, recording(model, names.operation) as log:
         record = RecordingWorkers(case.threads, "cpu")
-        RUNS[case.what](case, recorded(model), record)()
+        RUNS[case.what](replace(case, device="cpu"), recorded(model), record)()
     products = prepare(log.items, case.device)
 
     def all_products(each: Callable[..., Any] = repeat) -> list[Any]:
@@ -205,6 +208,11 @@ def synchronize(device: str) -> None:
 
 def peak_rss() -> int:
     """The largest resident memory that this process had, in bytes."""
+    status = Path("/proc/self/status")  # Linux's getrusage would count the parent's before exec
+    if status.exists():
+        high_water = re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"))
+        if high_water:
+            return 1024 * int(high_water[1])
     try:
         import resource
     except ImportError:

@@ -47,14 +47,26 @@ def measure_peft(case: Case, *, attention: str) -> None:
     """Run the case when told to, as `measure` does."""
     started = time.perf_counter()
     warnings.simplefilter("ignore")
-    import peft
+    import peft  # noqa: F401
     import torch
-    import transformers
+    import transformers  # noqa: F401
 
     figures: dict[str, Any] = {"import_seconds": time.perf_counter() - started}
     torch.set_num_threads(case.threads)
+    model = make_model(case, attention)
+    run = RUNS[case.what](case, model.to(case.device))
+    figures["first_step_seconds"] = seconds_of(run)
+    run()
+    serve(run, figures)
+
+
+def make_model(case: Case, attention: str) -> Any:
+    """The case's model with random weights, its adapters where they are trained."""
+    import peft
+    import transformers
+
     c = case.config
-    model: Any = transformers.GPT2LMHeadModel(
+    model = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
             vocab_size=c.vocab_size, n_positions=c.n_positions, n_embd=c.n_embd, n_layer=c.n_layer,
             n_head=c.n_head, n_inner=c.inner, layer_norm_epsilon=c.layer_norm_epsilon,
@@ -62,16 +74,13 @@ def measure_peft(case: Case, *, attention: str) -> None:
             bos_token_id=None, eos_token_id=None, attn_implementation=attention,
         )
     )  # fmt: skip
-    if case.what == "step" and case.method == "lora":
-        lora = peft.LoraConfig(
-            r=case.rank, lora_alpha=case.rank, lora_dropout=0.0, fan_in_fan_out=True,
-            target_modules=[MODULES[target] for target in case.targets],
-        )  # fmt: skip
-        model = peft.get_peft_model(model, lora)
-    run = RUNS[case.what](case, model.to(case.device))
-    figures["first_step_seconds"] = seconds_of(run)
-    run()
-    serve(run, figures)
+    if case.what != "step" or case.method != "lora":
+        return model
+    adapters = peft.LoraConfig(
+        r=case.rank, lora_alpha=case.rank, lora_dropout=0.0, fan_in_fan_out=True,
+        target_modules=[MODULES[target] for target in case.targets],
+    )  # fmt: skip
+    return peft.get_peft_model(model, adapters)
 
 
 def step(case: Case, model: Any) -> Callable[[], None]:

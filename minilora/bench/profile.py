@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -11,9 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from minilora import evaluation, generate, gpt, lora, ops, optim, train
-
-MODULES = (ops, lora, gpt, optim, train, evaluation, generate)
 OTHERS = {
     "loss_and_grads",
     "cached_attention",
@@ -88,7 +86,7 @@ def profiling() -> Iterator[Profile]:
             wrappers[f] = profile.timed(f)
         return wrappers[f]
 
-    for module in MODULES:
+    for module in [m for name, m in sys.modules.items() if name.startswith("minilora.")]:
         for name, value in list(vars(module).items()):
             if wrapped(name, value) is not value:
                 undo.append(functools.partial(setattr, module, name, value))

@@ -1,0 +1,216 @@
+"""`minilora bench` at sizes that take no time: its processes, its figures and its errors."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from minilora.bench import command, peft
+from minilora.bench.case import PROMPT, Case
+from minilora.bench.command import Process, bench
+from minilora.bench.measure import blas, peak_rss
+from minilora.cli import main
+from minilora.errors import MiniloraError
+from minilora.gpt import GPTConfig
+
+CONFIG = GPTConfig(vocab_size=11, n_positions=16, n_embd=8, n_layer=2, n_head=2)
+MICRO = Case(CONFIG, batch=2, context=8, rank=2, steps=2)
+FIGURES = {
+    "what": str,
+    "method": str,
+    "batch": int,
+    "context": int,
+    "rank": int,
+    "targets": list,
+    "device": str,
+    "threads": int,
+    "steps": int,
+    "step_seconds_median": float,
+    "step_seconds_minimum": float,
+    "tokens_per_second": float,
+    "floor_seconds": float,
+    "floor_seconds_minimum": float,
+    "floor_gflop": float,
+    "step_to_floor": float,
+    "peak_rss_bytes": int,
+    "import_seconds": float,
+    "first_step_seconds": float,
+    "blas": str,
+    "blas_kernel": str,
+    "blas_threads": int,
+    "machine": str,
+    "breakdown": list,
+}
+
+
+def check_figures(figures):
+    for name, kind in FIGURES.items():
+        assert isinstance(figures[name], kind), name
+        assert kind not in (int, float) or figures[name] > 0, name
+    assert figures["step_seconds_minimum"] <= figures["step_seconds_median"]
+    assert figures["floor_seconds_minimum"] <= figures["floor_seconds"]
+    for row in figures["breakdown"]:
+        assert set(row) == {"operation", "calls", "seconds", "products_seconds"}
+    names = [row["operation"] for row in figures["breakdown"]]
+    assert {"linear_forward", "gelu_forward", "all else, and waiting"} <= set(names)
+    assert len(set(names)) == len(names)
+
+
+def test_the_command_writes_its_figures(tmp_path, capsys):
+    words = "bench --shape tiny --batch 2 --context 2 --rank 1 --targets q,v --threads 2 --steps 2"
+    assert main([*words.split(), "--json", str(tmp_path / "x.json")]) == 0
+    figures = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))
+    check_figures(figures)
+    assert figures["shape"] == "tiny"
+    assert figures["targets"] == ["q", "v"]
+    assert (figures["rank"], figures["threads"], figures["steps"]) == (1, 2, 2)
+    assert figures["blas_threads"] == 1  # the threads share the batch instead
+    out = capsys.readouterr().out
+    assert "4 blocks of width 256, vocabulary 512: lora step, 2 × 2 tokens, rank 1 on q,v" in out
+    for line in ("time  ", "floor  ", "time / floor", "tokens/s", "peak memory", "linear_backward"):
+        assert line in out, line
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "full"},
+        {"what": "evaluate"},
+        {"what": "generate", "context": 4},
+        {"threads": 1},
+        {"batch": 1, "context": 1, "threads": 3, "steps": 1},
+    ],
+)
+def test_everything_can_be_timed(changes):
+    figures = bench(Case(**{**vars(MICRO), **changes}))
+    check_figures(figures)
+    tokens = 4 if figures["what"] == "generate" else figures["batch"] * figures["context"]
+    assert figures["tokens_per_second"] * figures["step_seconds_median"] == pytest.approx(tokens)
+    if figures["threads"] == 1:
+        assert figures["blas_threads"] == 1
+
+
+def test_one_thread_takes_turns_with_several(capsys):
+    figures = bench(MICRO, versus="1", rounds=3)["versus_one_thread"]
+    assert set(figures) == {"threads: 1", "threads: 2", "speedup"}
+    for name in ("threads: 1", "threads: 2"):
+        assert len(figures[name]["turns"]) == 3
+        assert figures[name]["blas_threads"] == 1
+    assert "2 threads are" in capsys.readouterr().out
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"method": "full"}, {"what": "evaluate"}, {"what": "generate", "context": 4},
+     {"targets": ("qkv", "o", "up", "down", "embedding")}],
+)  # fmt: skip
+def test_peft_takes_turns_with_ours(changes):
+    pytest.importorskip("peft")
+    figures = bench(Case(**{**vars(MICRO), **changes}), versus="peft", rounds=1)["versus_peft"]
+    assert set(figures) == {"minilora", "peft, sdpa", "peft, eager", "ratios"}
+    ratios = figures.pop("ratios")
+    for name, key in (("peak_rss_bytes",) * 2, ("start_seconds",) * 2):
+        best = min(figures[f"peft, {way}"][key] for way in peft.ATTENTIONS)
+        assert ratios[name] == pytest.approx(figures["minilora"][key] / best)
+    assert ratios["step_seconds"] > 0
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore")
+def test_peft_trains_as_many_numbers():
+    pytest.importorskip("peft")
+    from minilora import budget
+
+    model = peft.make_model(MICRO, "eager")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained == budget.Step(CONFIG, MICRO.lora_config, 2, 8).trainable_parameters
+    full = peft.make_model(Case(**{**vars(MICRO), "method": "full"}), "eager")
+    count = sum(p.numel() for p in full.parameters() if p.requires_grad)
+    assert count == budget.base_parameters(CONFIG)
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--batch 0", "batch 0 is too small; it is at least 1"),
+        ("--steps 0", "steps 0 is too small; it is at least 1"),
+        ("--rounds 0 --versus 1", "rounds 0 is too small; it is at least 1"),
+        ("--rank -1", "rank -1 is too small; it is at least 1"),
+        ("--context 1025", "1025 tokens exceed the model's context of 1024"),
+        ("--context 1024 --what generate", "1032 tokens exceed the model's context of 1024"),
+        ("--targets nowhere", "unknown target 'nowhere'"),
+        ("--rank 257", "rank 257 is above the smaller side of blocks.0.attn.qkv"),
+        ("--shape huge", "invalid choice: 'huge'"),
+        ("--device gpu", "unknown device 'gpu'; it is one of cpu, cuda, auto"),
+    ],
+)
+def test_a_mistake_is_answered_in_one_sentence(words, sentence, capsys):
+    assert main(["bench", *words.split()]) == 2
+    err = capsys.readouterr().err
+    assert sentence in err
+    assert err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_a_missing_oracle_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(peft.importlib.util, "find_spec", lambda name: None)
+    assert main(["bench", "--versus", "peft"]) == 2
+    assert "--versus peft needs torch: pip install 'minilora[oracle]'" in capsys.readouterr().err
+
+
+def test_a_target_that_peft_does_not_know_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(peft.importlib.util, "find_spec", lambda name: name)
+    assert main(["bench", "--versus", "peft", "--targets", "q,v"]) == 2
+    assert "PEFT has no target 'q' in GPT-2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("question", [None, "1"])
+def test_a_process_that_fails_says_why(question):
+    program = "import sys; sys.exit('first line\\nthere is no more room')"
+    with (
+        pytest.raises(MiniloraError, match="the measured process failed: there is no more room"),
+        Process(program, MICRO, "alone") as process,
+    ):
+        process.answer(question)
+
+
+def test_a_process_is_ended_when_it_is_left():
+    with Process("import time; time.sleep(600)", MICRO, "alone") as process:
+        pass
+    assert process.process.returncode is not None
+
+
+def test_a_case_survives_the_way_to_its_process():
+    assert Case.from_json(MICRO.to_json()) == MICRO
+    assert MICRO.tokens == 16
+    assert Case(CONFIG, what="generate", context=16 - PROMPT).tokens == 8
+
+
+# --- the machine ---------------------------------------------------------------------------------
+
+
+def test_the_peak_is_that_of_the_process_in_bytes():
+    code = (
+        "import numpy as np; from minilora.bench.measure import peak_rss; before = peak_rss(); "
+        "np.ones(2**26, np.uint8); after = peak_rss(); np.ones(2**10, np.uint8); "
+        "print(after - before, peak_rss() - after)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    grown, later = map(int, run.stdout.split())
+    assert 0.9 * 2**26 < grown < 1.5 * 2**26
+    assert later < 2**20
+    assert peak_rss() > 2**24
+
+
+def test_the_blas_is_named():
+    found = blas()
+    assert found["blas"] != "unknown" and found["blas_threads"] >= 1
+
+
+def test_every_program_is_valid_python():
+    for program in (command.OURS, command.THEIRS):
+        compile(program, "program", "exec")
