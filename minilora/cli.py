@@ -258,7 +258,7 @@ def add_gradcheck(group: Any) -> None:
         "gradcheck",
         commands.gradcheck_command,
         summary="hold every gradient against central differences in float64",
-        figures="max_relative_error, pairs (name to error)",
+        figures="max_relative_error, pairs (name to error; null: not finite)",
     )
     add_seed(sub, "seed of the random arguments")
     add_device(sub)

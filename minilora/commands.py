@@ -7,6 +7,7 @@ functions, so that `minilora --help` and a mistake in the options are answered a
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -219,7 +220,8 @@ def gradcheck_command(args: argparse.Namespace) -> int:
         return 1
     worst = max(errors, key=lambda name: errors[name])
     print(f"\nlargest: {errors[worst]:.1e} ({worst}); each must be at most {TOLERANCE:.0e}")
-    write_figures(args, {"max_relative_error": errors[worst], "pairs": errors})
+    known = {name: error if math.isfinite(error) else None for name, error in errors.items()}
+    write_figures(args, {"max_relative_error": known[worst], "pairs": known})
     return 0 if errors[worst] <= TOLERANCE else 1
 
 

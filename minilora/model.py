@@ -52,6 +52,11 @@ class Model:
         """What the file of an adapter says of its base: a name on the hub, or a folder."""
         return "minilora" if self.is_built_in else self.hub_id or str(self.folder)
 
+    @property
+    def device(self) -> str:
+        """Where the arrays are: "cpu" or "cuda"."""
+        return "cpu" if namespace(self.base["wte"]) is np else "cuda"
+
     def with_adapter(self, lora: Tree, lora_config: LoRAConfig) -> Model:
         """The same base with this adapter; the base's arrays are shared, not copied."""
         return replace(self, lora=lora, lora_config=lora_config)
@@ -71,7 +76,8 @@ class Model:
         check_weights(len(folders), weights)
         dtype = self.base["wte"].dtype
         parts = [load_adapter(folder, self.config, dtype=dtype) for folder in folders]
-        return self.with_adapter(*(parts[0] if weights == [1.0] else mix(parts, weights)))
+        lora, lora_config = parts[0] if weights == [1.0] else mix(parts, weights)
+        return self.with_adapter(to_device(lora, self.device), lora_config)
 
     def merged(self) -> Model:
         """A model without an adapter that computes the same, its weights being W + s A B."""
@@ -87,17 +93,14 @@ class Model:
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """Logits of every next token, (B, T) token ids -> (B, T, V), both on the host."""
-        tokens = namespace(self.base["wte"]).asarray(tokens)
-        logits: np.ndarray = to_host(
-            gpt_logits(
-                self.base,
-                self.lora,
-                tokens=tokens,
-                config=self.config,
-                lora_config=self.lora_config,
-            )
+        logits = gpt_logits(
+            self.base,
+            self.lora,
+            tokens=to_device(tokens, self.device),
+            config=self.config,
+            lora_config=self.lora_config,
         )
-        return logits
+        return np.asarray(to_host(logits))
 
 
 def load_model(

@@ -548,6 +548,23 @@ def test_a_wrong_gradient_exits_1(cli, tmp_path, few_pairs):
     assert figures(tmp_path / "x.json", "gradcheck")["max_relative_error"] > 1e-4
 
 
+def test_a_gradient_that_is_not_finite_exits_1(cli, tmp_path, few_pairs):
+    """JSON has no number for its error, so that the figure is null."""
+    from minilora import ops, pairs
+
+    def broken(dy, cache):
+        (dx,) = ops.gelu_backward(dy, cache)
+        return (dx / 0.0,)
+
+    few_pairs(gelu=pairs.PAIRS["gelu"]._replace(backward=broken))
+    result = cli("gradcheck", "--json", "x.json")
+    assert result.status == 1, result.err
+    assert re.search(r"^gelu .*inf .*ABOVE$", result.out, re.M)
+    found = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))
+    assert found["max_relative_error"] is found["pairs"]["gelu"] is None
+    assert found["pairs"]["linear"] < 1e-6
+
+
 def test_json_replaces_an_older_file_in_one_step(cli, tmp_path, base, text):
     (tmp_path / "x.json").write_text("old", encoding="utf-8")
     assert cli("evaluate", text, "--base", base, "--json", "x.json").status == 0
