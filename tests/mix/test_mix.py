@@ -1,15 +1,18 @@
 """A mixture is the weighted sum of its adapters' updates, whatever they are made of."""
 
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import strict_cupy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minilora
 from minilora.errors import MiniloraError
+from minilora.formats import save_adapter, save_base
 from minilora.gpt import GPTConfig, gpt_init, gpt_logits
 from minilora.lora import (
     TARGETS,
@@ -236,3 +239,28 @@ def test_the_equations_of_the_code_are_those_of_the_page():
     assert tags == ["MIX.1", "MIX.2", "MIX.3", "MIX.4"]
     code = (root / "minilora" / "mix.py").read_text(encoding="utf-8")
     assert {f"MIX.{i}" for i in (1, 2, 3)} <= set(re.findall(r"MIX\.\d", code)) <= set(tags)
+
+
+# --- on a device ---------------------------------------------------------------------------------
+
+
+def test_a_model_on_a_device_takes_its_adapters_there(tmp_path, monkeypatch):
+    """With the stand-in for CuPy, whose arrays refuse to meet those of the host."""
+    monkeypatch.setitem(sys.modules, "cupy", strict_cupy.CUPY)
+    config = GPTConfig(vocab_size=256, n_positions=6, n_embd=8, n_layer=2, n_head=2, n_inner=12)
+    save_base(tmp_path / "base", gpt_init(config, seed=0), config)
+    for seed in range(2):
+        lora, lora_config = an_adapter(("qkv", "down"), seed=seed, dtype=np.float32)
+        save_adapter(tmp_path / str(seed), lora, lora_config, config)
+    model = minilora.load_model(tmp_path / "base")
+    there = model.on("cuda")
+    assert (model.device, there.device) == ("cpu", "cuda")
+    folders = [tmp_path / "0", tmp_path / "1"]
+    mixed = there.with_adapters_from(*folders, weights=[0.5, 2.0])
+    expected = model.with_adapters_from(*folders, weights=[0.5, 2.0]).logits(TOKENS)
+    np.testing.assert_allclose(mixed.logits(TOKENS), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(mixed.merged().logits(TOKENS), expected, rtol=1e-4, atol=1e-4)
+    one = there.with_adapters_from(folders[0])
+    again = there.with_adapter(*minilora.mix([(one.lora, one.lora_config)], [2.0]))
+    scaled = model.with_adapters_from(folders[0], weights=[2.0]).logits(TOKENS)
+    np.testing.assert_allclose(again.logits(TOKENS), scaled, rtol=1e-5, atol=1e-5)
