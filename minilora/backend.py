@@ -24,11 +24,10 @@ DEVICES = ("cpu", "cuda", "auto")
 
 def namespace(x: Array) -> Any:
     """The module whose functions take `x`: numpy, or cupy for an array on a GPU."""
-    return np if isinstance(x, (np.ndarray, np.generic)) else sys.modules[_root_module(x)]
-
-
-def _root_module(x: Any) -> str:
-    return type(x).__module__.split(".")[0]
+    if isinstance(x, np.ndarray | np.generic):
+        return np
+    array = x.array if isinstance(x, Half) else x
+    return sys.modules[type(array).__module__.split(".")[0]]
 
 
 def load_cupy() -> ModuleType:
@@ -95,9 +94,70 @@ def to_device(arrays: Any, device: str) -> Any:
     """
     if resolve_device(device) == "cpu":
         return to_host(arrays)
-    return tree.map_leaves(load_cupy().asarray, arrays)
+    asarray = load_cupy().asarray
+    return tree.map_leaves(lambda x: x if isinstance(x, Half) else asarray(x), arrays)
 
 
 def to_host(arrays: Any) -> Any:
     """An array or tree as NumPy arrays; what is NumPy already is not copied."""
     return tree.map_leaves(lambda x: x if namespace(x) is np else x.get(), arrays)
+
+
+# --- weights in float16 ------------------------------------------------------------------------
+
+SMALLEST = 1e-37  # a row of zeros is divided by it
+
+
+class Half:
+    """A frozen matrix of float16 on a GPU that float32 arrays meet as if it were of float32.
+
+    y = x W is a product in float16, which a GPU has tensor cores for. float16 ends at 65504 and
+    loses what is below 6e-8, so each row of x is divided by its largest entry before and y is
+    multiplied by it after: gradients, which are small, keep their three digits.
+    """
+
+    __array_ufunc__ = None  # both libraries then leave `x @ w` to __rmatmul__
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, array: Array) -> None:
+        self.array = array
+        self.shape, self.size, self.nbytes = array.shape, array.size, array.nbytes
+
+    @property
+    def T(self) -> Half:
+        """The transpose, a view."""
+        return Half(self.array.T)
+
+    def __rmatmul__(self, x: Array) -> Array:
+        largest = namespace(x).maximum(abs(x).max(axis=-1, keepdims=True), SMALLEST)
+        y = (x / largest).astype(self.array.dtype) @ self.array
+        return y.astype(x.dtype) * largest
+
+    def __getitem__(self, key: Any) -> Half | Array:
+        """A part of the matrix for slices, as Half; the rows of an index array, as float32."""
+        part = self.array[key]
+        is_view = isinstance(key, slice | tuple)
+        return Half(part) if is_view else part.astype(self.dtype)
+
+    def get(self) -> np.ndarray:
+        """The matrix on the host, as float32."""
+        host: np.ndarray = to_host(self.array).astype(self.dtype)
+        return host
+
+
+def to_device_in_half(base: tree.Tree, device: str) -> tree.Tree:
+    """`to_device` of a base that stays frozen: its matrices as float16, half the memory.
+
+    Biases, layer norms and positions, which are small, stay as they are. Raises MiniloraError as
+    `resolve_device` does, and for a device that is not a GPU.
+    """
+    if resolve_device(device) == "cpu":
+        raise MiniloraError(
+            "weights in float16 need the device cuda: NumPy multiplies float16 far more slowly"
+        )
+
+    def moved(path: str, x: Array) -> Array | Half:
+        is_matrix = x.ndim == 2 and path != "wpe"
+        return Half(to_device(x.astype(np.float16), device)) if is_matrix else to_device(x, device)
+
+    return tree.unflatten({path: moved(path, x) for path, x in tree.flatten(base).items()})

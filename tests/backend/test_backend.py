@@ -6,7 +6,14 @@ import types
 import numpy as np
 import pytest
 
-from minilora.backend import load_cupy, namespace, resolve_device, to_device, to_host
+from minilora.backend import (
+    load_cupy,
+    namespace,
+    resolve_device,
+    to_device,
+    to_device_in_half,
+    to_host,
+)
 from minilora.errors import MiniloraError
 
 
@@ -157,3 +164,8 @@ def test_other_devices_are_refused(name):
         resolve_device(name)
     with pytest.raises(MiniloraError, match="cpu, cuda, auto"):
         to_device(np.zeros(2), name)
+
+
+def test_float16_needs_a_gpu():
+    with pytest.raises(MiniloraError, match="float16 need the device cuda"):
+        to_device_in_half({"wte": np.ones((2, 2), np.float32)}, "cpu")

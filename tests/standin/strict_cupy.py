@@ -177,6 +177,8 @@ def add_operators() -> None:
 
         @quiet
         def forward(self: ndarray, other: Any) -> ndarray:
+            if not isinstance(other, ndarray) and getattr(other, "__array_ufunc__", 0) is None:
+                return NotImplemented  # its own operator is asked next
             return ndarray(np.asarray(f(self._host, operand(other))))
 
         @quiet
@@ -283,7 +285,10 @@ class Module(ModuleType):
 
     ndarray, ElementwiseKernel = ndarray, ElementwiseKernel
     __version__ = MANIFEST["cupy"]
-    cuda = SimpleNamespace(runtime=SimpleNamespace(getDeviceCount=lambda: 1))
+    cuda = SimpleNamespace(
+        runtime=SimpleNamespace(getDeviceCount=lambda: 1),
+        Device=lambda: SimpleNamespace(synchronize=lambda: None),
+    )
 
     def __getattr__(self, name: str) -> Any:
         if name in MANIFEST["values"]:
