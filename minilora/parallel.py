@@ -80,10 +80,11 @@ class Ranks:
 
 
 class MPIRanks(Ranks):
-    """The processes of an MPI communicator."""
+    """The processes of an MPI communicator, each of which computes on its part of the cores."""
 
     def __init__(self, comm: Any) -> None:
         from mpi4py import MPI
+        from threadpoolctl import threadpool_limits
 
         self.comm = comm
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
@@ -92,6 +93,7 @@ class MPIRanks(Ranks):
         mine = affinity(0) if affinity else set(range(cores()))
         together = set().union(*neighbours.allgather(mine))
         self._threads = max(1, len(together) // neighbours.Get_size())
+        threadpool_limits(self._threads, user_api="blas")  # its default is all the cores
 
     def threads(self) -> int:
         """The cores that the ranks on this machine may use together, divided among them."""

@@ -225,6 +225,7 @@ def test_an_error_of_both_is_told_once(words, message, tmp_path):
 SUMS = """
 import os
 import numpy as np
+from threadpoolctl import threadpool_info
 from minilora.parallel import find_ranks
 from minilora.workers import cores
 ranks = find_ranks()
@@ -241,6 +242,8 @@ assert ranks.any(ranks.rank == 1) and not ranks.any(False)
 together = set().union(*ranks.gather(os.sched_getaffinity(0))) if hasattr(
     os, "sched_getaffinity") else range(cores())
 assert ranks.threads() == max(1, len(together) // 2), ranks.threads()
+for library in threadpool_info():
+    assert library["user_api"] != "blas" or library["num_threads"] <= ranks.threads(), library
 print("rank", ranks.rank, "agrees")
 """
 
