@@ -1,0 +1,104 @@
+"""Settings of the site.
+
+    pip install ".[docs]"
+    sphinx-build -W --keep-going -n docs docs/_build/html
+
+The tutorials are executed; MINILORA_SMALL=1 runs them with small sizes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.resources
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+sys.path[:0] = [str(DOCS / "_ext"), str(ROOT)]
+
+project = "minilora"
+author = "the authors of minilora"
+release = importlib.import_module("minilora").__version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.linkcode",
+    "sphinx.ext.mathjax",
+    "cli_reference",
+    "docstrings",
+    "repository",
+]
+exclude_patterns = ["_build", "*.py", "_ext"]
+nitpicky = True
+smartquotes = False  # `--rank` has two hyphens, here as on a terminal
+
+
+# --- pages in Markdown -------------------------------------------------------------------------
+
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 3
+
+
+# --- tutorials ---------------------------------------------------------------------------------
+
+
+def copy_tutorials() -> None:
+    """Bring the tutorials below docs/, where Sphinx looks, with links that lead to the same files.
+
+    A file that has not changed is not touched, so that it is not read again.
+    """
+    folder = DOCS / "tutorials"
+    sources = {path.name: path for path in sorted((ROOT / "tutorials").glob("*.py"))}
+    for copy in folder.glob("*.py"):
+        if copy.name not in sources:
+            copy.unlink()
+    for name, path in sources.items():
+        text = path.read_text(encoding="utf-8")
+        text = re.sub(r"\]\(\.\./(docs/)?", lambda m: "](../" if m[1] else "](../../", text)
+        copy = folder / name
+        if not copy.exists() or copy.read_text(encoding="utf-8") != text:
+            copy.write_text(text, encoding="utf-8", newline="\n")
+
+
+copy_tutorials()
+nb_custom_formats = {".py": ["jupytext.reads", {"fmt": "py:percent"}]}
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(DOCS / "_build" / "executed")
+nb_execution_show_tb = True
+nb_execution_timeout = 300
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+)  # for the kernel
+
+
+# --- reference ---------------------------------------------------------------------------------
+
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+
+
+def linkcode_resolve(domain: str, info: dict[str, Any]) -> str | None:
+    """Where [source] leads: the line of the listing on this site."""
+    from repository import locate, uri_of
+
+    place = locate(f"{info['module']}.{info['fullname']}")
+    return "../" + uri_of(*place) if place else None  # seen from docs/api
+
+
+# --- HTML --------------------------------------------------------------------------------------
+
+html_theme = "furo"
+html_title = "minilora"
+html_show_copyright = False
+html_show_sourcelink = False
+html_copy_source = False
+html_css_files = ["site.css"]
+# MathJax 3 as a single file with its fonts, from the package of that name: no content network.
+mathjax = importlib.resources.files("sphinx-mathjax-offline") / "static/mathjax/tex-svg-full.js"
+html_static_path = ["_static", str(mathjax)]
+mathjax_path = mathjax.name
