@@ -112,9 +112,13 @@ class MPIRanks(Ranks):
         xp = namespace(leaves[0])
         buffer = to_host(xp.concatenate([leaf.ravel() for leaf in leaves]))
         self.comm.Allreduce(MPI.IN_PLACE, buffer)
-        ends = list(itertools.accumulate(leaf.size for leaf in leaves))
-        parts = iter(xp.split(xp.asarray(buffer), ends))
-        return tree.map_leaves(lambda leaf: next(parts).reshape(leaf.shape), arrays)
+        total = xp.asarray(buffer)
+        ends = itertools.accumulate(leaf.size for leaf in leaves)
+        parts = (
+            total[end - leaf.size : end].reshape(leaf.shape)
+            for leaf, end in zip(leaves, ends, strict=True)
+        )
+        return tree.map_leaves(lambda _: next(parts), arrays)
 
 
 def launched() -> tuple[int, int]:
