@@ -126,8 +126,8 @@ def describe(case: Case, found: dict[str, Any]) -> dict[str, Any]:
         "step_to_floor": median(s / f for s, f in zip(seconds, floor, strict=True)),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
         **{name: found[name] for name in (
-            "peak_rss_bytes", "import_seconds", "first_step_seconds", "blas", "blas_kernel",
-            "blas_threads", "breakdown",
+            "peak_rss_bytes", "idle_rss_bytes", "import_seconds", "first_step_seconds", "blas",
+            "blas_kernel", "blas_threads", "breakdown",
         )},
     }  # fmt: skip
 
@@ -219,6 +219,7 @@ def report(case: Case, figures: dict[str, Any]) -> None:
     if case.what == "step" and case.method == "lora":
         what += f", rank {case.rank} on {','.join(case.targets)}"
     gflops = figures["floor_gflop"] / figures["floor_seconds"]
+    peak, idle = (figures[name] / 2**20 for name in ("peak_rss_bytes", "idle_rss_bytes"))
     print(f"""\
 {c.n_layer} blocks of width {c.n_embd}, vocabulary {c.vocab_size:,}: {what}
 {figures["machine"]}, {case.threads} threads; {figures["blas"]}, kernel {figures["blas_kernel"]}, \
@@ -230,7 +231,7 @@ floor          {1e3 * figures["floor_seconds"]:.1f} ms, the matrix products alon
 {figures["floor_gflop"]:.1f} GFLOP, {gflops:.0f} GFLOP/s
 time / floor   {figures["step_to_floor"]:.2f}
 tokens/s       {figures["tokens_per_second"]:,.0f}
-peak memory    {figures["peak_rss_bytes"] / 2**20:,.0f} MiB resident
+peak memory    {peak:,.0f} MiB resident, {idle:.0f} MiB of it before there was a model
 start          import {figures["import_seconds"]:.2f} s, \
 first run {figures["first_step_seconds"]:.2f} s
 

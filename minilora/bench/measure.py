@@ -53,7 +53,10 @@ def measure(case: Case, *, started: float, floor: bool) -> None:
     """
     from threadpoolctl import threadpool_limits
 
-    figures: dict[str, Any] = {"import_seconds": time.perf_counter() - started}
+    figures: dict[str, Any] = {
+        "import_seconds": time.perf_counter() - started,
+        "idle_rss_bytes": peak_rss(),  # Python and its libraries, before there is a model
+    }
     model = random_model(case)
     sharing = 1 if case.what == "generate" else case.threads  # one text: only its products share
     with threadpool_limits(case.threads, user_api="blas"), Workers(sharing, case.device) as workers:

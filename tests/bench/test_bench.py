@@ -34,6 +34,7 @@ FIGURES = {
     "floor_gflop": float,
     "step_to_floor": float,
     "peak_rss_bytes": int,
+    "idle_rss_bytes": int,
     "import_seconds": float,
     "first_step_seconds": float,
     "blas": str,
@@ -49,6 +50,7 @@ def check_figures(figures):
         assert isinstance(figures[name], kind), name
         assert kind not in (int, float) or figures[name] > 0, name
     assert figures["step_seconds_minimum"] <= figures["step_seconds_median"]
+    assert figures["idle_rss_bytes"] <= figures["peak_rss_bytes"]
     assert figures["floor_seconds_minimum"] <= figures["floor_seconds"]
     for row in figures["breakdown"]:
         assert set(row) == {"operation", "calls", "seconds", "products_seconds"}
