@@ -187,9 +187,10 @@ def kept_linear(name: str, n_in: str, *, frozen: bool) -> Iterator[Kept]:
 
 def kept_lora(name: str, n_in: str, rank: int, *, dropout: float, shared: bool) -> Iterator[Kept]:
     """h, for dB [LORA.3], and the input, for dA [LORA.5], unless the weight's linear map or another
-    adapter keeps it too; with dropout an input of its own, and the mask."""
+    adapter keeps it too; with dropout an input of its own, and the mask [DROP.2]."""
     if dropout:
-        yield Kept(f"LoRA {name}", "x ∘ mask, mask", f"2 N {n_in}")
+        yield Kept(f"dropout {name}", "mask", f"N {n_in}")
+        yield Kept(f"LoRA {name}", "x ∘ mask", f"N {n_in}")
     elif not shared:
         yield Kept(f"LoRA {name}", "x", f"N {n_in}")
     yield Kept(f"LoRA {name}", "h", f"N {rank}")
@@ -270,30 +271,40 @@ def ledger(step: Step) -> list[Entry]:
     return [Entry(place, *line, evaluate(line.formula, step.sizes)) for place, line in kept]
 
 
+def activation_bytes(step: Step, lines: list[Entry]) -> int:
+    """What these lines of the ledger take in all passes that run at once.
+
+    Dropout's masks are made for the whole batch before it is shared.
+    """
+    largest = max(step.shards)
+    return ITEMSIZE[step.dtype] * sum(
+        line.numbers * step.batch // largest if line.pair.startswith("dropout")
+        else line.numbers * step.passes
+        for line in lines
+    )  # fmt: skip
+
+
 # --- the largest moment ------------------------------------------------------------------------
 
 
 def temporary(step: Step) -> dict[str, int]:
-    """What is allocated beside parameters and caches at the three hungriest places of one pass.
+    """What is allocated beside parameters and caches at the hungriest moments of one pass.
 
-    Numbers, by the name of the moment; what stays until the pass ends counts everywhere after it.
+    Numbers by the name of the moment. The gradients of the base come one after the other, from the
+    last block to the first, so that most of them are there in the last block of the way back.
     """
-    sizes = step.sizes
-    trains = step.trains_base
+    full, blocks_above = step.trains_base, step.config.n_layer - 1
+    adapters = "" if full else f" + {step.adapter_parameters}"
 
-    def count(formula: str) -> int:
-        return evaluate(formula, sizes)
+    def count(formula: str, trained: str) -> int:
+        return evaluate(f"{formula} + {trained}" if full else formula + adapters, step.sizes)
 
-    dhead = count("V C") if trains else 0
-    dblock = count("4 C C + 2 C F + F + 9 C") if trains else 0
-    blocks = step.config.n_layer - step.lowest
-    gelu = count("N C + 4 N F")
-    attention = count("5 N C + 3 H T N")
-    end = dhead + blocks * dblock
+    above = f"V C + 2 C + {blocks_above} 4 C C + {blocks_above} 2 C F"
     return {
-        "the loss": count("2 N V"),
-        "a block's backward": count("N V") + end + max(gelu, attention),
-        "the embedding's backward": count("N V + N C") + end + dhead + count("P C") * trains,
+        "the loss": count("2 N V", "0"),
+        "a GELU's backward": count("N V + N C + 5 N F", f"{above} + F C"),
+        "an attention's backward": count("N V + 5 N C + 3 H T N", f"{above} + 2 C F + C C"),
+        "the embedding's backward": count("N V + N C", f"{above} + 4 C C + 2 C F + P C + V C"),
     }
 
 
@@ -302,15 +313,16 @@ def moments(step: Step) -> dict[str, int]:
 
     Threads are taken to reach the same moment together, which is the worst that can happen.
     """
-    itemsize = ITEMSIZE[step.dtype]
-    kept = sum(entry.numbers for entry in ledger(step))
-    summed = step.trainable_parameters if len(step.shards) > 1 else 0
+    itemsize, trained = ITEMSIZE[step.dtype], step.trainable_parameters
+    kept = activation_bytes(step, ledger(step))
+    if len(step.shards) > 1:  # the sum so far, and what was added last
+        kept += 2 * itemsize * trained
     found = {
-        moment: step.passes * (kept + numbers) + summed
+        moment: kept + itemsize * step.passes * numbers
         for moment, numbers in temporary(step).items()
     }
-    found["the update"] = 5 * step.trainable_parameters
-    return {moment: itemsize * numbers for moment, numbers in found.items()}
+    found["the update"] = 4 * itemsize * trained  # gradients; new parameters, m and v
+    return found
 
 
 # --- FLOPs -------------------------------------------------------------------------------------
@@ -350,11 +362,6 @@ def flops(step: Step) -> Flops:
 
 
 # --- figures -----------------------------------------------------------------------------------
-
-
-def activation_bytes(step: Step, entries: list[Entry]) -> int:
-    """What these lines of the ledger take in all passes that run at once."""
-    return ITEMSIZE[step.dtype] * step.passes * sum(entry.numbers for entry in entries)
 
 
 def figures(step: Step) -> dict[str, int]:

@@ -1,13 +1,19 @@
 """Bytes by formula, against what the caches really hold and what tracemalloc sees of a step."""
 
+import tracemalloc
+
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora.budget import Step, ledger
-from minilora.gpt import GPTConfig, gpt_forward, gpt_init
+from minilora.budget import SHAPES, Step, figures, ledger, moments
+from minilora.gpt import GPTConfig, gpt_forward, gpt_init, loss_and_grads
 from minilora.lora import TARGETS, LoRAConfig, dropout_masks, lora_init
+from minilora.optim import adamw, adamw_init, clip_by_global_norm
+from minilora.train import batch_loss_and_grads
 from minilora.tree import flatten
+from minilora.workers import Workers
 
 configs = st.builds(
     lambda head, heads, layers: GPTConfig(11, 9, n_embd=head * heads, n_layer=layers, n_head=heads),
@@ -72,6 +78,10 @@ def test_the_ledger_is_what_the_caches_hold(config, lora_config, batch, context)
     def in_ledger(place, *pairs):
         return sum(e.numbers for e in lines if e.place == place and e.pair in pairs)
 
+    def linear_in_ledger(place, name, *targets):
+        adapters = (f"{pair} {target}" for pair in ("LoRA", "dropout") for target in targets)
+        return in_ledger(place, f"linear {name}", *adapters)
+
     for i, block in enumerate(cache.blocks):
         place = f"blocks.{i}"
         if block is None:
@@ -83,13 +93,113 @@ def test_the_ledger_is_what_the_caches_hold(config, lora_config, batch, context)
         }
         expected = {
             "ln_1": in_ledger(place, "layer norm") // 2,
-            "qkv": in_ledger(place, "linear qkv", *(f"LoRA {t}" for t in ("qkv", "q", "k", "v"))),
+            "qkv": linear_in_ledger(place, "qkv", "qkv", "q", "k", "v"),
             "attention": in_ledger(place, "attention"),
-            "o": in_ledger(place, "linear o", "LoRA o"),
+            "o": linear_in_ledger(place, "o", "o"),
             "ln_2": in_ledger(place, "layer norm") // 2,
-            "up": in_ledger(place, "linear up", "LoRA up"),
+            "up": linear_in_ledger(place, "up", "up"),
             "gelu": in_ledger(place, "GELU"),
-            "down": in_ledger(place, "linear down", "LoRA down"),
+            "down": linear_in_ledger(place, "down", "down"),
         }
         assert held == expected, place
     assert numbers_in(cache, parameters=parameters) == sum(entry.numbers for entry in lines)
+
+
+# --- what tracemalloc sees -----------------------------------------------------------------------
+
+QKV = LoRAConfig(rank=8)
+EVERYWHERE = LoRAConfig(rank=2, targets=("qkv", "o", "up", "down"))
+UPPER_HALF = LoRAConfig(rank=4, targets=("blocks.[1-9].attn.[qv]", "blocks.[1-9].mlp.down"))
+DROPPED = LoRAConfig(rank=8, dropout=0.1)
+FAST = GPTConfig(256, 128, n_embd=96, n_layer=3, n_head=3)
+# Wide enough for arrays to outweigh Python's objects; name: (config, batch, context, dtype)
+FAST_SHAPES = {
+    "short sequences": (FAST, 16, 32, "float32"),
+    "long sequences": (FAST, 2, 128, "float64"),
+    "large vocabulary": (GPTConfig(8192, 64, n_embd=64, n_layer=2, n_head=2), 4, 64, "float32"),
+}
+SLOW_SHAPES = {
+    f"{name}, {batch} × {context}, {dtype}": (SHAPES[name], batch, context, dtype)
+    for name in ("tiny", "small")
+    for batch, context, dtype in (
+        (8, 128, "float32"),
+        (1, 1024, "float32"),
+        (4, 64, "float64"),
+    )
+}
+METHODS = {
+    "full": None, "LoRA on qkv": QKV, "LoRA everywhere": EVERYWHERE,
+    "LoRA in the upper blocks": UPPER_HALF, "LoRA with dropout": DROPPED,
+}  # fmt: skip
+each_method = pytest.mark.parametrize("method", METHODS)
+each_shape = pytest.mark.parametrize(
+    "shape",
+    [
+        *(pytest.param(shape, id=name) for name, shape in FAST_SHAPES.items()),
+        *(
+            pytest.param(shape, id=name, marks=pytest.mark.slow)
+            for name, shape in SLOW_SHAPES.items()
+        ),
+    ],
+)
+
+
+def allocated_by(f):
+    """The most that was allocated at any one time while `f` ran, in bytes."""
+    tracemalloc.start()
+    try:
+        result = f()  # noqa: F841  kept until the peak is read
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@each_shape
+@each_method
+def test_the_peak_of_a_pass_is_predicted(method, shape):
+    config, batch, context, dtype = shape
+    step = Step(config, METHODS[method], batch, context, dtype)
+    base, lora, tokens, targets, masks = inputs_of(step)
+    measured = allocated_by(
+        lambda: loss_and_grads(
+            base, lora, tokens=tokens, targets=targets, config=config,
+            lora_config=step.lora_config, masks=masks, wrt="base" if lora is None else "lora",
+        )
+    )  # fmt: skip
+    if masks:  # they are made before the pass, and the ledger counts them
+        measured += sum(mask.nbytes for mask in masks.values())
+    found = moments(step)
+    del found["the update"]
+    predicted = max(found.values())
+    assert predicted == pytest.approx(measured, rel=0.03), f"{predicted / measured:.4f}: {found}"
+
+
+@each_shape
+@each_method
+def test_the_peak_of_a_whole_step_is_predicted(method, shape):
+    """From nothing to the updated parameters, in one thread: weights and moments included."""
+    config, batch, context, dtype = shape
+    step = Step(config, METHODS[method], batch, context, dtype, threads=1)
+
+    def whole_step():
+        base, lora, tokens, targets, masks = inputs_of(step)
+        params = base if lora is None else lora
+        state = adamw_init(params)
+        with Workers(1) as workers:
+            _, grads = batch_loss_and_grads(
+                workers, base, lora, tokens, targets, masks=masks, config=config,
+                wrt="base" if lora is None else "lora", lora_config=step.lora_config,
+            )  # fmt: skip
+        grads, _ = clip_by_global_norm(grads, 1.0)
+        return adamw(params, grads, state, step=1, lr=1e-3)
+
+    measured = allocated_by(whole_step)
+    predicted = figures(step)["peak_bytes"]
+    assert predicted == pytest.approx(measured, rel=0.03), f"{predicted / measured:.4f}"
+
+
+@each_method
+def test_a_shared_batch_is_predicted(method, monkeypatch):
+    """Passes one after the other, as one thread makes them of a batch that is large for it."""
+    monkeypatch.setattr("minilora.workers.SHARD_TOKENS", 512)
+    test_the_peak_of_a_whole_step_is_predicted(method, (FAST, 32, 64, "float32"))
