@@ -300,9 +300,9 @@ def add_bench(group: Any) -> None:
     sub.add_argument(
         "--versus",
         choices=("peft", "1"),
-        help="time beside it, in turn, PyTorch with transformers and PEFT, or one thread",
+        help="take turns with PyTorch, transformers and PEFT, or with one thread",
     )
-    sub.add_argument("--rounds", type=int, default=3, help="processes of each for --versus")
+    sub.add_argument("--rounds", type=int, default=3, help="turns, of --steps each, with --versus")
 
 
 def add_budget(group: Any) -> None:

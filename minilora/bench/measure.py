@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,10 +102,11 @@ def floor_and_breakdown(
     floor_seconds, seconds = zip(*pairs, strict=True)
 
     profiled, alone = 0.0, Counter[str]()
-    with profiling() as profile:
+    wait = partial(synchronize, case.device)
+    with profiling(wait) as profile:
         for _ in range(PROFILED):
             profiled += seconds_of(run)
-            for by_operation in all_products(repeat_timed):
+            for by_operation in all_products(partial(repeat_timed, wait=wait)):
                 alone.update(by_operation)
     rows = [
         row(operation, taken, alone[operation] / workers.threads, profile.calls[operation])

@@ -187,11 +187,12 @@ def repeat(products: list[Ready]) -> None:
         namespace(a).matmul(a, b, out=out)
 
 
-def repeat_timed(products: list[Ready]) -> dict[str, float]:
-    """Every product once: the seconds by operation."""
+def repeat_timed(products: list[Ready], wait: Callable[[], None]) -> dict[str, float]:
+    """Every product once: the seconds by operation, each until a `wait` after it is over."""
     seconds: dict[str, float] = {}
     for operation, a, b, out in products:
         start = time.perf_counter()
         namespace(a).matmul(a, b, out=out)
+        wait()
         seconds[operation] = seconds.get(operation, 0.0) + time.perf_counter() - start
     return seconds

@@ -25,7 +25,8 @@ OTHERS = {
 class Profile:
     """Seconds by operation and thread, each without those of the operations that it calls."""
 
-    def __init__(self) -> None:
+    def __init__(self, wait: Callable[[], None]) -> None:
+        self.wait = wait
         self.local = threading.local()
         self.lock = threading.Lock()
         self.seconds: dict[tuple[str, bool], float] = defaultdict(float)
@@ -47,7 +48,9 @@ class Profile:
             stack.append([name, 0.0])
             start = time.perf_counter()
             try:
-                return f(*args, **kwargs)
+                y = f(*args, **kwargs)
+                self.wait()
+                return y
             finally:
                 taken = time.perf_counter() - start
                 _, inside = stack.pop()
@@ -72,9 +75,9 @@ class Profile:
 
 
 @contextmanager
-def profiling() -> Iterator[Profile]:
-    """Within, every operation that the package calls is timed."""
-    profile = Profile()
+def profiling(wait: Callable[[], None] = lambda: None) -> Iterator[Profile]:
+    """Within, every operation that the package calls is timed, until a `wait` after it is over."""
+    profile = Profile(wait)
     wrappers: dict[Callable[..., Any], Callable[..., Any]] = {}
     undo: list[Callable[[], None]] = []
 

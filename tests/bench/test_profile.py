@@ -28,7 +28,7 @@ def clock(monkeypatch):
 
 
 def test_an_operation_is_counted_without_those_that_it_calls(clock):
-    profile = Profile()
+    profile = Profile(wait=lambda: None)
 
     @profile.timed
     def inner():
@@ -49,8 +49,15 @@ def test_an_operation_is_counted_without_those_that_it_calls(clock):
     assert profile.calls == {"inner": 2, "outer": 1}
 
 
+def test_an_operation_lasts_until_the_device_is_done(clock):
+    profile = Profile(wait=lambda: clock(1.0))
+    work = profile.timed(lambda: clock(2.0))
+    work()
+    assert profile.total(threads=1) == 3.0
+
+
 def test_what_threads_do_counts_by_its_mean(clock):
-    profile = Profile()
+    profile = Profile(wait=lambda: None)
     work = profile.timed(lambda: clock(3.0))
     for _ in range(2):
         thread = threading.Thread(target=work)
@@ -62,7 +69,7 @@ def test_what_threads_do_counts_by_its_mean(clock):
 
 
 def test_time_is_counted_when_an_operation_raises(clock):
-    profile = Profile()
+    profile = Profile(wait=lambda: None)
 
     @profile.timed
     def broken():
