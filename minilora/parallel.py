@@ -72,9 +72,9 @@ class Ranks:
         """Raise MiniloraError naming a value in which a rank differs from the first."""
         first, *others = self.gather(values)
         for (rank, other), name in itertools.product(enumerate(others, 1), first):
-            if other[name] != first[name]:
+            if other.get(name) != first[name]:
                 raise MiniloraError(
-                    f"{name} is {first[name]} on rank 0 but {other[name]} on rank {rank}; "
+                    f"{name} is {first[name]} on rank 0 but {other.get(name)} on rank {rank}; "
                     "all ranks need the same files, software and kind of processor"
                 )
 
