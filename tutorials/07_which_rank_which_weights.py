@@ -163,19 +163,19 @@ axes.set(xlabel="gain over the base (nats per byte); dots are the seeds")
 axes.set_title(f"the same {sizes['q, R=16']:,} parameters, in other places")
 
 # %% [markdown]
-# As in the paper's table 5, `q` alone is the worst use of the budget. Between `v`, `q v` and `q k v
-# o` the seeds hardly let us choose, although the high ranks had the advantage of longer steps. The
-# last line is beyond the paper's table, which adapts attention only: the MLP's weights, `up` and
-# `down`, are where a small model that changes from prose to code has most to learn. It is the best
-# of all, at the lowest rank.
+# As in the paper's table 5, `q` alone is the worst use of the budget. Between `v`, `q v` and
+# `q k v o` the seeds hardly let us choose, although the high ranks had the advantage of longer
+# steps. The last line is beyond the paper's table, which adapts attention only: the MLP's weights,
+# `up` and `down`, are where a small model that changes from prose to code has most to learn. It is
+# the best of all, at the lowest rank.
 #
 # ## What does an update look like?
 #
 # LoRA bets that a low rank is enough for the update $\Delta W$ of a weight. Full fine-tuning is
 # free to do anything. Does it make updates like that? We train the whole base for a moment and look
-# at the singular values $\sigma_1 \ge \sigma_2 \ge \dots$ of its $\Delta W$. The share $\sum_{i \le
-# k} \sigma_i^2 / \sum_i \sigma_i^2$ says how much of $\Delta W$ its best approximation of rank $k$
-# holds. A random matrix gives the baseline.
+# at the singular values $\sigma_1 \ge \sigma_2 \ge \dots$ of its $\Delta W$. The share
+# $\sum_{i \le k} \sigma_i^2 / \sum_i \sigma_i^2$ says how much of $\Delta W$ its best approximation
+# of rank $k$ holds. A random matrix gives the baseline.
 
 # %%
 whole, _ = minilora.adapt(
