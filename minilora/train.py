@@ -295,7 +295,7 @@ class Loop:
     settings: TrainConfig
     device: str
     workers: Workers
-    ranks: Ranks = Ranks()
+    ranks: Ranks
 
     def run(
         self,
