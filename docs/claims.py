@@ -95,7 +95,7 @@ def cost(quick: bool) -> Table:
                 peaks[method] = tracemalloc.get_traced_memory()[1]
                 tracemalloc.stop()
                 runs[method] = make(workers, method=method)
-            times = {n: statistics.median(t) for n, t in in_turn(runs, 2 if quick else 8).items()}
+            times = {n: statistics.median(t) for n, t in in_turn(runs, 2 if quick else 5).items()}
         time_ratio, memory_ratio = (x["full"] / x["LoRA"] for x in (times, peaks))
         yield name, f"{batch} × {context}", f"{time_ratio:.2f}", f"{memory_ratio:.2f}"
 

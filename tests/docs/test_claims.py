@@ -1,0 +1,252 @@
+"""The figures of docs/claims.md and docs/budget.md: what is arithmetic is computed again."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import minilora
+from minilora.budget import SHAPES, Step, evaluate, ledger, scaled
+from minilora.cli import main
+from minilora.lora import LoRAConfig
+
+ROOT = Path(minilora.__path__[0]).parent
+CLAIMS, BUDGET = (
+    (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("claims", "budget")
+)
+
+
+def run(words):
+    """What `minilora` prints for these words."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert main([str(word) for word in words]) == 0, words
+    return out.getvalue()
+
+
+@pytest.fixture
+def figures(tmp_path):
+    """The figures of `minilora budget OPTIONS`, of LoRA or of full fine-tuning."""
+
+    def of(options, method="lora"):
+        path = tmp_path / "figures.json"
+        run(["budget", *options.split(), "--method", method, "--json", path])
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    return of
+
+
+def table(page, *header):
+    """The rows of the one table of a page whose header begins with these cells."""
+    found = []
+    for text in re.findall(r"(?m)(?:^\|.*\|\n){2,}", page + "\n"):
+        first, _, *rows = (
+            [cell.strip() for cell in line[1:-1].split("|")] for line in text.splitlines()
+        )
+        if first[: len(header)] == list(header):
+            found.append(rows)
+    (rows,) = found
+    return rows
+
+
+def total_flops(figures):
+    return figures["forward_flops"] + figures["backward_flops"]
+
+
+# --- the ledger's page ---------------------------------------------------------------------------
+
+
+def test_the_page_shows_what_the_command_prints():
+    ((command, printed),) = re.findall(r"\$ minilora (budget .*)\n((?:.*\n)+?)```", BUDGET)
+    assert run(command.split()) == printed
+
+
+SHAPES_OF_PAGE = {
+    name: "--model gpt3 --dtype float16" if name == "gpt3" else f"--model {name}"
+    for name in ("distilgpt2", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "gpt3")
+}
+SEQUENCE = {
+    name: f"{options} --batch 1 --context {SHAPES[name].n_positions}"
+    for name, options in SHAPES_OF_PAGE.items()
+}
+
+
+def test_parameters_of_the_models(figures):
+    expected = []
+    for name, options in SHAPES_OF_PAGE.items():
+        found = figures(options)
+        base, trained = found["base_parameters"], found["trainable_parameters"]
+        expected.append([name, f"{base:,}", f"{trained:,}", f"{trained / base:.3%}"])
+    assert table(BUDGET, "model", "base", "LoRA") == expected
+
+
+def test_bytes_that_live_as_long_as_the_training(figures):
+    expected = []
+    for name, options in SHAPES_OF_PAGE.items():
+        full, lora = figures(options, "full"), figures(options)
+        states = (x["gradients_bytes"] + x["optimizer_bytes"] for x in (full, lora))
+        row = [name, scaled(full["weights_bytes"], "B"), *(scaled(x, "B") for x in states)]
+        expected.append(row)
+    assert table(BUDGET, "model", "weights") == expected
+
+
+def test_the_largest_moments(figures):
+    expected = []
+    for name, options in SEQUENCE.items():
+        both = figures(options, "full"), figures(options)
+        keys = ("activations_bytes", "peak_bytes")
+        expected.append([name, *(scaled(x[key], "B") for key in keys for x in both)])
+    assert table(BUDGET, "model", "activations, full") == expected
+
+
+def test_flops_of_the_models(figures):
+    expected = []
+    for name, options in SEQUENCE.items():
+        full, lora = (total_flops(figures(options, method)) for method in ("full", "lora"))
+        expected.append([name, scaled(full, "FLOP"), scaled(lora, "FLOP"), f"{lora / full:.3f}"])
+    assert table(BUDGET, "model", "full", "LoRA", "LoRA / full") == expected
+
+
+def test_the_formulas_are_those_of_the_ledger():
+    lora_config = LoRAConfig(rank=3, targets=("qkv", "o", "up", "down"), dropout=0.5)
+    steps = [Step(SHAPES["tiny"], c) for c in (None, LoRAConfig(rank=3), lora_config)]
+    sizes = {**steps[0].sizes, "R": 3}
+    in_ledger = {line.numbers for step in steps for line in ledger(step)}
+    on_page = {row[1] for row in table(BUDGET, "what a pair keeps")}
+    values = set()
+    for formula in on_page:
+        for inputs in "CF" if "I" in formula.split() else "C":
+            values.add(evaluate(formula, {**sizes, "I": sizes[inputs]}))
+    assert values == in_ledger
+
+
+# --- the claims ----------------------------------------------------------------------------------
+
+MODELS = {
+    "RoBERTa base": "--layers 12 --width 768",
+    "RoBERTa large": "--layers 24 --width 1024 --heads 16",
+    "DeBERTa XXL": "--layers 48 --width 1536 --heads 24",
+    "GPT-2 medium": "--model gpt2-medium",
+    "GPT-2 large": "--model gpt2-large",
+    "GPT-3 175B": "--model gpt3",
+}
+GPT3 = "--model gpt3 --rank 4 --targets q,v --dtype float16"
+
+
+def test_the_paper_s_counts(figures):
+    rows = table(CLAIMS, "model, rank", "printed", "computed")
+    assert len(rows) == 8
+    for named, _, computed in rows:
+        name, rank = named.rsplit(", ", 1)
+        found = figures(f"{MODELS[name]} --rank {rank} --targets q,v")["trainable_parameters"]
+        assert computed == f"{found:,}", named
+
+
+def test_gpt3_s_checkpoints_and_memory(figures):
+    full, lora = figures(GPT3, "full"), figures(GPT3)
+    trained = [x["trainable_parameters"] for x in (full, lora)]
+    ratio = f"{trained[0] / trained[1]:,.0f}"
+    assert table(CLAIMS, "", "full", "LoRA", "ratio") == [
+        ["trained numbers", *(f"{x:,}" for x in trained), ratio],
+        ["their bytes in float16", *(scaled(2 * x, "B") for x in trained), ratio],
+    ]
+    for _, each, total in table(CLAIMS, "what is counted, GPT-3"):
+        assert total == scaled(int(each) * full["base_parameters"], "B")
+    state = lora["gradients_bytes"] + lora["optimizer_bytes"]
+    assert f"LoRA's own gradients and moments are {scaled(state, 'B')}" in CLAIMS
+    one = figures(f"{GPT3} --batch 1 --context 2048")["activations_bytes"]
+    assert f"{scaled(one, 'B')} of activations for a single sequence" in CLAIMS
+    share = total_flops(lora) / total_flops(full)
+    assert f"per token LoRA takes {share:.3f} of the FLOPs" in CLAIMS
+    small = figures("--model gpt2 --rank 4 --targets q,v")
+    times = small["base_parameters"] / small["trainable_parameters"]
+    assert f"`: {times:.0f} times" in CLAIMS
+
+
+def test_shares_of_learned_parameters(figures):
+    for name, *shares in table(CLAIMS, "shape", "LoRA r=8 on qkv"):
+        for share, targets in zip(shares, ("qkv", "qkv,o,up,down"), strict=True):
+            found = figures(f"--model {name} --rank 8 --targets {targets}")
+            assert share == f"{found['trainable_parameters'] / found['base_parameters']:.3%}"
+
+
+def test_the_memory_of_gpt2_xl(figures):
+    keys = ("weights_bytes", "adapter_bytes", "gradients_bytes", "optimizer_bytes")
+    both = [figures("--model gpt2-xl", method) for method in ("full", "lora")]
+    *rows, (_, *together) = table(CLAIMS, "", "full", "LoRA r=8 on qkv")
+    for key, (_, *cells) in zip(keys, rows, strict=True):
+        assert cells == [scaled(x[key], "B") for x in both]
+    assert together == [scaled(sum(x[key] for key in keys), "B") for x in both]
+
+
+def test_figures_that_need_no_model():
+    assert f"43.1 / 32.5 = {43.1 / 32.5:.3f}" in CLAIMS
+    assert f"{1 - 32.5 / 43.1:.1%}".replace("%", " %") + " less time" in CLAIMS
+    assert f"a speedup of {1 / (1 - 0.76):.1f}" in CLAIMS
+    assert f"65 / 150 is {65 / 150:.1%}".replace("%", " %") in CLAIMS
+    assert f"{32.5 * 3600 * 1e7 / 1e12:.2f} \\cdot 10^{{12}}" in CLAIMS
+
+
+# --- what docs/claims.py measures ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def script():
+    """docs/claims.py, imported from where it lies."""
+    spec = importlib.util.spec_from_file_location("claims", ROOT / "docs" / "claims.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_training_changes_adapters_alone(script):
+    _, (_, _, _, base), (_, _, arrays, adapters) = script.frozen(quick=True)
+    assert base == "0"
+    assert adapters == arrays
+    assert table(CLAIMS, "tree", "numbers")[0][3] == "0"
+
+
+def test_cost_compares_whole_steps(script):
+    header, *rows = script.cost(quick=True)
+    assert [row[0] for row in rows] == ["tiny"]
+    assert all(float(ratio) > 1 for ratio in rows[0][2:])
+    assert len(table(CLAIMS, *header)) == 3
+
+
+def test_switch_measures_what_the_page_shows(script):
+    _, *rows = script.switch(quick=True)
+    bytes_of = {name: int(size.replace(",", "")) for name, size, _ in rows if size}
+    assert bytes_of["load an adapter"] < bytes_of["load a fine-tuned base"] / 50
+    on_page = [row[0] for row in table(CLAIMS, "what", "bytes")]
+    assert [row[0] for row in rows] == on_page
+
+
+def test_similarity_of_subspaces(script):
+    identity = np.eye(8)
+    assert script.similarity(identity, identity, 2, 6) == pytest.approx(1.0)
+    assert script.similarity(identity[:, :3], identity[:, 3:], 3, 5) == 0.0
+    assert script.similarity(identity[:, :3], identity[:, 1:], 3, 4) == pytest.approx(2 / 3)
+    assert script.projection_distance(identity[:, :3], identity[:, 1:4]) == pytest.approx(1.0)
+
+
+def test_random_subspaces_have_the_baseline_s_similarity(script):
+    for pair, mean, baseline, right, printed in list(script.random(quick=True))[1:]:
+        assert float(mean) == pytest.approx(float(baseline), abs=0.01)
+        if right:
+            assert right == mean
+        if pair in ("8, 8", "64, 64"):
+            assert float(printed) < 0
+
+
+def test_the_page_names_only_what_exists():
+    for page in (CLAIMS, BUDGET):
+        for path, test in re.findall(r"`((?:tests|docs|tutorials)/[\w/]+\.py)(?:::(\w+))?", page):
+            text = (ROOT / path).read_text(encoding="utf-8")
+            assert not test or f"def {test}(" in text, f"{path}::{test}"
+        for anchor in re.findall(r"\]\(#([\w-]+)\)", page):
+            assert f"\n({anchor})=\n" in page, anchor
