@@ -68,6 +68,7 @@ def show_signature(
 def as_written(parameter: inspect.Parameter) -> inspect.Parameter:
     """The parameter with its annotation as text; an ellipsis for a default without a literal."""
     annotation, default = parameter.annotation, parameter.default
+    annotation = getattr(annotation, "__forward_arg__", annotation)  # of a NamedTuple
     if isinstance(annotation, str):
         parameter = parameter.replace(annotation=Verbatim(annotation))
     if default is not parameter.empty and repr(default).startswith("<"):

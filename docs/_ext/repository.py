@@ -106,8 +106,21 @@ def definitions(path: str) -> dict[str, int]:
     return dict(walk(ast.parse(files()[path]).body, ""))
 
 
+@cache
+def tests() -> dict[str, Place]:
+    """Every test whose name no other has."""
+    found: dict[str, list[Place]] = {}
+    for path in files():
+        if path.startswith("tests/") and path.endswith(".py"):
+            for name, line in definitions(path).items():
+                found.setdefault(name, []).append((path, line))
+    return {name: places[0] for name, places in found.items() if len(places) == 1}
+
+
 def locate(name: str) -> Place | None:
-    """Where a file, `FILE::FUNCTION` or dotted name begins; None if it is no name of ours."""
+    """Where a file, a `FILE::TEST`, a test or a dotted name begins; None if it is none of ours."""
+    if name.startswith("test_") and name in tests():
+        return tests()[name]
     path, _, inside = name.partition("::")
     if path in files():
         line = definitions(path).get(inside.split("[")[0]) if inside else 1
@@ -204,7 +217,7 @@ def link_rows(doctree: nodes.document, page: str) -> None:
 
 
 def link_names(doctree: nodes.document, page: str) -> None:
-    """`minilora.lora.merge`, `minilora/ops.py`, `tests/ops/test_ops.py::test_gelu`."""
+    """`minilora.lora.merge`, `minilora/ops.py`, `tests/ops/test_ops.py::test_gelu`, `test_gelu`."""
     for node in list(doctree.findall(nodes.literal)):
         if not isinstance(node.parent, nodes.reference | addnodes.pending_xref):
             place = locate(node.astext())
