@@ -40,13 +40,19 @@ class Copied(NamedTuple):
 
 
 @pytest.fixture
+def counters(request):
+    """Reads the counters of the emulator of the CUDA calls; a GPU does not count."""
+    if not request.config.pluginmanager.has_plugin("cupy_on_cpu.plugin"):
+        pytest.skip("a GPU does not count copies and bytes; the emulator of the CUDA calls does")
+    return request.getfixturevalue("cupy_stats")
+
+
+@pytest.fixture
 def copied(request, device):
-    """Reads the number of copies; only the stand-in and the emulator of the CUDA calls count."""
+    """Reads the number of copies."""
     if request.node.callspec.params["device"] == "stand-in":
         return lambda: Copied(strict_cupy.COPIES.to_host, strict_cupy.COPIES.to_device)
-    if not request.config.pluginmanager.has_plugin("cupy_on_cpu.plugin"):
-        pytest.skip("a GPU does not count its copies; the emulator of the CUDA calls does")
-    stats = request.getfixturevalue("cupy_stats")
+    stats = request.getfixturevalue("counters")
     return lambda: Copied(stats()["d2h_copies"], stats()["h2d_copies"])
 
 

@@ -1,0 +1,52 @@
+"""The memory that a step takes on the device is what `minilora budget` says."""
+
+import numpy as np
+import pytest
+
+from minilora.backend import to_device
+from minilora.budget import Step, figures
+from minilora.gpt import GPTConfig, gpt_init
+from minilora.lora import LoRAConfig, lora_init
+from minilora.optim import adamw, adamw_init, clip_by_global_norm
+from minilora.train import batch_loss_and_grads
+from minilora.workers import Workers
+
+pytestmark = pytest.mark.gpu
+
+SHAPES = {
+    "short sequences": (GPTConfig(256, 128, n_embd=96, n_layer=3, n_head=3), 16, 32),
+    "long sequences": (GPTConfig(256, 128, n_embd=96, n_layer=3, n_head=3), 2, 128),
+    "large vocabulary": (GPTConfig(8192, 64, n_embd=64, n_layer=2, n_head=2), 4, 64),
+}
+METHODS = {
+    "full": None,
+    "LoRA on qkv": LoRAConfig(rank=8),
+    "LoRA everywhere": LoRAConfig(rank=2, targets=("qkv", "o", "up", "down")),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_peak_of_a_step_is_predicted(counters, shape, method):
+    """Within a tenth: it is worked out for NumPy, and kernels need other arrays on their way."""
+    device = "cuda"
+    config, batch, context = SHAPES[shape]
+    step = Step(config, METHODS[method], batch, context)
+    base = to_device(gpt_init(config, seed=0), device)
+    lora = (
+        None if step.trains_base else to_device(lora_init(base, step.lora_config, seed=0), device)
+    )
+    params = base if lora is None else lora
+    state = adamw_init(params)
+    rng = np.random.default_rng(0)
+    tokens, targets = rng.integers(config.vocab_size, size=(2, batch, context))
+    with Workers(1, device) as workers:
+        _, grads = batch_loss_and_grads(
+            workers, base, lora, tokens, targets, wrt="base" if lora is None else "lora",
+            config=config, lora_config=step.lora_config, device=device,
+        )  # fmt: skip
+    grads, _ = clip_by_global_norm(grads, 1.0)
+    adamw(params, grads, state, step=1, lr=1e-3)
+    measured = counters()["peak_bytes"]
+    predicted = figures(step)["peak_bytes"]
+    assert predicted == pytest.approx(measured, rel=0.1), f"{predicted / measured:.3f}"
