@@ -1,0 +1,102 @@
+"""docs/cost.py: its formulas on cases whose answer is known; its page and plots are of its data."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import minilora
+
+ROOT = Path(minilora.__path__[0]).parent
+
+
+@pytest.fixture(scope="module")
+def cost():
+    """docs/cost.py, imported from where it lies."""
+    spec = importlib.util.spec_from_file_location("cost_figures", ROOT / "docs" / "cost.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def found(cost):
+    return json.loads(cost.MEASURED.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("power", [-1.0, 0.0, 0.5, 2.0])
+def test_the_slope_of_a_power_law_is_its_power(cost, power):
+    sizes = [3, 5, 11, 40]
+    assert cost.slope(sizes, [7.0 * size**power for size in sizes]) == pytest.approx(power)
+
+
+def test_the_formula_of_the_page_counts_the_flops(cost):
+    """The lowest block's products are all of them: adapters on its qkv reach to its input."""
+    for knob, sizes in cost.SIZES.items():
+        for size in sizes:
+            case = cost.case_of(knob, size)
+            c = case.config
+            L, C, V, T, R = c.n_layer, c.n_embd, c.vocab_size, case.context, case.rank
+            page = 48 * L * C**2 + 12 * L * T * C + 4 * C * V + 24 * L * R * C
+            assert cost.formulas(case)["flops"] == pytest.approx(case.tokens * page), (knob, size)
+
+
+def test_one_size_varies_at_a_time(cost):
+    for knob, sizes in cost.SIZES.items():
+        seen = {cost.case_of(knob, size) for size in sizes}
+        assert len(seen) == len(sizes)
+        if knob != "vocabulary":
+            assert cost.CENTER in seen, knob
+
+
+def test_predicted_seconds_are_the_centers_at_the_center(cost):
+    sizes = cost.formulas(cost.CENTER)
+    found = {
+        "flops_per_second": sizes["flops"] / 2.0,
+        "numbers_per_second": sizes["numbers"] / 3.0,
+    }
+    assert cost.predicted_seconds(found, sizes) == 5.0
+
+
+def test_the_data_are_of_these_sizes(cost, found):
+    for knob, sizes in cost.SIZES.items():
+        assert [point["size"] for point in found[knob]] == list(sizes), knob
+    assert [point["size"] for point in found["prefix"]] == list(cost.PREFIXES)
+
+
+def test_the_page_shows_the_table_of_the_data(cost, found):
+    page = (ROOT / "docs" / "cost.md").read_text(encoding="utf-8")
+    assert cost.table(found) in page
+
+
+def test_predictions_of_memory_hold(cost, found):
+    """Within a quarter, or the 16 MB that threads, buffers of BLAS and fragments may take."""
+    for knob in cost.SIZES:
+        for point in found[knob]:
+            off = abs(point["bytes"] - point["predicted_bytes"])
+            assert off < max(16e6, 0.25 * point["predicted_bytes"]), (knob, point)
+
+
+def test_a_sweep_runs(cost, monkeypatch):
+    monkeypatch.setattr(cost, "SIZES", {"rank": (1, 2)})
+    monkeypatch.setattr(cost, "CENTER", cost.replace(cost.CENTER, batch=1, context=2))
+    monkeypatch.setattr(cost, "ROUNDS", 1)
+    points = cost.sweep("rank")
+    assert [point["size"] for point in points] == [1, 2]
+    assert all(point["seconds"] > 0 and point["bytes"] > 0 for point in points)
+    assert points[0]["flops"] < points[1]["flops"]
+
+
+def test_drawing_gives_the_same_bytes(cost, found, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    drawn = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        monkeypatch.setattr(cost, "FIGURES", tmp_path / folder)
+        cost.draw(found)
+        drawn.append({path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()})
+    assert drawn[0] == drawn[1]
+    assert set(drawn[0]) == {"cost_time.svg", "cost_memory.svg", "cost_generation.svg"}
+    assert all(np.char.find(content.decode(), "<svg") >= 0 for content in drawn[0].values())
