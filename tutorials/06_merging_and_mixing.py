@@ -258,7 +258,7 @@ for i in range(2):
         length = np.linalg.norm(products[i][j])
         grid[i, j].set_title(f"$s A_{i + 1} B_{j + 1}$: {kind}, length {length:.2f}", fontsize=10)
         grid[i, j].set(xticks=[], yticks=[])
-figure.colorbar(picture, ax=grid, shrink=0.6)
+_ = figure.colorbar(picture, ax=grid, shrink=0.6)
 
 # %% [markdown]
 # What does it do to the model? We turn the weight $w_1$ from 0 (manual only) to 1 (source only) and

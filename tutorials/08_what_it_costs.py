@@ -70,7 +70,7 @@ for width, (name, (full, _)) in zip(widths, counts.items(), strict=True):
     if name in ("tiny", "gpt2", "gpt2-xl", "gpt3"):
         axes.annotate(name, (width, full), textcoords="offset points", xytext=(-4, 7), ha="right")
 axes.margins(0.15)
-axes.legend(loc="lower right")
+_ = axes.legend(loc="lower right")
 
 # %% [markdown]
 # ## Memory, the part that lasts
@@ -103,7 +103,7 @@ axes.axvline(1.2, color="black", linestyle="--")
 axes.annotate("the paper's 1.2 TB", (1.2, -0.3), textcoords="offset points", xytext=(5, 0))
 axes.set_yticks(range(len(RECIPES)), list(RECIPES))
 axes.invert_yaxis()
-axes.set(xlabel="TB", title="GPT-3, activations aside")
+_ = axes.set(xlabel="TB", title="GPT-3, activations aside")
 
 # %% [markdown]
 # The 350 GB are the weights alone, and LoRA's own share hardly shows. The adapter's "35 MB" is

@@ -179,7 +179,7 @@ for shift, (name, values) in zip((-0.2, 0.2), spectra.items(), strict=True):
 right.set_yscale("log")
 right.set(xlabel="number of the singular value", title="directions of the update at one weight")
 right.set_xticks(range(1, 5))
-right.legend()
+_ = right.legend()
 
 # %% [markdown]
 # ## Bugs of the scale
@@ -450,7 +450,7 @@ left.plot(DECAY_STEPS, decay_losses, "o-", color="#d94801")
 left.set(xlabel="steps with decay on the base", ylabel="loss of the base on prose")
 left.set_title("11 the base rots")
 right.barh(["no bug", "12 inputs kept"], [kept, kept_for_nothing], color=["#2171b5", "#d94801"])
-right.set(xlabel="MB held after the forward pass", title="12 frozen, and paid for")
+_ = right.set(xlabel="MB held after the forward pass", title="12 frozen, and paid for")
 
 # %% [markdown]
 # ## Bugs after training
@@ -550,7 +550,7 @@ for i, (name, loss) in enumerate(SEEN.items()):
 axes.axvline(before, color="#636363", linestyle=":")
 axes.set_yticks(range(len(SEEN)), list(SEEN))
 axes.invert_yaxis()
-axes.set(xlabel="loss (nats per byte)")
+_ = axes.set(xlabel="loss (nats per byte)")
 
 # %% [markdown]
 # ## What to remember
