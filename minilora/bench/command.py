@@ -126,8 +126,8 @@ def describe(case: Case, found: dict[str, Any]) -> dict[str, Any]:
         "step_to_floor": median(s / f for s, f in zip(seconds, floor, strict=True)),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
         **{name: found[name] for name in (
-            "peak_rss_bytes", "idle_rss_bytes", "import_seconds", "first_step_seconds", "blas",
-            "blas_kernel", "blas_threads", "breakdown",
+            "peak_rss_bytes", "idle_rss_bytes", "page_faults", "import_seconds",
+            "first_step_seconds", "blas", "blas_kernel", "blas_threads", "breakdown",
         )},
     }  # fmt: skip
 
@@ -232,6 +232,7 @@ floor          {1e3 * figures["floor_seconds"]:.1f} ms, the matrix products alon
 time / floor   {figures["step_to_floor"]:.2f}
 tokens/s       {figures["tokens_per_second"]:,.0f}
 peak memory    {peak:,.0f} MiB resident, {idle:.0f} MiB of it before there was a model
+page faults    {figures["page_faults"]:,} in a run
 start          import {figures["import_seconds"]:.2f} s, \
 first run {figures["first_step_seconds"]:.2f} s
 

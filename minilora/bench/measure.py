@@ -69,6 +69,9 @@ def measure(case: Case, *, started: float, floor: bool) -> None:
             serve(run, figures)
             return
         figures["peak_rss_bytes"] = peak_rss()  # of the runs alone
+        faults = page_faults()
+        run()
+        figures["page_faults"] = page_faults() - faults
         figures |= floor_and_breakdown(case, model, workers, run)
         print(json.dumps(figures))
 
@@ -224,6 +227,15 @@ def peak_rss() -> int:
         return _peak_on_windows()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def page_faults() -> int:
+    """How often this process was given a page of memory; 0 where that is not known."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def _peak_on_windows() -> int:
