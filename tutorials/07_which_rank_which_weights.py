@@ -86,8 +86,8 @@ def curve(alpha_of, seed):
     return [rank_loss[rank, alpha_of(rank), seed] for rank in RANKS]
 
 
-CHOICES = {"α = 8": lambda rank: 8, "α = R": lambda rank: rank}
-COLOURS = {"α = 8": "#2171b5", "α = R": "#d94801"}
+CHOICES = {"alpha = 8": lambda rank: 8, "alpha = R": lambda rank: rank}
+COLOURS = {"alpha = 8": "#2171b5", "alpha = R": "#d94801"}
 
 figure, axes = plt.subplots(figsize=(6.5, 3.8))
 axes.axhline(before, color="#636363", linestyle=":", label="base")
@@ -111,8 +111,8 @@ def share_of_gain(alpha_of):
     return (before - losses[0]) / (before - losses[-1])
 
 
-flat, steep = share_of_gain(CHOICES["α = 8"]), share_of_gain(CHOICES["α = R"])
-print(f"rank 1 gains as much as rank 64, but for a factor: α = 8 {flat:.0%}, α = R {steep:.0%}")
+flat, steep = share_of_gain(CHOICES["alpha = 8"]), share_of_gain(CHOICES["alpha = R"])
+print(f"rank 1 gains, of what rank 64 gains: {flat:.0%} with alpha = 8, {steep:.0%} with alpha = R")
 
 # %% [markdown]
 # Two answers to one question. With a fixed $\alpha$ the curve is nearly flat: one direction per
@@ -160,7 +160,7 @@ for i, name in enumerate(PLACES):
 axes.set_yticks(range(len(PLACES)), list(PLACES))
 axes.invert_yaxis()
 axes.set(xlabel="gain over the base (nats per byte); dots are the seeds")
-axes.set_title(f"the same {sizes['q, R=16']:,} parameters, in other places")
+_ = axes.set_title(f"the same {sizes['q, R=16']:,} parameters, in other places")
 
 # %% [markdown]
 # As in the paper's table 5, `q` alone is the worst use of the budget. Between `v`, `q v` and
@@ -270,29 +270,31 @@ def random_space(dimension):
 
 
 low, high, other = models[8, 8, 0], models[64, 8, 0], models[64, 8, 1]
-phi = {
-    f"{t}: {name}": mean_similarity(pair, t)
-    for t in "qv"
-    for name, pair in {"R=8 and R=64": (low, high), "R=64, two seeds": (high, other)}.items()
+PAIRS = {
+    "R=8 and R=64, same batches": (low, high),
+    "R=8 and R=64, other batches": (low, other),
+    "R=64 twice, other batches": (high, other),
 }
+phi = {f"{t}: {name}": mean_similarity(pair, t) for name, pair in PAIRS.items() for t in "qv"}
 chance = np.mean([similarity(random_space(8), random_space(64)) for _ in range(BLOCKS)], axis=0)
+i, j = np.meshgrid(np.arange(1, 9), np.arange(1, 65), indexing="ij")
+pictures = {**phi, "two random spaces": chance, "max(i, j) / d": np.maximum(i, j) / WIDTH}
 
-figure, grid = plt.subplots(5, 1, figsize=(7, 7), sharex=True)
-pictures = {**phi, "two random spaces": chance}
-for axes, (name, values) in zip(grid, pictures.items(), strict=True):
+figure, grid = plt.subplots(4, 2, figsize=(9, 6), sharex=True)
+for axes, (name, values) in zip(grid.flat, pictures.items(), strict=True):
     picture = axes.imshow(
         values, vmin=0, vmax=1, aspect="auto", extent=(0.5, 64.5, 8.5, 0.5), cmap="magma"
     )
-    axes.set_title(f"φ, {name}", fontsize=10)
+    axes.set_title(name, fontsize=10)
     axes.set(ylabel="i", yticks=[1, 8])
-grid[-1].set_xlabel("j")
-figure.colorbar(picture, ax=grid, shrink=0.5)
+for axes in grid[-1]:
+    axes.set_xlabel("j")
+figure.colorbar(picture, ax=grid, shrink=0.5, label="φ(i, j)")
 
-i, j = np.meshgrid(np.arange(1, 9), np.arange(1, 65), indexing="ij")
-print("                        φ(1, 1)   φ(1, 8)   φ(8, 8)  φ(8, 64)")
-for name, values in {**pictures, "max(i, j) / d": np.maximum(i, j) / WIDTH}.items():
+print("phi at i, j:                       1, 1      1, 8      8, 8     8, 64")
+for name, values in pictures.items():
     at = [values[0, 0], values[0, 7], values[7, 7], values[7, 63]]
-    print(f"{name:21}" + "".join(f"{x:10.3f}" for x in at))
+    print(f"{name:30}" + "".join(f"{x:10.3f}" for x in at))
 
 # %% [markdown]
 # The bright corner is real: the strongest directions overlap far more than chance, between ranks
@@ -300,9 +302,8 @@ for name, values in {**pictures, "max(i, j) / d": np.maximum(i, j) / WIDTH}.item
 # directions again and again, and the rest of the 64 are close to the random start of $A$.
 #
 # The paper sees the same in GPT-3, where the top direction of rank 8 and of rank 64 overlap by more
-# than one half. But note what our first and third picture share: runs of one seed see the same
-# batches. The runs with two seeds do not, and agree less. Part of what two ranks have in common is
-# the text they happened to read.
+# than one half. But compare the first row with the second: the same two ranks agree less when they
+# did not read the same batches. Part of what they have in common is the text they happened to see.
 #
 # ## Does the update repeat the weight, or amplify something else?
 #
@@ -334,10 +335,10 @@ for t in "qv":
 table = np.array(rows)
 length, of_update, of_weight, of_random = table.T
 
-print("length of U'WV with U, V from      ΔW        W   random     |ΔW|   amplification")
+print("|U'WV| with U, V from       update        W   random  |update|  amplification")
 for t, part in zip("qv", np.split(table, 2), strict=True):
     mean = part.mean(axis=0)
-    print(f"Δ{t}, mean over blocks       ", end="")
+    print(f"{t}, mean over blocks     ", end="")
     print("".join(f"{x:9.2f}" for x in (*mean[1:], mean[0], np.mean(part[:, 0] / part[:, 1]))))
 print(f"amplification of random directions, for comparison: {np.mean(length / of_random):.1f}")
 
@@ -354,7 +355,7 @@ for shift, (name, values, colour) in enumerate(
 axes.set_xticks(x, [f"{t}{block}" for t in "qv" for block in range(BLOCKS)])
 axes.set_yscale("log")
 axes.set(xlabel="weight and block", ylabel="‖UᵀWV‖, how much of W is there")
-axes.legend(fontsize=9, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
+_ = axes.legend(fontsize=9, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
 
 # %% [markdown]
 # The bar of the update stands between the two others (mind the logarithmic axis). The update is
