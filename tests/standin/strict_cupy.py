@@ -97,9 +97,8 @@ def signature(parameters: str) -> inspect.Signature:
 @quiet
 def call(f: Callable, parameters: str, args: tuple, kwargs: dict, *, joining: bool = False) -> Any:
     """`f` of NumPy, called as CuPy's signature allows it to be called."""
-    bound = signature(parameters).bind(
-        *args, **kwargs
-    )  # TypeError for a keyword that CuPy does not have
+    # A TypeError for a keyword that CuPy does not have:
+    bound = signature(parameters).bind(*args, **kwargs)
     given = [argument(x, joining=joining) for x in bound.args]
     options = {name: argument(x) for name, x in bound.kwargs.items()}
     result = f(*given, **options)
