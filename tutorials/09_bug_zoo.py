@@ -53,7 +53,7 @@ base, sizes = model.base, model.config
 # %% [markdown]
 # ## The cage
 #
-# One batch of text (the source of a Python module, which the base has never seen), and a training
+# One batch of text (the source of a Python module; the base has read prose only), and a training
 # loop that reads this batch again and again. To overfit one batch is no way to make a good model,
 # but a good way to look for bugs: the loss has no noise and has to fall.
 
@@ -88,7 +88,6 @@ def leaves(tree):
 
 
 CONFIG = LoRAConfig(rank=4, alpha=8.0, targets=("qkv", "o", "up", "down"))
-SCALE = 8.0 / 4
 fresh = lora_init(base, CONFIG, seed=0)
 healthy, healthy_losses = train(fresh, CONFIG)
 before, after = healthy_losses[0], healthy_losses[-1]
