@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib
 import importlib.resources
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ extensions = [
 ]
 exclude_patterns = ["_build", "*.py", "_ext"]
 nitpicky = True
+suppress_warnings = ["misc.highlighting_failure"]  # code that leaves something out with an ellipsis
 smartquotes = False  # `--rank` has two hyphens, here as on a terminal
 
 
@@ -46,26 +46,6 @@ myst_heading_anchors = 3
 
 # --- tutorials ---------------------------------------------------------------------------------
 
-
-def copy_tutorials() -> None:
-    """Bring the tutorials below docs/, where Sphinx looks, with links that lead to the same files.
-
-    A file that has not changed is not touched, so that it is not read again.
-    """
-    folder = DOCS / "tutorials"
-    sources = {path.name: path for path in sorted((ROOT / "tutorials").glob("*.py"))}
-    for copy in folder.glob("*.py"):
-        if copy.name not in sources:
-            copy.unlink()
-    for name, path in sources.items():
-        text = path.read_text(encoding="utf-8")
-        text = re.sub(r"\]\(\.\./(docs/)?", lambda m: "](../" if m[1] else "](../../", text)
-        copy = folder / name
-        if not copy.exists() or copy.read_text(encoding="utf-8") != text:
-            copy.write_text(text, encoding="utf-8", newline="\n")
-
-
-copy_tutorials()
 nb_custom_formats = {".py": ["jupytext.reads", {"fmt": "py:percent"}]}
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(DOCS / "_build" / "executed")

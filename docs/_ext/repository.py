@@ -1,8 +1,9 @@
 """Ties the site to the repository: listings of its files, and links between text, equations, code.
 
-On every page
+Pages that lie outside docs/, such as the tutorials, are copied into it before Sphinx looks. On every
+page
 
-- a relative link to a file of the repository leads to the file's listing, or to its page;
+- a relative link to a file of the repository leads to its page, or else to its listing;
 - an equation's tag leads to the line of code that completes it, [TAG] in a text to the equation;
 - `minilora.lora.merge`, `minilora/ops.py` and `tests/ops/test_ops.py::test_gelu` lead to the code.
 
@@ -30,11 +31,19 @@ LISTED = (
     "tests/**/*.py",
     "docs/*.py",
     "docs/_ext/*.py",
-    "*.md",
-    "minilora/base/README.md",
     "pyproject.toml",
     ".ci/run",
 )
+OUTSIDE = {
+    "README.md": "project/readme",
+    "CONTRIBUTING.md": "project/contributing",
+    "minilora/base/README.md": "project/model_card",
+}
+FOLDERS = {
+    "docs/derivations": "derivations/linear.html",
+    "minilora/formats": "source/minilora/formats/__init__.py.html",
+    "tutorials": "tutorials/index.html",
+}
 TAGS = re.compile(r"\[([A-Z]+)\.(\d+)(?:-(\d+))?\]")
 Place = tuple[str, int]  # a path in the repository, and a line
 
@@ -49,6 +58,26 @@ def files() -> dict[str, str]:
     """The text of every file that has a listing, by its path."""
     paths = sorted(path for pattern in LISTED for path in ROOT.glob(pattern))
     return {p.relative_to(ROOT).as_posix(): p.read_text(encoding="utf-8") for p in paths}
+
+
+@cache
+def outside() -> dict[str, str]:
+    """The page of each file that lies outside docs/ and has one."""
+    tutorials = sorted((ROOT / "tutorials").glob("*.py"))
+    return {**OUTSIDE, **{f"tutorials/{path.name}": f"tutorials/{path.stem}" for path in tutorials}}
+
+
+def copy_pages(app: Sphinx, config: Any) -> None:
+    """Bring the pages of `outside` below docs/; one that has not changed is not touched."""
+    docs = ROOT / "docs"
+    copies = {docs / (page + Path(path).suffix): ROOT / path for path, page in outside().items()}
+    for old in {*docs.glob("tutorials/*.py"), *docs.glob("project/*.md")} - copies.keys():
+        old.unlink()
+    for copy, source in copies.items():
+        text = source.read_text(encoding="utf-8")
+        if not copy.exists() or copy.read_text(encoding="utf-8") != text:
+            copy.parent.mkdir(exist_ok=True)
+            copy.write_text(text, encoding="utf-8", newline="\n")
 
 
 def modules() -> list[str]:
@@ -140,6 +169,15 @@ def uri_of(path: str, line: int = 1) -> str:
     return f"source/{path}.html" + (f"#L-{line}" if line > 1 else "")
 
 
+def destination(path: str) -> str | None:
+    """The address of a file's page or listing, from the site's root."""
+    if path in outside():
+        return outside()[path] + ".html"
+    if path.startswith("docs/") and path.endswith(".md"):
+        return path.removeprefix("docs/").removesuffix(".md") + ".html"
+    return FOLDERS.get(path) or (uri_of(path) if path in files() else None)
+
+
 # --- links on pages ----------------------------------------------------------------------------
 
 
@@ -147,7 +185,7 @@ def link_page(app: Sphinx, doctree: nodes.document) -> None:
     """Put every link of this module into a page that was just read."""
     page = app.env.current_document.docname if hasattr(app.env, "current_document") else ""
     page = page or app.env.docname
-    link_files(app, doctree, page)
+    link_files(doctree, page)
     link_equations(doctree, page)
     link_rows(doctree, page)
     link_names(doctree, page)
@@ -163,27 +201,31 @@ def reference(page: str, uri: str, *children: nodes.Node) -> nodes.reference:
     return nodes.reference("", "", *children, refuri=from_page(page, uri), internal=True)
 
 
-def link_files(app: Sphinx, doctree: nodes.document, page: str) -> None:
-    """Links to files outside docs/, which MyST takes for downloads, or for pages that it lacks."""
+def link_files(doctree: nodes.document, page: str) -> None:
+    """Relative links and pictures, as seen from where the page lies in the repository."""
+    origins = {page: path for path, page in outside().items()}
+    folder = (ROOT / origins.get(page, f"docs/{page}")).parent
     for node in list(doctree.findall(nodes.Element)):
-        target = node.get("reftarget", "")
-        if isinstance(node, addnodes.download_reference):
-            found = ((ROOT / "docs" / page).parent / target).resolve()
-        elif isinstance(node, addnodes.pending_xref) and target.startswith(str(ROOT)):
+        if isinstance(node, nodes.image) and (folder / node["uri"]).exists():
+            node["uri"] = relpath(folder / node["uri"], (ROOT / "docs" / page).parent)
+        if node.get("reftype") != "myst":
+            continue
+        target, _, anchor = node["reftarget"].partition("#")
+        if node["refdomain"] == "doc" and target.startswith(str(ROOT)):  # MyST cut off the suffix
             found = next(
                 Path(target + end) for end in (".md", ".py") if Path(target + end).exists()
             )
+        elif node["refdomain"] is None and target and (folder / target).exists():
+            found = (folder / target).resolve()
         else:
             continue
         path = found.relative_to(ROOT).as_posix()
-        if path.removesuffix(".py") in app.env.found_docs:  # a tutorial is a page of its own
-            uri = path.removesuffix(".py") + ".html"
-        elif path in files():
-            uri = uri_of(path)
-        else:
+        uri = destination(path)
+        if uri is None:
             log.warning("%s links to %s, which has no listing (see LISTED)", page, path)
-            continue
-        node.replace_self(reference(page, uri, *node.children))
+        else:
+            uri += f"#{anchor}" if anchor else ""
+            node.replace_self(reference(page, uri, *node.children))
 
 
 def link_equations(doctree: nodes.document, page: str) -> None:
@@ -221,8 +263,9 @@ def link_names(doctree: nodes.document, page: str) -> None:
     for node in list(doctree.findall(nodes.literal)):
         if not isinstance(node.parent, nodes.reference | addnodes.pending_xref):
             place = locate(node.astext())
-            if place:
-                node.replace_self(reference(page, uri_of(*place), node.deepcopy()))
+            uri = uri_of(*place) if place else destination(node.astext())
+            if uri:
+                node.replace_self(reference(page, uri, node.deepcopy()))
 
 
 def link_tags(doctree: nodes.document, page: str) -> None:
@@ -278,6 +321,7 @@ def reread(app: Sphinx, env: Any, added: set[str], changed: set[str], removed: s
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
+    app.connect("config-inited", copy_pages)
     app.connect("doctree-read", link_page, priority=100)  # before Sphinx collects downloads
     app.connect("html-collect-pages", listings)
     app.connect("env-get-outdated", reread)
