@@ -130,7 +130,7 @@ V = rng.standard_normal(W.shape)
 V /= np.linalg.norm(V)
 
 misses = []
-print("       t   change of L     predicted   miss / t²")
+print("       t   change of L     predicted  miss / t^2")
 for t in (1e-1, 1e-2, 1e-3, 1e-4):
     true, predicted = loss(x, W + t * V) - loss(x, W), t * inner(dW, V)
     misses.append((true - predicted) / t**2)

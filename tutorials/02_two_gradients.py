@@ -95,8 +95,8 @@ print(f"largest difference from minilora.lora: {pair_difference:.1e}")
 
 # %%
 dW = x.T @ dy
-print(f"dA - s dW Bᵀ: {np.abs(dA - s * dW @ B.T).max():.1e}")
-print(f"dB - s Aᵀ dW: {np.abs(dB - s * A.T @ dW).max():.1e}")
+print(f"dA - s dW B^T: {np.abs(dA - s * dW @ B.T).max():.1e}")
+print(f"dB - s A^T dW: {np.abs(dB - s * A.T @ dW).max():.1e}")
 
 # %% [markdown]
 # So the adapter sees $\mathrm{d}W$ only through $B$ and $A$. What does this do to a step? Full
@@ -192,7 +192,7 @@ for i in range(model.config.n_layer):
     ):
         difference = np.abs(gradients[name] - projected).max()
         model_errors.append(difference / np.abs(projected).max())
-print(f"dA = s dW Bᵀ and dB = s Aᵀ dW in every block, in float32: within {max(model_errors):.0e}")
+print(f"the same two equations in every block, float32: within {max(model_errors):.0e}")
 
 # %% [markdown]
 # ## Why B starts at zero

@@ -346,11 +346,11 @@ for ax, corner in zip(axes, ("lower left", "upper left"), strict=True):
 
 # %%
 gain = []
-print("block   1/σ of the stream   |gradient| behind LN₁ / before it")
+print("block   1/sigma of the stream   LN_1 backwards: |out| / |in|")
 for i, d in enumerate(dvalues_of):
     one_over_sigma = float(np.mean(1.0 / np.std(stream[i], axis=-1)))
     gain.append((one_over_sigma, length(d["x"] - d["mid"]) / length(d["n1"])))
-    print(f"{i:5d} {gain[-1][0]:19.3f} {gain[-1][1]:35.3f}")
+    print(f"{i:5d} {gain[-1][0]:23.3f} {gain[-1][1]:30.3f}")
 
 # %% [markdown]
 # ## Where the weights feel it
@@ -378,7 +378,7 @@ ax.set_xlabel("block")
 _ = fig.colorbar(picture, label="|dW| / |W|")
 
 # %% [markdown]
-# The gradient reaches every weight of every block, in sizes of the same order. This is what the
+# The gradient reaches every weight of every block, and nowhere is it lost. This is what the
 # stream is for, and it is why LoRA can be put on any of these matrices.
 #
 # ## Claims, asserted
@@ -388,7 +388,7 @@ assert max(errors.values()) < 1e-7, "a gradient of a value disagrees with the di
 assert gradcheck.max_error(checks) < gradcheck.TOLERANCE, "a parameter's gradient is wrong"
 assert min(distance.values()) > 0.1, "a forgotten summand would hardly matter"
 assert max(differences.values()) < 1e-3, "our gradients are not those of loss_and_grads"
-assert float(loss_again) == float(loss_value), "the losses differ"
+assert abs(float(loss_again) - float(loss_value)) < 1e-5, "the losses differ"
 assert branches_only[0] < 0.1 * branches_only[-1], "the branches alone keep the gradient"
 assert with_road[0] > with_road[-1], "the road does not keep the gradient"
 assert gain[0][0] == max(g for g, _ in gain), "the stream is not shortest at the start"

@@ -79,8 +79,8 @@ print(f"for dy = 1 everywhere: {np.abs(dx_of_equal).max():.0e}")
 # %% [markdown]
 # ## Three tokens by hand
 #
-# One head, with queries $q$, keys $k$ and values $v$, of T = 3 tokens. To do it by hand, let K =
-# 1:
+# One head, with queries $q$, keys $k$ and values $v$, of T = 3 tokens. To do it by hand, let
+# K = 1:
 #
 # $$q = \begin{pmatrix} 5 \\ \ln 3 \\ \ln 2 \end{pmatrix}, \qquad
 # k = \begin{pmatrix} 0 \\ 1 \\ 0 \end{pmatrix}, \qquad
@@ -434,7 +434,7 @@ print(f"{on_spaces:.0%} of |dS| is in the columns of spaces")
 epsilon = 1e-2
 by_differences = (loss_with(-epsilon * dS) - loss_with(epsilon * dS)) / (2 * epsilon)
 by_hand = -float(np.sum(dS * dS))
-print(f"the loss changes by {by_differences:.9e} times ε; by hand {by_hand:.9e}")
+print(f"the loss changes by {by_differences:.9e} times epsilon; by hand {by_hand:.9e}")
 
 # %% [markdown]
 # ## Saturated heads

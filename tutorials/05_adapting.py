@@ -61,6 +61,11 @@ written = np.array(written, np.int32)
 old_text = [(written[:, :-1], written[:, 1:])]
 
 
+def printable(text):
+    """The text in ASCII, which every terminal can print."""
+    return text.encode("ascii", "replace").decode()
+
+
 def mean_loss(model, batches):
     """Nats per byte over batches of (inputs, targets)."""
     nats = size = 0
@@ -73,7 +78,7 @@ def mean_loss(model, batches):
 print(f"loss of the base: {mean_loss(model, new_text):.3f} on Python, ", end="")
 print(f"{mean_loss(model, old_text):.3f} on what it writes itself")
 print()
-print(model.tokenizer.decode(written[0]))
+print(printable(model.tokenizer.decode(written[0])))
 
 # %% [markdown]
 # ## One loop for both
@@ -131,7 +136,7 @@ runs, seconds = {}, {}
 for name, method, peak in (
     ("full", "full", 1e-3),
     ("LoRA", "lora", 1e-2),
-    ("LoRA, rate × 2", "lora", 2e-2),
+    ("LoRA, rate x 2", "lora", 2e-2),
 ):
     started = time.perf_counter()
     runs[name] = train(method, peak)
@@ -238,7 +243,7 @@ for prompt in ("    def get_", "She was so much "):
     for name, now in (("base", model), ("full", runs["full"][0]), ("LoRA", runs["LoRA"][0])):
         ids = minilora.complete(now, prompt, max_tokens=20 if SMALL else 160, temperature=0.7)
         texts[prompt, name] = prompt + model.tokenizer.decode(ids)
-        print(f"--- {name} ---\n{texts[prompt, name].rstrip()}\n")
+        print(f"--- {name} ---\n{printable(texts[prompt, name].rstrip())}\n")
 
 # %% [markdown]
 # This is a very small model after very few steps. Still, names with underscores, brackets and
