@@ -1,5 +1,7 @@
 """The memory that a step takes on the device is what `minilora budget` says."""
 
+import gc
+
 import numpy as np
 import pytest
 
@@ -28,8 +30,9 @@ METHODS = {
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_peak_of_a_step_is_predicted(counters, shape, method):
-    """Within a tenth: it is worked out for NumPy, and kernels need other arrays on their way."""
-    device = "cuda"
+    """It is worked out for NumPy; kernels need fewer arrays on their way."""
+    gc.collect()
+    device, before = "cuda", counters()["live_bytes"]
     config, batch, context = SHAPES[shape]
     step = Step(config, METHODS[method], batch, context)
     base = to_device(gpt_init(config, seed=0), device)
@@ -47,6 +50,5 @@ def test_the_peak_of_a_step_is_predicted(counters, shape, method):
         )  # fmt: skip
     grads, _ = clip_by_global_norm(grads, 1.0)
     adamw(params, grads, state, step=1, lr=1e-3)
-    measured = counters()["peak_bytes"]
-    predicted = figures(step)["peak_bytes"]
-    assert predicted == pytest.approx(measured, rel=0.1), f"{predicted / measured:.3f}"
+    share = (counters()["peak_bytes"] - before) / figures(step)["peak_bytes"]
+    assert 0.8 < share < 1.05, f"the peak is {share:.3f} of what is predicted"
