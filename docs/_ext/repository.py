@@ -1,7 +1,7 @@
 """Ties the site to the repository: listings of its files, and links between text, equations, code.
 
-Pages that lie outside docs/, such as the tutorials, are copied into it before Sphinx looks. On every
-page
+Pages that lie outside docs/, such as the tutorials, are copied into it before Sphinx looks. On
+every page
 
 - a relative link to a file of the repository leads to its page, or else to its listing;
 - an equation's tag leads to the line of code that completes it, [TAG] in a text to the equation;
