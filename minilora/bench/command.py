@@ -17,8 +17,8 @@ from typing import Any, TypeAlias
 import minilora
 from minilora.bench import peft
 from minilora.bench.case import Case
+from minilora.budget import adapter_shapes
 from minilora.errors import MiniloraError
-from minilora.lora import adapted_paths
 
 OURS = """\
 import time; started = time.perf_counter()
@@ -46,7 +46,7 @@ def bench(case: Case, *, versus: str | None = None, rounds: int = 3) -> dict[str
     """
     if rounds < 1:
         raise MiniloraError(f"rounds {rounds} is too small; it is at least 1")
-    adapted_paths(case.lora_config, case.config.n_layer)  # raises for an unknown target
+    adapter_shapes(case.config, case.lora_config)  # raises for an unknown target or a rank too high
     if versus == "peft":
         peft.check(case)
     with Process(OURS, case, "floor") as process:
