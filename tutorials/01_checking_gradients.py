@@ -493,8 +493,10 @@ assert gradcheck.max_error(checks) < gradcheck.TOLERANCE
 # ## Exercises
 #
 # 1. In `minilora/ops.py`, delete the line `dx -= xhat * along` of `layer_norm_backward`. Then run
-#    `python -m pytest tests/ops`. Which test notices, and what does it print? (It is
-#    `tests/ops/test_pairs.py::test_gradients_agree_with_central_differences`. Put the line back.)
+#    `python -m pytest tests/ops`. Two tests notice,
+#    `tests/ops/test_pairs.py::test_gradients_agree_with_central_differences` and
+#    `test_layer_norm_s_gradient_is_orthogonal_to_what_it_removes`. What does each of them tell
+#    you? (Put the line back.)
 # 2. Write an eighth bug that as many lazy checks as possible miss. A hint: four of the bugs above
 #    escape two of them already.
 # 3. `python tests/mutation/mutate.py backward` breaks every backward pass in all the small ways

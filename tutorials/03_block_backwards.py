@@ -378,8 +378,8 @@ ax.set_xlabel("block")
 _ = fig.colorbar(picture, label="|dW| / |W|")
 
 # %% [markdown]
-# The gradient reaches every weight of every block, and nowhere is it lost. This is what the
-# stream is for, and it is why LoRA can be put on any of these matrices.
+# The gradient reaches every weight of every block, and nowhere is it lost. This is what the stream
+# is for, and it is why LoRA can be put on any of these matrices.
 #
 # ## Claims, asserted
 
@@ -400,7 +400,7 @@ assert relative.max() < 100 * relative.min(), "some weights hardly get a gradien
 # 1. In `minilora/gpt.py`, in `block_backward`, replace the second `dx = dx + dh` by `dx = dh`. Run
 #    `python -m pytest tests/gpt`. The test is
 #    `tests/gpt/test_gpt.py::test_the_model_s_gradients_agree_with_central_differences`. Which
-#    parameters does its message name first, and why are those of the last block right?
+#    parameters does its message name, and why are those of the last block not among them?
 # 2. GPT-2's layer norms stand at the entrance of the branches. The first transformers had them on
 #    the road: $y = \operatorname{LN}(x + \mathrm{branch}(x))$. Change `block_forward` and the two
 #    rules accordingly, check with the table, and look at the picture again with random weights
