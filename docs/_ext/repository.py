@@ -311,7 +311,7 @@ def listings(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
             lineanchors="L",
             anchorlinenos=True,
         )
-        body = f"<h1>{path}</h1>\n{TAGS.sub(linked, code)}"
+        body = f'<h1>{path}</h1>\n<div class="listing">{TAGS.sub(linked, code)}</div>'
         yield page, {"title": path, "body": body}, "page.html"
 
 

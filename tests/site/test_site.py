@@ -103,7 +103,10 @@ def test_each_tag_leads_to_the_line_that_completes_it(page):
             rf"\\tag\{{\$\\href\{{\.\./source/(.*?)\.html#L-(\d+)\}}\{{\\text\{{{tag}\}}", built
         )
         assert found, f"[{tag}] has no link"
-        line = (ROOT / found[1]).read_text(encoding="utf-8").splitlines()[int(found[2]) - 1]
+        listing = (SITE / "source" / f"{found[1]}.html").read_text(encoding="utf-8")
+        line = re.sub(
+            "<[^>]*>", "", listing.partition(f'<a id="L-{found[2]}"')[2].partition("\n")[0]
+        )
         mentioned = re.search(r"\[([A-Z]+)\.(\d+)(?:-(\d+))?\]", line)
         name, number = tag.split(".")
         assert mentioned and mentioned[1] == name, f"[{tag}] leads to {found[1]}: {line}"
@@ -118,6 +121,14 @@ def test_every_module_has_its_place_in_the_reference():
     pages = [page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "api").glob("*.md")]
     documented = re.findall(r"automodule:: (\S+)", "\n".join(pages))
     assert sorted(documented) == sorted(names - {"minilora", "minilora.__main__"})
+
+
+def test_every_public_name_is_in_the_table_of_the_interface():
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(\w+) <minilora\.([\w.]+)>`", page)
+    assert sorted(name for name, _ in named) == sorted(minilora.__all__)
+    for name, place in named:
+        assert f"{getattr(minilora, name).__module__}.{name}" == f"minilora.{place}"
 
 
 def test_every_option_is_on_the_page_of_the_command_line():
