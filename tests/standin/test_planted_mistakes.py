@@ -32,7 +32,7 @@ from minilora.gpt import GPTConfig, gpt_init, loss_and_grads
 from minilora.lora import LoRAConfig, lora_init
 from minilora.mix import mix
 from minilora.model import Model, complete, evaluate_stream
-from minilora.pairs import tiny_model
+from minilora.pairs import PAIRS, tiny_model
 from minilora.runs import adapt, adapt_in_folder
 from minilora.train import TrainConfig
 
@@ -73,6 +73,13 @@ def random_like(x: np.ndarray) -> np.ndarray:
     return (0.1 * np.random.default_rng(x.size).standard_normal(x.shape)).astype(x.dtype)
 
 
+def on(place: str, parts: tuple[list, dict]) -> list:
+    """A pair's arguments and constants, with their arrays on the device."""
+    return tree.map_leaves(
+        lambda x: to_device(x, place) if isinstance(x, np.ndarray) else x, list(parts)
+    )
+
+
 class Stopped(Exception):
     """Ends a training run before its end."""
 
@@ -90,6 +97,12 @@ def everything(place: str, folder: Path) -> dict[str, np.ndarray]:
     results = {f"{wrt} gradients": to_host([part for part in loss_and_grads(**on_device, wrt=wrt)
                                             if part is not None])
                for wrt in ("lora", "both")}  # fmt: skip
+
+    for name, pair in PAIRS.items():
+        arguments, constants = on(place, pair.make(np.random.default_rng(0)))
+        y, cache = pair.forward(*arguments, **constants)
+        gradients = [dx for dx in pair.backward(y, cache) if dx is not None]
+        results[name] = to_host([y, *gradients])
 
     model, corpus = a_model(), a_corpus()
     full = dataclasses.replace(SETTINGS, method="full")
