@@ -51,4 +51,4 @@ def test_the_peak_of_a_step_is_predicted(counters, shape, method):
     grads, _ = clip_by_global_norm(grads, 1.0)
     adamw(params, grads, state, step=1, lr=1e-3)
     share = (counters()["peak_bytes"] - before) / figures(step)["peak_bytes"]
-    assert 0.8 < share < 1.05, f"the peak is {share:.3f} of what is predicted"
+    assert 0.8 < share < 1.1, f"the peak is {share:.3f} of what is predicted"
