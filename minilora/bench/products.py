@@ -93,7 +93,11 @@ class Recorded(np.ndarray):
         return y.view(Recorded) if isinstance(y, np.ndarray) else y
 
     def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        if func in (np.dot, np.einsum, np.tensordot, np.inner, np.vdot):
+        products = [np.dot, np.tensordot, np.inner, np.vdot]
+        if func is np.einsum:
+            left, _, right = args[0].partition("->")[0].partition(",")
+            products += [func] if left != right else []  # rows by rows are no matrix product
+        if func in products:
             raise TypeError(f"np.{func.__name__} is a product that is not recorded; use matmul")
         return super().__array_function__(func, types, args, kwargs)
 

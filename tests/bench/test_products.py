@@ -118,6 +118,7 @@ def test_nothing_is_recorded_outside():
     assert log.items == [[]]
     with pytest.raises(TypeError, match="einsum is a product that is not recorded"):
         np.einsum("ij,jk", x, x)
+    assert np.einsum("ij,ij->i", x, x).tolist() == [2.0, 2.0]
 
 
 def test_a_product_is_repeated_with_the_weight_itself_and_in_the_same_layout():
