@@ -43,7 +43,7 @@ class CliReference(SphinxDirective):
     """The sections of all commands."""
 
     def run(self) -> list[nodes.Node]:
-        os.environ["COLUMNS"] = "88"  # the width of the usage, the same on every terminal
+        os.environ["COLUMNS"] = "72"  # the width of the usage, the same on every terminal
         text = [line for item in commands(parser()).items() for line in described(*item)]
         return self.parse_text_to_nodes("\n".join(text), allow_section_headings=True)
 

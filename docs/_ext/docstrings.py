@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from collections.abc import Container
 from typing import Any
 
 from docutils import nodes
@@ -25,25 +26,29 @@ FOREIGN = re.compile(
 )
 
 
-def as_rst(text: str) -> str:
-    """The reStructuredText of a docstring."""
+def as_rst(text: str, names: Container[str] = (), module: str = "") -> str:
+    """The reStructuredText of a docstring; code that is one of a module's names becomes a link."""
+
+    def marked(part: str) -> str:
+        code = part.strip("`")
+        if not part.startswith("`"):
+            return re.sub(r"([\\*_|<])", r"\\\1", part)
+        return f":py:obj:`{code} <{module}.{code}>`" if code in names else f"`{part}`"
+
     paragraphs = (p for p in re.split(r"\n\s*\n", text) if p.strip())
-    return "\n\n".join(f"::\n\n{p}" if p.startswith("    ") else escaped(p) for p in paragraphs)
-
-
-def escaped(paragraph: str) -> str:
-    """A paragraph in which nothing but code between backticks is special."""
-    parts = re.split(r"(`[^`]+`)", paragraph)
-    return "".join(
-        f"`{part}`" if part.startswith("`") else re.sub(r"([\\*_|<])", r"\\\1", part)
-        for part in parts
+    return "\n\n".join(
+        f"::\n\n{p}" if p.startswith("    ") else "".join(map(marked, re.split(r"(`[^`]+`)", p)))
+        for p in paragraphs
     )
 
 
 def show_docstring(
     app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
 ) -> None:
-    lines[:] = [*as_rst("\n".join(lines)).split("\n"), ""]
+    module = obj.__name__ if what == "module" else getattr(obj, "__module__", None)
+    place = locate(module) if module else None
+    names = definitions(place[0]).keys() - {name.rpartition(".")[2]} if place else ()
+    lines[:] = [*as_rst("\n".join(lines), names, module or "").split("\n"), ""]
 
 
 class Verbatim(str):
@@ -88,22 +93,20 @@ def qualify(app: Sphinx, doctree: nodes.document) -> None:
 def find_type(
     app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: nodes.Element
 ) -> nodes.Node | None:
-    """The page of a type that an annotation names without its module, such as Array."""
+    """Where a name leads that Sphinx does not find, such as Array without its module."""
     if node.get("refdomain") != "py":
         return None
     target = node["reftarget"]
     if FOREIGN.fullmatch(target):
         return contnode
     objects = env.get_domain("py").objects
-    full = [name for name in objects if name.endswith("." + target.rpartition(".")[2])]
-    here = locate(f"{node.get('py:module')}.{target}")
-    places = [
-        (path, definitions(path)[target]) for path in modules() if target in definitions(path)
-    ]
-    if len(full) == 1:
-        uri = f"{objects[full[0]].docname}.html#{objects[full[0]].node_id}"
-    elif here or len(places) == 1:  # without a docstring it has no entry, but a line in a listing
-        uri = uri_of(*(here or places[0]))
+    entries = [name for name in objects if name.endswith("." + target)]
+    lines = [(path, definitions(path)[target]) for path in modules() if target in definitions(path)]
+    place = locate(target) or locate(f"{node.get('py:module')}.{target}")
+    if len(entries) == 1:
+        uri = f"{objects[entries[0]].docname}.html#{objects[entries[0]].node_id}"
+    elif place or len(lines) == 1:  # without a docstring it has no entry, but a line in a listing
+        uri = uri_of(*(place or lines[0]))
     else:
         return None
     return nodes.reference("", "", contnode, refuri=from_page(node["refdoc"], uri), internal=True)
