@@ -152,6 +152,7 @@ def add_adapt(group: Any) -> None:
     )
     add_lora(sub)
     add_training(sub, ADAPT_DEFAULTS)
+    add_half(sub)
     add_dtype(sub, "dtype in the file of a base (--method full)")
     add_out(sub, "adapter", "folder for the result")
 
@@ -192,6 +193,7 @@ def add_evaluate(group: Any) -> None:
     )
     add_threads(sub)
     add_device(sub)
+    add_half(sub)
 
 
 def add_generate(group: Any) -> None:
@@ -219,6 +221,7 @@ def add_generate(group: Any) -> None:
     )
     add_seed(sub, "seed of the draws")
     add_device(sub)
+    add_half(sub)
 
 
 def add_merge(group: Any) -> None:
@@ -358,6 +361,11 @@ def add_budget(group: Any) -> None:
         type=natural,
         help="threads that share the batch as in adapt, 0: one for each core "
         "(default: all of it in one pass)",
+    )
+    sub.add_argument(
+        "--recompute",
+        action="store_true",
+        help="keep the input of each block alone and compute the rest again",
     )
 
 
@@ -518,6 +526,14 @@ def add_threads(sub: Options) -> None:
 def add_device(sub: Options) -> None:
     sub.add_argument(
         "--device", default="cpu", help="cpu, cuda (CuPy), or auto: cuda where it works"
+    )
+
+
+def add_half(sub: Options) -> None:
+    sub.add_argument(
+        "--half",
+        action="store_true",
+        help="on a GPU, keep the matrices of the frozen base in float16: half the memory",
     )
 
 

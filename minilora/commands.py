@@ -39,6 +39,8 @@ def adapt_command(args: argparse.Namespace) -> int:
         args.lr = ADAPT_LR[args.method]
     if args.method == "full" and args.dropout:
         raise MiniloraError("--dropout acts on the input of adapters; --method full has none")
+    if args.method == "full" and args.half:
+        raise MiniloraError("--half is for a frozen base; --method full trains it")
     lora_config = LoRAConfig(
         rank=args.rank,
         alpha=args.rank if args.alpha is None else args.alpha,
@@ -51,6 +53,8 @@ def adapt_command(args: argparse.Namespace) -> int:
     settings = settings_of(args, method=args.method)
     device = chosen_device(args)
     model = load_model(args.base)
+    if args.half:
+        model = model.on(device, half=True)
     corpus = load_corpus(args.data, model.tokenizer)
     with progress_bar(args, "adapt") as report:
         run = adapt_in_folder(
@@ -105,6 +109,8 @@ def evaluate_command(args: argparse.Namespace) -> int:
 
     device = chosen_device(args)
     model = chosen_model(args)
+    if args.half:
+        model = model.on(device, half=True)
     name = " ".join(args.data)
     if args.held_out:
         corpus = load_corpus(args.data, model.tokenizer)
@@ -129,7 +135,7 @@ def generate_command(args: argparse.Namespace) -> int:
     from minilora.model import complete
 
     device = chosen_device(args)
-    model = chosen_model(args).on(device)
+    model = chosen_model(args).on(device, half=args.half)
     prompt = "\n" if args.prompt is None else args.prompt
     if prompt == "-":
         prompt = read_documents("-")[0].text
@@ -259,7 +265,10 @@ def budget_command(args: argparse.Namespace) -> int:
         name, (config, tied) = args.base, read_shape(args.base)
     config = resized(config, args.layers, args.width, args.heads, args.vocabulary)
     lora_config = LoRAConfig(args.rank, targets=targets_of(args.targets), dropout=args.dropout)
-    lora = Step(config, lora_config, args.batch, args.context, args.dtype, args.threads, tied)
+    lora = Step(
+        config, lora_config, args.batch, args.context, args.dtype, args.threads, tied,
+        args.recompute,
+    )  # fmt: skip
     full = replace(lora, lora_config=None)
     print(*report(name, lora, full), sep="\n")
     write_figures(args, figures(lora if args.method == "lora" else full))

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minilora.backend import Array, to_device
+from minilora.backend import Array, namespace, to_device
 from minilora.data import check_ids, windows
 from minilora.errors import MiniloraError
-from minilora.gpt import GPTConfig, gpt_logits
+from minilora.gpt import GPTConfig, head_table, trunk_forward
 from minilora.lora import LoRAConfig
-from minilora.ops import cross_entropy_forward
+from minilora.ops import head_loss_forward
 from minilora.tree import Tree
 from minilora.workers import SHARD_TOKENS, Workers
 
@@ -71,11 +71,14 @@ def sum_nats(
 
     def nats(batch: tuple[np.ndarray, np.ndarray]) -> tuple[Array, int]:
         tokens, targets = (to_device(part, device) for part in batch)
-        logits = gpt_logits(base, lora, tokens=tokens, config=config, lora_config=lora_config)
-        return cross_entropy_forward(logits, targets=targets, count=1)[0], targets.size
+        x, _ = trunk_forward(
+            base, lora, tokens=tokens, config=config, lora_config=lora_config, frozen=True
+        )
+        return head_loss_forward(x, head_table(base), targets=targets, count=1)[0], targets.size
 
-    sums = [(float(loss), size) for loss, size in workers.map(nats, batches)]
-    return sum(loss for loss, _ in sums), sum(size for _, size in sums)
+    losses, sizes = zip(*workers.map(nats, batches), strict=True)
+    read_at_once = namespace(losses[0]).stack(losses).tolist()
+    return sum(read_at_once), sum(sizes)
 
 
 def held_out_batches(

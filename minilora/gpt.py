@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ import numpy as np
 from minilora.backend import Array
 from minilora.errors import MiniloraError
 from minilora.lora import (
+    ATTENTION_TARGETS,
     LoRAConfig,
     lora_backward,
     lora_embedding_backward,
@@ -33,14 +35,14 @@ from minilora.ops import (
     Cache,
     attention_backward,
     attention_forward,
-    cross_entropy_backward,
-    cross_entropy_forward,
     embedding_backward,
     embedding_forward,
     gelu_backward,
     gelu_forward,
     head_backward,
     head_forward,
+    head_loss_backward,
+    head_loss_forward,
     layer_norm_backward,
     layer_norm_forward,
     linear_backward,
@@ -157,29 +159,39 @@ def block_adapters(
 
 
 def adapted_linear_forward(
-    x: Array, w: Array, b: Array, *, adapters: Mapping[str, Adapter], frozen: bool
-) -> tuple[Array, Cache]:
+    x: Array,
+    w: Array,
+    b: Array,
+    *,
+    adapters: Mapping[str, Adapter],
+    frozen: bool,
+    needs_dx: bool = True,
+    needs_y: bool = True,
+) -> tuple[Any, Cache]:
     """y = x W + b + Σ s (x A) B, each adapter on its own columns of y [ADAPT.1].
 
-    (..., I), (I, O), (O,) -> (..., O). Keeps the caches of its parts.
+    (..., I), (I, O), (O,) -> (..., O). Keeps the caches of its parts. y is None where only they are
+    needed.
     """
-    y, linear_cache = linear_forward(x, w, b, frozen=frozen)
+    y, linear_cache = linear_forward(x, w, b, frozen=frozen, needs_dx=needs_dx, needs_y=needs_y)
     lora_caches = {}
     for name, (A, B, scale, mask, columns) in adapters.items():
-        update, cache = lora_forward(x, A, B, scale=scale, mask=mask)
-        y[..., columns] += update  # [ADAPT.1]
+        update, cache = lora_forward(x, A, B, scale=scale, mask=mask, needs_dx=needs_dx)
+        if needs_y:
+            y[..., columns] += update  # [ADAPT.1]
         lora_caches[name] = columns, cache
     return y, (linear_cache, lora_caches)
 
 
-def adapted_linear_backward(dy: Array, cache: Cache) -> tuple[Array, Tree, Tree]:
+def adapted_linear_backward(dy: Array, cache: Cache) -> tuple[Any, Tree, Tree]:
     """dx, {"w": dw, "b": db}, {name: {"A": dA, "B": dB}} of `adapted_linear_forward`."""
     linear_cache, lora_caches = cache
     dx, dw, db = linear_backward(dy, linear_cache)
     dlora = {}
     for name, (columns, lora_cache) in lora_caches.items():
         dx_lora, dA, dB = lora_backward(dy[..., columns], lora_cache)
-        dx += dx_lora  # [ADAPT.2] dx = dy Wᵀ + Σ s (dy Bᵀ) Aᵀ
+        if dx is not None:
+            dx += dx_lora  # [ADAPT.2] dx = dy Wᵀ + Σ s (dy Bᵀ) Aᵀ
         dlora[name] = {"A": dA, "B": dB}
     return dx, {"w": dw, "b": db}, dlora
 
@@ -188,7 +200,10 @@ def adapted_linear_backward(dy: Array, cache: Cache) -> tuple[Array, Tree, Tree]
 
 
 class BlockCache(NamedTuple):
-    """What a block keeps: the caches of its parts, in the order of the forward pass."""
+    """What a block keeps: the caches of its parts, in the order of the forward pass.
+
+    None for those that no gradient has to reach.
+    """
 
     ln_1: Cache
     qkv: Cache
@@ -208,39 +223,56 @@ def block_forward(
     config: GPTConfig,
     frozen: bool = False,
     attend: Callable[..., tuple[Array, Cache]] = attention_forward,
-) -> tuple[Array, Cache]:
+    needs_dx: bool = True,
+    needs_y: bool = True,
+) -> tuple[Any, Cache]:
     """x + attention(LN₁ x), then + MLP(LN₂ ·), as GPT-2 has it [BLOCK.1-2].  (B, T, C) -> (B, T, C)
 
-    `attend` may be another attention than `attention_forward` (generation reads a cache).
+    `attend` may be another attention than `attention_forward` (generation reads a cache). Without
+    `needs_dx` nothing is kept for what lies below the lowest adapter. y is None where only the
+    cache is needed, which the last product does not add to.
     """
     eps = config.layer_norm_epsilon
+    needs_dh = needs_dx or not adapters.keys().isdisjoint(ATTENTION_TARGETS)
 
-    def linear(x: Array, room: str, name: str, targets: tuple[str, ...]) -> tuple[Array, Cache]:
+    def linear(x: Array, room: str, name: str, targets: tuple[str, ...], **needs: bool) -> Any:
         at_this_weight = {t: adapters[t] for t in targets if t in adapters}
-        return adapted_linear_forward(
-            x, **block[room][name], adapters=at_this_weight, frozen=frozen
-        )
+        w, b = block[room][name]["w"], block[room][name]["b"]
+        return adapted_linear_forward(x, w, b, adapters=at_this_weight, frozen=frozen, **needs)
 
     h, ln_1 = layer_norm_forward(x, **block["ln_1"], eps=eps, frozen=frozen)
-    h, qkv = linear(h, "attn", "qkv", ("qkv", "q", "k", "v"))
+    h, qkv = linear(h, "attn", "qkv", ("qkv", "q", "k", "v"), needs_dx=needs_dx)
     h, attention = attend(h, heads=config.n_head)
     h, o = linear(h, "attn", "o", ("o",))
     x, _ = residual_forward(x, h)  # [BLOCK.1] x + Attn(LN₁ x)
 
     h, ln_2 = layer_norm_forward(x, **block["ln_2"], eps=eps, frozen=frozen)
-    h, up = linear(h, "mlp", "up", ("up",))
+    h, up = linear(h, "mlp", "up", ("up",), needs_dx=needs_dh)
     h, gelu = gelu_forward(h)
-    h, down = linear(h, "mlp", "down", ("down",))
+    h, down = linear(h, "mlp", "down", ("down",), needs_y=needs_y)
+    cache = BlockCache(ln_1, qkv, attention, o, ln_2, up, gelu, down)
+    if not needs_dx:
+        cache = cache._replace(ln_1=None)
+    if not needs_dh:
+        cache = cache._replace(qkv=None, attention=None, o=None, ln_2=None)
+    if not needs_y:
+        return None, cache
     x, _ = residual_forward(x, h)  # [BLOCK.2] x + MLP(LN₂ x)
-    return x, BlockCache(ln_1, qkv, attention, o, ln_2, up, gelu, down)
+    return x, cache
 
 
-def block_backward(dy: Array, cache: Cache) -> tuple[Array, Tree, Tree]:
-    """dx, the gradients of the block's weights (None where frozen) and of its adapters."""
+def block_backward(dy: Array, cache: Cache) -> tuple[Any, Tree, Tree]:
+    """dx, the gradients of the block's weights (None where frozen) and of its adapters.
+
+    Where dx is not needed it is None: the pass ends at qkv, or at up if no attention is adapted.
+    """
     dx, dh = residual_backward(dy, ())
     dh, ddown, lora_down = adapted_linear_backward(dh, cache.down)
     (dh,) = gelu_backward(dh, cache.gelu)
     dh, dup, lora_up = adapted_linear_backward(dh, cache.up)
+    lora_mlp = lora_up | lora_down
+    if dh is None:
+        return None, {}, {"mlp": lora_mlp}
     dh, dw_2, db_2 = layer_norm_backward(dh, cache.ln_2)
     dx = dx + dh  # [BLOCK.3] dx = dy + the gradient through the MLP's branch
 
@@ -248,6 +280,10 @@ def block_backward(dy: Array, cache: Cache) -> tuple[Array, Tree, Tree]:
     dh, do, lora_o = adapted_linear_backward(dh, cache.o)
     (dh,) = attention_backward(dh, cache.attention)
     dh, dqkv, lora_qkv = adapted_linear_backward(dh, cache.qkv)
+    dlora = {"attn": lora_qkv | lora_o, "mlp": lora_mlp}
+    dlora = {room: targets for room, targets in dlora.items() if targets}
+    if dh is None:
+        return None, {}, dlora
     dh, dw_1, db_1 = layer_norm_backward(dh, cache.ln_1)
     dx = dx + dh  # [BLOCK.4] and through the attention's branch
 
@@ -257,24 +293,33 @@ def block_backward(dy: Array, cache: Cache) -> tuple[Array, Tree, Tree]:
         "ln_2": {"w": dw_2, "b": db_2},
         "mlp": {"up": dup, "down": ddown},
     }
-    dlora = {"attn": lora_qkv | lora_o, "mlp": lora_up | lora_down}
-    return dx, dblock, {room: targets for room, targets in dlora.items() if targets}
+    return dx, dblock, dlora
 
 
 # --- model -------------------------------------------------------------------------------------
 
 
-class GPTCache(NamedTuple):
-    """What the model keeps: the caches of its parts; None for blocks no gradient has to reach."""
+class TrunkCache(NamedTuple):
+    """What the model below its head keeps: the caches of its parts.
+
+    Of a block that no gradient has to reach, None; of one that is computed again, the function that
+    does it.
+    """
 
     wte: Cache
     embedding_lora: Cache | None
     wpe: Cache
-    blocks: list[Cache | None]
+    blocks: list[Cache | Callable[[], tuple[Array, Cache]] | None]
     ln_f: Cache
+    frozen: bool
+
+
+class GPTCache(NamedTuple):
+    """What the model keeps: the caches of its two parts, and whether the head is tied."""
+
+    trunk: TrunkCache
     head: Cache
     tied: bool
-    frozen: bool
 
 
 def head_table(base: Tree) -> Array:
@@ -282,7 +327,7 @@ def head_table(base: Tree) -> Array:
     return base["head"] if "head" in base else base["wte"]
 
 
-def gpt_forward(
+def trunk_forward(
     base: Tree,
     lora: Tree | None = None,
     *,
@@ -291,12 +336,14 @@ def gpt_forward(
     lora_config: LoRAConfig | None = None,
     masks: Mapping[str, Array] | None = None,
     frozen: bool = False,
+    recompute: bool = False,
 ) -> tuple[Array, Cache]:
-    """Logits of every position, (B, T) token ids -> (B, T, V), and the caches of the whole model.
+    """The model up to its head, (B, T) token ids -> (B, T, C), and its caches.
 
     `masks` are the adapters' dropout masks by LoRA path; `frozen` means that the base gets no
-    gradients. Blocks below the lowest adapter of a frozen base keep nothing. Raises MiniloraError
-    when T exceeds n_positions, or when adapters come without their configuration.
+    gradients. Blocks below the lowest adapter of a frozen base keep nothing; with `recompute`, the
+    others keep their input alone (Chen et al. 2016, §4). Raises MiniloraError when T exceeds
+    n_positions, or when adapters come without their configuration.
     """
     if tokens.shape[-1] > config.n_positions:
         raise MiniloraError(
@@ -321,19 +368,21 @@ def gpt_forward(
     blocks: list[Cache | None] = []
     for i, block in enumerate(base["blocks"]):
         adapters = block_adapters(lora, i, config.n_embd, lora_config, masks or {})
-        reached = reached or bool(adapters)
-        x, cache = block_forward(x, block, adapters, config=config, frozen=frozen)
+        needs_dx, reached = reached, reached or bool(adapters)
+        again = partial(
+            block_forward, x, block, adapters, config=config, frozen=frozen, needs_dx=needs_dx
+        )
+        x, cache = again()
+        if recompute:
+            cache = partial(again, needs_y=False)
         blocks.append(cache if reached else None)
 
     x, ln_f = layer_norm_forward(x, **base["ln_f"], eps=config.layer_norm_epsilon, frozen=frozen)
-    logits, head = head_forward(x, head_table(base), frozen=frozen)
-    tied = "head" not in base
-    return logits, GPTCache(wte, embedding_lora, wpe, blocks, ln_f, head, tied, frozen)
+    return x, TrunkCache(wte, embedding_lora, wpe, blocks, ln_f, frozen)
 
 
-def gpt_backward(dlogits: Array, cache: Cache) -> tuple[Tree | None, Tree]:
-    """dbase (None when frozen) and dlora of `gpt_forward`."""
-    dx, dhead = head_backward(dlogits, cache.head)
+def trunk_backward(dx: Array, cache: Cache) -> tuple[Tree | None, Tree]:
+    """dbase (None when frozen) and dlora of `trunk_forward`."""
     dx, dw_f, db_f = layer_norm_backward(dx, cache.ln_f)
 
     dblocks: list[Tree] = []
@@ -342,12 +391,16 @@ def gpt_backward(dlogits: Array, cache: Cache) -> tuple[Tree | None, Tree]:
         dblock: Tree = {}
         dblock_lora: Tree = {}
         if block_cache is not None:
+            if callable(block_cache):
+                _, block_cache = block_cache()
             dx, dblock, dblock_lora = block_backward(dx, block_cache)
         dblocks.insert(0, dblock)
         dlora_blocks.insert(0, dblock_lora)
 
-    dx, dwpe = position_backward(dx, cache.wpe)
     dlora: Tree = {}
+    if cache.frozen and cache.embedding_lora is None:
+        return None, {"blocks": dlora_blocks}
+    dx, dwpe = position_backward(dx, cache.wpe)
     if cache.embedding_lora is not None:
         dA, dB = lora_embedding_backward(dx, cache.embedding_lora)
         dlora["embedding"] = {"A": dA, "B": dB}
@@ -356,11 +409,33 @@ def gpt_backward(dlogits: Array, cache: Cache) -> tuple[Tree | None, Tree]:
         return None, dlora
     (dwte,) = embedding_backward(dx, cache.wte)
     dbase = {"wte": dwte, "wpe": dwpe, "blocks": dblocks, "ln_f": {"w": dw_f, "b": db_f}}
-    if cache.tied:
-        dwte += dhead  # [GPT.1] the tied table: dwte = its gradient as input + as head
-    else:
-        dbase["head"] = dhead
     return dbase, dlora
+
+
+def gpt_forward(base: Tree, lora: Tree | None = None, **constants: Any) -> tuple[Array, Cache]:
+    """Logits of every position, (B, T) token ids -> (B, T, V), and the caches of the whole model.
+
+    Takes the constants of `trunk_forward`, and raises as it does.
+    """
+    x, trunk = trunk_forward(base, lora, **constants)
+    logits, head = head_forward(x, head_table(base), frozen=trunk.frozen)
+    return logits, GPTCache(trunk, head, tied="head" not in base)
+
+
+def gpt_backward(dlogits: Array, cache: Cache) -> tuple[Tree | None, Tree]:
+    """dbase (None when frozen) and dlora of `gpt_forward`."""
+    dx, dhead = head_backward(dlogits, cache.head)
+    dbase, dlora = trunk_backward(dx, cache.trunk)
+    return with_head(dbase, dhead, tied=cache.tied), dlora
+
+
+def with_head(dbase: Tree | None, dhead: Array | None, *, tied: bool) -> Tree | None:
+    """The base's gradients with the head's, which is no table of its own where it is tied."""
+    if dbase is None:
+        return None
+    if not tied:
+        return {**dbase, "head": dhead}
+    return {**dbase, "wte": dbase["wte"] + dhead}  # [GPT.1] dwte = as input + as head
 
 
 def gpt_logits(
@@ -390,27 +465,38 @@ def loss_and_grads(
     masks: Mapping[str, Array] | None = None,
     ignore_index: int = -100,
     count: int | None = None,
+    recompute: bool = False,
 ) -> tuple[Array, Tree | None, Tree | None]:
     """The mean loss in nats per counted target, and its gradients: loss, dbase, dlora.
 
     `wrt` says which tree is trained; the other's gradient is None, and a frozen base costs neither
     memory nor products for weight gradients. `count` replaces the number of counted targets as the
-    divisor, so that the losses and gradients of a batch's shards add up to the batch's.
+    divisor, so that the losses and gradients of a batch's shards add up to the batch's. `recompute`
+    keeps the input of each block alone and computes the rest again: less memory, more time, the
+    same numbers.
     """
     if wrt != "base" and lora is None:
         raise MiniloraError(f"wrt={wrt!r} asks for gradients of adapters, but there are none")
-    logits, gpt_cache = gpt_forward(
+    frozen = wrt == "lora"
+    x, trunk = trunk_forward(
         base,
         lora,
         tokens=tokens,
         config=config,
         lora_config=lora_config,
         masks=masks,
-        frozen=wrt == "lora",
+        frozen=frozen,
+        recompute=recompute,
     )
-    loss, loss_cache = cross_entropy_forward(
-        logits, targets=targets, ignore_index=ignore_index, count=count
+    loss, head = head_loss_forward(
+        x,
+        head_table(base),
+        targets=targets,
+        ignore_index=ignore_index,
+        count=count,
+        frozen=frozen,
     )
-    (dlogits,) = cross_entropy_backward(1.0, loss_cache)
-    dbase, dlora = gpt_backward(dlogits, gpt_cache)
+    dx, dhead = head_loss_backward(1.0, head)
+    dbase, dlora = trunk_backward(dx, trunk)
+    dbase = with_head(dbase, dhead, tied="head" not in base)
     return loss, dbase, (None if wrt == "base" else dlora)

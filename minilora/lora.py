@@ -39,15 +39,23 @@ class LoRACache(NamedTuple):
     B: Array
     scale: float
     dropout: Cache | None
+    needs_dx: bool
 
 
 def lora_forward(
-    x: Array, A: Array, B: Array, *, scale: float, mask: Array | None = None
+    x: Array,
+    A: Array,
+    B: Array,
+    *,
+    scale: float,
+    mask: Array | None = None,
+    needs_dx: bool = True,
 ) -> tuple[Array, Cache]:
     """The low-rank update y = s (x ∘ mask) A B [LORA.1-2] (Hu et al. 2021, eq. 3).
 
     (..., I), (I, R), (R, O) -> (..., O). The mask is a dropout mask for x, or None. Keeps the
-    input, which a frozen W would not need, and h = s x A (..., R), which is small.
+    input, which a frozen W would not need, and h = s x A (..., R), which is small. Without
+    `needs_dx` its gradient is None: below the lowest adapter nothing is trained.
     """
     dropout = None
     if mask is not None:
@@ -55,17 +63,19 @@ def lora_forward(
     h = rows(x) @ A
     h *= scale  # [LORA.1] h = s x A
     y = h @ B  # [LORA.2] y = h B
-    return y.reshape(*x.shape[:-1], B.shape[1]), LoRACache(x, h, A, B, scale, dropout)
+    return y.reshape(*x.shape[:-1], B.shape[1]), LoRACache(x, h, A, B, scale, dropout, needs_dx)
 
 
-def lora_backward(dy: Array, cache: Cache) -> tuple[Array, Array, Array]:
+def lora_backward(dy: Array, cache: Cache) -> tuple[Array | None, Array, Array]:
     """dx, dA, dB of `lora_forward`: with dW = xᵀ dy, they are s dW Bᵀ and s Aᵀ dW, never via dW."""
-    x, h, A, B, scale, dropout = cache
+    x, h, A, B, scale, dropout, needs_dx = cache
     dy = rows(dy)
     dB = h.T @ dy  # [LORA.3] dB = hᵀ dy
     dxA = dy @ B.T
     dxA *= scale  # [LORA.4] d(xA) = s dy Bᵀ
     dA = rows(x).T @ dxA  # [LORA.5] dA = xᵀ d(xA)
+    if not needs_dx:
+        return None, dA, dB
     dx = (dxA @ A.T).reshape(x.shape)  # [LORA.6] dx = d(xA) Aᵀ
     if dropout is not None:
         (dx,) = dropout_backward(dx, dropout)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from minilora import lora as lora_math
-from minilora.backend import namespace, to_device, to_host
+from minilora.backend import Half, namespace, to_device, to_device_in_half, to_host
 from minilora.data import Tokenizer, load_text, load_tokenizer
 from minilora.errors import MiniloraError
 from minilora.evaluation import Evaluation, evaluate_tokens
@@ -83,13 +83,19 @@ class Model:
         """A model without an adapter that computes the same, its weights being W + s A B."""
         if self.lora is None or self.lora_config is None:
             raise MiniloraError("there is no adapter to merge")
+        if isinstance(self.base["wte"], Half):
+            raise MiniloraError("a base in float16 is frozen; merge it before it is moved")
         merged = lora_math.merge(self.base, self.lora, self.lora_config)
         return replace(self, base=merged, lora=None, lora_config=None)
 
-    def on(self, device: str) -> Model:
-        """The same model with its arrays on a device, "cpu" or "cuda"."""
+    def on(self, device: str, *, half: bool = False) -> Model:
+        """The same model with its arrays on a device, "cpu" or "cuda".
+
+        With `half`, which needs a GPU, the base's matrices are float16 there and stay frozen.
+        """
         lora = None if self.lora is None else to_device(self.lora, device)
-        return replace(self, base=to_device(self.base, device), lora=lora)
+        base = (to_device_in_half if half else to_device)(self.base, device)
+        return replace(self, base=base, lora=lora)
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """Logits of every next token, (B, T) token ids -> (B, T, V), both on the host."""

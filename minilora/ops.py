@@ -16,10 +16,12 @@ I inputs and O outputs of a linear map; `...` stands for any leading dimensions.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from minilora import kernels
 from minilora.backend import Array, namespace
 
 Cache: TypeAlias = Any
@@ -31,23 +33,55 @@ def rows(x: Array) -> Array:
     return x.reshape(-1, x.shape[-1])
 
 
+def dots(x: Array, y: Array) -> Array:
+    """The inner products of two arrays' vectors along the last axis.  (..., C) -> (..., 1)"""
+    return namespace(x).einsum("...c,...c->...", x, y)[..., None]
+
+
+BLOCK = 2**15  # entries at a time: what a few passes over them read and write stays in the cache
+
+
+def entrywise(f: Callable[..., Array], *xs: Array) -> Array:
+    """f of arrays of one shape, entry by entry: a block at a time, since f makes several passes."""
+    flat = [x.reshape(-1) for x in xs]
+    y = np.empty_like(flat[0])
+    for start in range(0, y.size, BLOCK):
+        block = slice(start, start + BLOCK)
+        y[block] = f(*(x[block] for x in flat))
+    return y.reshape(xs[0].shape)
+
+
 # --- linear ------------------------------------------------------------------------------------
 
 
-def linear_forward(x: Array, w: Array, b: Array, *, frozen: bool = False) -> tuple[Array, Cache]:
+def linear_forward(
+    x: Array,
+    w: Array,
+    b: Array,
+    *,
+    frozen: bool = False,
+    needs_dx: bool = True,
+    needs_y: bool = True,
+) -> tuple[Any, Cache]:
     """The affine map y = x W + b [LIN.1].  (..., I), (I, O), (O,) -> (..., O)
 
-    Keeps W for dx, and x for dW unless W and b are frozen.
+    Keeps W for dx, unless no dx is needed, and x for dW, unless W and b are frozen. y is None where
+    only the cache is needed.
     """
+    cache = None if frozen else x, w if needs_dx else None
+    if not needs_y:
+        return None, cache
     y = rows(x) @ w  # [LIN.1]
     y += b
-    return y.reshape(*x.shape[:-1], w.shape[1]), (None if frozen else x, w)
+    return y.reshape(*x.shape[:-1], w.shape[1]), cache
 
 
-def linear_backward(dy: Array, cache: Cache) -> tuple[Array, Array | None, Array | None]:
-    """dx, dw, db of `linear_forward`; dw and db are None when frozen."""
+def linear_backward(dy: Array, cache: Cache) -> tuple[Array | None, Array | None, Array | None]:
+    """dx, dw, db of `linear_forward`; dw and db are None when frozen, dx when it is not needed."""
     x, w = cache
-    dx = (rows(dy) @ w.T).reshape(*dy.shape[:-1], w.shape[0])  # [LIN.2] dx = dy Wᵀ
+    dx = None
+    if w is not None:
+        dx = (rows(dy) @ w.T).reshape(*dy.shape[:-1], w.shape[0])  # [LIN.2] dx = dy Wᵀ
     if x is None:
         return dx, None, None
     dw = rows(x).T @ rows(dy)  # [LIN.3] dW = xᵀ dy
@@ -109,7 +143,7 @@ def layer_norm_forward(
     Keeps x̂ and 1/√(σ² + ε) rather than x: they are what every gradient is made of.
     """
     xhat = x - x.mean(axis=-1, keepdims=True)  # [LN.1] x - μ
-    variance = (xhat * xhat).mean(axis=-1, keepdims=True)  # [LN.2] σ² = mean (x - μ)²
+    variance = dots(xhat, xhat) / x.shape[-1]  # [LN.2] σ² = mean (x - μ)²
     rstd = 1.0 / namespace(x).sqrt(variance + eps)
     xhat *= rstd  # [LN.3] x̂ = (x - μ) / √(σ² + ε)
     y = xhat * w  # [LN.4] y = w ∘ x̂ + b
@@ -124,7 +158,7 @@ def layer_norm_backward(dy: Array, cache: Cache) -> tuple[Array, Array | None, A
     """
     xhat, rstd, w, frozen = cache
     dx = dy * w  # [LN.5] dx̂ = dy ∘ w
-    along = (dx * xhat).mean(axis=-1, keepdims=True)
+    along = dots(dx, xhat) / dy.shape[-1]
     dx -= dx.mean(axis=-1, keepdims=True)
     dx -= xhat * along
     dx *= rstd  # [LN.6] dx = (dx̂ - mean(dx̂) - x̂ mean(dx̂ ∘ x̂)) / √(σ² + ε)
@@ -146,16 +180,28 @@ def gelu_forward(x: Array) -> tuple[Array, Cache]:
 
     (...) -> (...). The tanh form, as GPT-2 has it. Keeps x alone: tanh u is quick to compute again.
     """
-    y = _gelu_tanh(x, x * x)
-    y += 1.0
-    y *= x
-    y *= 0.5  # [GELU.2] y = ½ x (1 + tanh u)
-    return y, (x,)
+    if namespace(x) is not np:
+        return kernels.gelu_forward(x, GELU_SCALE, GELU_CUBIC), (x,)
+    return entrywise(_gelu, x), (x,)
 
 
 def gelu_backward(dy: Array, cache: Cache) -> tuple[Array]:
     """(dx,) of `gelu_forward`."""
     (x,) = cache
+    if namespace(x) is not np:
+        return (kernels.gelu_backward(dy, x, GELU_SCALE, GELU_CUBIC),)
+    return (entrywise(_gelu_times_slope, dy, x),)
+
+
+def _gelu(x: Array) -> Array:
+    y = _gelu_tanh(x, x * x)
+    y += 1.0
+    y *= x
+    y *= 0.5  # [GELU.2] y = ½ x (1 + tanh u)
+    return y
+
+
+def _gelu_times_slope(dy: Array, x: Array) -> Array:
     square = x * x
     t = _gelu_tanh(x, square)
     slope = 1.0 - t * t  # tanh' u
@@ -167,7 +213,7 @@ def gelu_backward(dy: Array, cache: Cache) -> tuple[Array]:
     slope += 1.0
     slope *= 0.5  # [GELU.4] dy/dx = ½ (1 + tanh u) + ½ x (1 - tanh² u) du/dx
     slope *= dy  # [GELU.5] dx = dy ∘ dy/dx
-    return (slope,)
+    return slope
 
 
 def _gelu_tanh(x: Array, square: Array) -> Array:
@@ -175,7 +221,7 @@ def _gelu_tanh(x: Array, square: Array) -> Array:
     u = square * (GELU_CUBIC * GELU_SCALE)
     u += GELU_SCALE
     u *= x  # [GELU.1] u = √(2/π) (x + 0.044715 x³)
-    return namespace(x).tanh(u, out=u)
+    return np.tanh(u, out=u)
 
 
 # --- softmax and causal attention --------------------------------------------------------------
@@ -196,8 +242,8 @@ def softmax_forward(x: Array) -> tuple[Array, Cache]:
 def softmax_backward(dy: Array, cache: Cache) -> tuple[Array]:
     """(dx,) of `softmax_forward`."""
     (y,) = cache
-    dx = dy * y
-    dx -= y * dx.sum(axis=-1, keepdims=True)  # [SM.2] dx = y ∘ (dy - Σ dy ∘ y)
+    dx = dy - dots(dy, y)
+    dx *= y  # [SM.2] dx = y ∘ (dy - Σ dy ∘ y)
     return (dx,)
 
 
@@ -233,8 +279,7 @@ def attention_forward(qkv: Array, *, heads: int) -> tuple[Array, Cache]:
     xp = namespace(qkv)
     q, k, v = split_heads(qkv, heads)
     T, K = q.shape[-2:]
-    scores = q @ k.swapaxes(-1, -2)
-    scores *= 1.0 / math.sqrt(K)  # [ATT.1] S = q kᵀ / √K
+    scores = (q * (1.0 / math.sqrt(K))) @ k.swapaxes(-1, -2)  # [ATT.1] S = q kᵀ / √K
     scores += xp.triu(xp.full((T, T), -math.inf, dtype=qkv.dtype), 1)  # no t looks at s > t
     att, softmax_cache = softmax_forward(scores)  # [ATT.2] P = softmax(S + causal mask)
     y, y_heads = merged_heads(qkv[..., : heads * K], heads)
@@ -254,9 +299,10 @@ def attention_backward(dy: Array, cache: Cache) -> tuple[Array]:
     xp.matmul(att.swapaxes(-1, -2), dy_heads, out=dv)  # [ATT.4] dv = Pᵀ dy
     datt = dy_heads @ v.swapaxes(-1, -2)  # [ATT.5] dP = dy vᵀ
     (dscores,) = softmax_backward(datt, softmax_cache)  # [ATT.6] dS = P ∘ (dP - Σ dP ∘ P)
-    dscores *= 1.0 / math.sqrt(K)
-    xp.matmul(dscores, k, out=dq)  # [ATT.7] dq = dS k / √K
-    xp.matmul(dscores.swapaxes(-1, -2), q, out=dk)  # [ATT.8] dk = dSᵀ q / √K
+    xp.matmul(dscores, k, out=dq)
+    dq *= 1.0 / math.sqrt(K)  # [ATT.7] dq = dS k / √K
+    xp.matmul(dscores.swapaxes(-1, -2), q, out=dk)
+    dk *= 1.0 / math.sqrt(K)  # [ATT.8] dk = dSᵀ q / √K
     return (dqkv,)
 
 
@@ -305,17 +351,25 @@ def cross_entropy_forward(
     logits and each row's log Σ exp. Every counted target must lie in [0, V).
     """
     xp = namespace(logits)
-    z, target = rows(logits), targets.reshape(-1)
-    counted = target != ignore_index
-    target = xp.where(counted, target, 0)
-    counted = counted.astype(z.dtype)
+    z = rows(logits)
+    target, weight = weigh(targets, z.dtype, ignore_index=ignore_index, count=count)
     top = z.max(axis=-1, keepdims=True)
     lse = xp.log(xp.exp(z - top).sum(axis=-1, keepdims=True))
     lse += top  # [CE.1] log Σ exp z
-    weight = counted / (float(count) if count is not None else xp.maximum(counted.sum(), 1.0))
     z_target = xp.take_along_axis(z, target[:, None], axis=-1)
     loss = ((lse - z_target)[:, 0] * weight).sum()  # [CE.2] Σ (log Σ exp z - z_target) / N
     return loss, (logits, lse, target, weight)
+
+
+def weigh(
+    targets: Array, dtype: Any, *, ignore_index: int, count: int | None
+) -> tuple[Array, Array]:
+    """Every row's target, 0 where it is ignored, and its weight in the mean, 1 / N or then 0."""
+    xp = namespace(targets)
+    target = targets.reshape(-1)
+    counted = (target != ignore_index).astype(dtype)
+    divisor = float(count) if count is not None else xp.maximum(counted.sum(), 1.0)
+    return xp.where(target != ignore_index, target, 0), counted / divisor
 
 
 def cross_entropy_backward(dloss: Array | float, cache: Cache) -> tuple[Array]:
@@ -327,6 +381,109 @@ def cross_entropy_backward(dloss: Array | float, cache: Cache) -> tuple[Array]:
     dlogits[xp.arange(target.size), target] -= 1.0
     dlogits *= (weight * dloss)[:, None]  # [CE.3] dz = (p - onehot(target)) dloss / N
     return (dlogits.reshape(logits.shape),)
+
+
+# --- the head and the loss in one --------------------------------------------------------------
+
+
+VOCABULARY = 4096  # tokens at a time
+
+
+class VocabularyPart(NamedTuple):
+    """Some rows E of the table (V, C) and where they are; for each row of the batch whether its
+    target is among them, and in which column of their logits (0 if it is not)."""
+
+    rows: slice
+    E: Array
+    has_target: Array
+    column: Array
+
+
+def vocabulary_parts(table: Array, target: Array, chunk: int) -> Iterator[VocabularyPart]:
+    """The vocabulary, `chunk` tokens at a time."""
+    for start in range(0, table.shape[0], chunk):
+        rows = slice(start, min(start + chunk, table.shape[0]))
+        here = (target >= rows.start) & (target < rows.stop)
+        column = namespace(target).where(here, target - start, 0)
+        yield VocabularyPart(rows, table[rows], here, column)
+
+
+class HeadLossCache(NamedTuple):
+    """What the loss keeps: x (N, C) and the table; the row's target, its weight in the mean and its
+    log Σ exp z; and the expected row Σ_v p_v E_v (N, C), where the table is frozen."""
+
+    x: Array
+    table: Array
+    target: Array
+    weight: Array
+    lse: Array
+    expected: Array | None
+    chunk: int
+
+
+def head_loss_forward(
+    x: Array,
+    table: Array,
+    *,
+    targets: Array,
+    ignore_index: int = -100,
+    count: int | None = None,
+    frozen: bool = False,
+    chunk: int = VOCABULARY,
+) -> tuple[Array, Cache]:
+    """`cross_entropy_forward` of `head_forward`, `chunk` tokens of V at a time [HL.1-2].
+
+    (..., C), (V, C) -> (). The logits are never there as a whole. A frozen table is read once: the
+    sum that dx is made of, Σ p_v E_v, is taken beside that of exp z, both relative to the largest
+    logit so far (Milakov & Gimelshein 2018, alg. 3). Otherwise the backward pass computes the
+    logits again.
+    """
+    xp = namespace(x)
+    x_rows = rows(x)
+    target, weight = weigh(targets, x.dtype, ignore_index=ignore_index, count=count)
+    n = xp.arange(target.size)
+    top = xp.full((target.size, 1), -math.inf, dtype=x.dtype)
+    total, z_target = xp.zeros_like(top), xp.zeros_like(top[:, 0])
+    expected = xp.zeros_like(x_rows) if frozen else None
+    for _, E, has_target, column in vocabulary_parts(table, target, chunk):
+        z = x_rows @ E.T
+        z_target += has_target * z[n, column]
+        higher = xp.maximum(top, z.max(axis=-1, keepdims=True))
+        z -= higher
+        xp.exp(z, out=z)
+        shrink = xp.exp(top - higher)
+        total = total * shrink + z.sum(axis=-1, keepdims=True)  # [HL.1] Σ exp(z - top)
+        if expected is not None:
+            expected *= shrink
+            expected += z @ E  # [HL.2] Σ exp(z - top) E
+        top = higher
+    if expected is not None:
+        expected /= total
+    lse = xp.log(total) + top
+    loss = ((lse[:, 0] - z_target) * weight).sum()
+    return loss, HeadLossCache(x, table, target, weight, lse, expected, chunk)
+
+
+def head_loss_backward(dloss: Array | float, cache: Cache) -> tuple[Array, Array | None]:
+    """dx, dtable of `head_loss_forward`; dtable is None when frozen."""
+    x, table, target, weight, lse, expected, chunk = cache
+    xp = namespace(x)
+    weight = (weight * dloss)[:, None]
+    if expected is not None:
+        dx = expected - table[target]
+        dx *= weight  # [HL.3] dx = (Σ p_v E_v - E_target) dloss / N
+        return dx.reshape(x.shape), None
+    x_rows, n = rows(x), xp.arange(target.size)
+    dx, dtable = xp.zeros_like(x_rows), xp.empty_like(table)
+    for part, E, has_target, column in vocabulary_parts(table, target, chunk):
+        dz = x_rows @ E.T
+        dz -= lse
+        xp.exp(dz, out=dz)
+        dz[n, column] -= has_target
+        dz *= weight  # [HL.4] dz = (p - onehot(target)) dloss / N
+        dx += dz @ E  # [HL.5] dx = Σ dz E
+        xp.matmul(dz.T, x_rows, out=dtable[part])  # [HL.6] dE = dzᵀ x
+    return dx.reshape(x.shape), dtable
 
 
 # --- dropout -----------------------------------------------------------------------------------

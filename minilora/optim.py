@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from minilora import tree
+import numpy as np
+
+from minilora import kernels, tree
 from minilora.backend import Array, namespace
 from minilora.tree import Tree
 
@@ -60,16 +62,18 @@ def _adamw_leaf(
     p: Array, g: Array, m: Array, v: Array,
     step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
+    decay = lr * weight_decay if p.ndim >= 2 else 0.0
+    if namespace(p) is not np:
+        return kernels.adamw(p, g, m, v, step, lr, beta1, beta2, eps, decay)
     m = beta1 * m
     m += (1.0 - beta1) * g  # [ADAMW.1] m = β₁ m + (1 - β₁) g
     v = beta2 * v
     v += (1.0 - beta2) * (g * g)  # [ADAMW.2] v = β₂ v + (1 - β₂) g²
     update = v * (1.0 / (1.0 - beta2**step))  # [ADAMW.3] v̂ = v / (1 - β₂ᵗ)
-    namespace(p).sqrt(update, out=update)
+    np.sqrt(update, out=update)
     update += eps
-    namespace(p).divide(m, update, out=update)
+    np.divide(m, update, out=update)
     update *= lr / (1.0 - beta1**step)  # [ADAMW.4] η m̂ / (√v̂ + ε), m̂ = m / (1 - β₁ᵗ)
-    decay = lr * weight_decay if p.ndim >= 2 else 0.0
     p = p * (1.0 - decay)
     p -= update  # [ADAMW.5] θ = θ - η λ θ - η m̂ / (√v̂ + ε)
     return p, m, v

@@ -105,6 +105,7 @@ LINEAR = (ops.linear_forward, ops.linear_backward, ("...C", "CO", "O"))
 POSITION = (ops.position_forward, ops.position_backward, ("...C", "PC"))
 LAYER_NORM = (ops.layer_norm_forward, ops.layer_norm_backward, ("...C", "C", "C"))
 HEAD = (ops.head_forward, ops.head_backward, ("...C", "VC"))
+HEAD_LOSS = (ops.head_loss_forward, ops.head_loss_backward, ("...C", "VC"))
 CROSS_ENTROPY = (ops.cross_entropy_forward, ops.cross_entropy_backward, ("...V",))
 LORA = (lora_forward, lora_backward, ("...C", "CR", "RO"))
 
@@ -129,6 +130,12 @@ PAIRS: dict[str, Pair] = {
     "cross-entropy, targets ignored": Pair(*CROSS_ENTROPY, _some_targets),
     "cross-entropy, count given": Pair(
         *CROSS_ENTROPY, lambda rng, s: {**_some_targets(rng, s), "count": 7}
+    ),
+    "head and loss": Pair(*HEAD_LOSS, lambda rng, s: {**_targets(rng, s), "chunk": 2}),
+    "head and loss, frozen": Pair(
+        *HEAD_LOSS,
+        lambda rng, s: {**_some_targets(rng, s), "chunk": 2, "frozen": True},
+        ("table",),
     ),
     "dropout": Pair(ops.dropout_forward, ops.dropout_backward, ("...C",), _mask),
     "lora": Pair(*LORA, lambda rng, s: {"scale": 8.0 / s.R}),

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from minilora import tree
-from minilora.backend import Array, namespace, to_device, to_host
+from minilora.backend import Array, Half, namespace, to_device, to_host
 from minilora.checkpoint import (
     History,
     State,
@@ -229,6 +229,8 @@ def train(
             f"context {settings.context} exceeds the base's context of {config.n_positions}"
         )
     check_length(corpus.train, context=settings.context, name=f"the training part of {corpus.name}")
+    if settings.method == "full" and isinstance(base["wte"], Half):
+        raise MiniloraError("method 'full' trains the base, but a base in float16 stays frozen")
     if settings.method == "lora" and lora is None:
         raise MiniloraError("method 'lora' needs an adapter tree; lora_init makes one")
     if len(corpus.held_out) < 2:
@@ -428,7 +430,8 @@ def read_finite(pending: list[Array], step: int) -> list[float]:
 
 def check_finite(what: str, step: int, values: Tree) -> None:
     """Raise MiniloraError, naming what and the step, unless all the numbers are finite."""
-    if not all(namespace(x).isfinite(x).all() for x in tree.flatten(values).values()):
+    finite = [namespace(x).isfinite(x).all() for x in tree.flatten(values).values()]
+    if not namespace(finite[0]).stack(finite).all():  # one copy from the device
         raise MiniloraError(
             f"{what} is not finite at step {step}: "
             + ("a lower learning rate usually helps; the last checkpoint is kept" if step

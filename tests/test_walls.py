@@ -17,10 +17,11 @@ ALLOWED = {
     "tree": set(),
     "gradcheck": set(),
     "backend": {"errors", "tree"},
-    "ops": {"errors", "backend"},
+    "kernels": {"backend"},
+    "ops": {"errors", "backend", "kernels"},
     "lora": {"errors", "backend", "tree", "ops"},
     "gpt": {"errors", "backend", "tree", "ops", "lora"},
-    "optim": {"errors", "backend", "tree"},
+    "optim": {"errors", "backend", "tree", "kernels"},
     "pairs": {"backend", "tree", "ops", "lora", "gpt", "gradcheck"},
 }
 

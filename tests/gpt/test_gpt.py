@@ -259,6 +259,34 @@ def test_the_dtype_is_kept_everywhere(dtype, wrt):
     assert not wrong
 
 
+@pytest.mark.parametrize("wrt", ["base", "lora", "both"])
+@pytest.mark.parametrize("targets", [TARGETS, ("1.mlp.up",), ("0.attn.q",), ("down",)])
+def test_what_is_computed_again_is_the_same_bit_for_bit(wrt, targets):
+    model = tiny_model()
+    lora_config = LoRAConfig(rank=2, targets=targets, dropout=0.3)
+    lora = moved(lora_init(model.base, lora_config, seed=0), 0)
+    masks = dropout_masks(lora, lora_config, rng=np.random.default_rng(0), shape=(2, 4))
+    model = model._replace(lora=lora, lora_config=lora_config, masks=masks)
+    kept = loss_and_grads(**model._asdict(), wrt=wrt)
+    again = loss_and_grads(**model._asdict(), wrt=wrt, recompute=True)
+    assert kept[0] == again[0]
+    for first, second in zip(kept[1:], again[1:], strict=True):
+        assert (first is None) == (second is None)
+        if first is not None:
+            first, second = flatten(first), flatten(second)
+            assert first.keys() == second.keys()
+            assert all(np.array_equal(first[path], second[path]) for path in first)
+
+
+@pytest.mark.parametrize("targets", [("0.mlp.down",), ("0.mlp.up",), ("0.attn.o",), ("0.attn.v",)])
+def test_the_lowest_adapter_ends_the_backward_pass_and_its_gradient_is_right(targets):
+    model = tiny_model()
+    lora_config = LoRAConfig(rank=2, alpha=3.0, targets=targets)
+    lora = moved(lora_init(model.base, lora_config, seed=0), 0)
+    model = model._replace(lora=lora, lora_config=lora_config, masks=None)
+    assert_close(check_model(model, wrt="lora"), 1e-6)
+
+
 def test_nothing_given_is_written_to():
     model = tiny_model()
     for name, value in model._asdict().items():

@@ -70,6 +70,25 @@ def test_adapt_evaluate_generate_and_merge(device, figures, base, text, tmp_path
     assert found[device][3]["merge_max_abs_difference"] < 1e-4
 
 
+def test_a_base_in_half(device, figures, base, text, tmp_path):
+    on = ("--base", base, "--device", device, "--half")
+    adapter = tmp_path / "adapter"
+    figures("adapt", text, *on, *QUICK, "--out", adapter)
+    half = figures("evaluate", text, *on, "--adapter", adapter)
+    whole = figures("evaluate", text, "--base", base, "--adapter", adapter)
+    assert half["loss"] == pytest.approx(whole["loss"], rel=1e-3)
+    assert half["loss"] != whole["loss"]
+    assert len(figures("generate", *on, "--adapter", adapter, "--tokens", 5)["token_ids"]) == 5
+
+
+def test_a_base_in_half_needs_a_gpu_and_stays_frozen(device, base, text, tmp_path, capsys):
+    adapt = ("adapt", text, "--base", base, *QUICK, "--out", str(tmp_path / "out"), "--half")
+    assert main(adapt) == 2
+    assert "float16 need the device cuda" in capsys.readouterr().err
+    assert main([*adapt, "--device", device, "--method", "full"]) == 2
+    assert "--half is for a frozen base" in capsys.readouterr().err
+
+
 def test_pretrain(device, figures, text, tmp_path):
     sizes = ("--layers", 2, "--width", 16, "--heads", 2)
     host, on_device = (

@@ -1,12 +1,11 @@
 """A frozen base whose matrices are float16: half the memory, and adapters that train as well."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
 from minilora import tree
 from minilora.backend import Half, to_device, to_device_in_half, to_host
+from minilora.errors import MiniloraError
 from minilora.gpt import loss_and_grads
 from minilora.lora import LoRAConfig, lora_init
 from minilora.model import complete, evaluate_stream
@@ -88,7 +87,7 @@ def test_the_loss_and_its_gradients_are_those_of_the_rounded_base(device, model,
 
 def test_a_base_in_half_is_adapted_evaluated_and_generates(device, model, corpus):
     settings = TrainConfig(steps=10, batch=4, context=16, lr=1e-2, warmup=2, threads=1)
-    half = dataclasses.replace(model, base=to_device_in_half(model.base, device))
+    half = model.on(device, half=True)
     (full, trained), (on_device, trained_on_half) = (
         adapt(m, corpus, LORA_CONFIG, settings, device=place)
         for m, place in ((model, "cpu"), (half, device))
@@ -101,3 +100,13 @@ def test_a_base_in_half_is_adapted_evaluated_and_generates(device, model, corpus
     expected = evaluate_stream(full, corpus.held_out, 300)
     assert found.loss == pytest.approx(expected.loss, rel=16 * ROUNDING)
     assert len(list(complete(on_device.on(device), "ab", max_tokens=5))) == 5
+
+
+def test_it_is_neither_trained_nor_merged(device, model, corpus):
+    half = model.on(device, half=True)
+    settings = TrainConfig(method="full", steps=1, batch=1, context=16)
+    with pytest.raises(MiniloraError, match="stays frozen"):
+        adapt(half, corpus, settings=settings, device=device)
+    adapted = half.with_adapter(lora_init(model.base, LORA_CONFIG, seed=0), LORA_CONFIG)
+    with pytest.raises(MiniloraError, match="merge it before"):
+        adapted.merged()

@@ -231,6 +231,28 @@ def test_cross_entropy_of_huge_logits_is_finite(dtype):
     close(dlogits, [[0.5, -0.5, 0], [0, 0.25, -0.25]], rtol=1e-4)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 100])
+def test_the_head_and_the_loss_in_one_are_those_one_after_the_other(chunk, frozen):
+    """For parts of every size, logits far apart, and targets in each part, some of them ignored."""
+    x, table = 10.0 * normal(2, 4, 3), normal(7, 3)
+    targets = np.array([[0, 6, -1, 3], [2, -1, 1, 5]])
+    constants = {"targets": targets, "ignore_index": -1, "count": 11}
+    logits, head = ops.head_forward(x, table)
+    expected_loss, loss_cache = ops.cross_entropy_forward(logits, **constants)
+    expected_dx, expected_dtable = ops.head_backward(
+        *ops.cross_entropy_backward(0.7, loss_cache), head
+    )
+    loss, cache = ops.head_loss_forward(x, table, **constants, chunk=chunk, frozen=frozen)
+    dx, dtable = ops.head_loss_backward(0.7, cache)
+    close(loss, expected_loss)
+    close(dx, expected_dx)
+    if frozen:
+        assert dtable is None
+    else:
+        close(dtable, expected_dtable)
+
+
 def test_cross_entropy_without_a_counted_target_is_zero():
     loss, dlogits = cross_entropy(normal(2, 3), np.array([-100, -100]))
     assert loss == 0

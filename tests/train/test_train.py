@@ -241,8 +241,9 @@ def test_the_shards_cover_the_batch_once_and_evenly(threads, batch, context):
         assert max(sizes) * context <= 2 * SHARD_TOKENS + context
 
 
-def test_a_gpu_takes_the_batch_in_one_thread():
+def test_a_gpu_takes_the_batch_at_once():
     assert Workers(4, "cuda").threads == 1
+    assert Workers(4, "cuda").shards(64, 1024) == [slice(0, 64)]
     assert Workers(3).threads == 3
     assert Workers(0).threads >= 1
 
