@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 from minilora.errors import MiniloraError
 from minilora.gpt import GPTConfig
-from minilora.lora import LoRAConfig, adapted_paths, weight_of
+from minilora.lora import ATTENTION_TARGETS, LoRAConfig, adapted_paths, weight_of
+from minilora.ops import BLOCK, VOCABULARY
 from minilora.workers import Workers, cores
 
 SHAPES = {
@@ -92,7 +93,8 @@ class Step:
     """A training step of adapters (`lora_config`) or, without them, of the whole base.
 
     With `threads` the batch is shared as `train` shares it; without, it is one call of
-    `loss_and_grads`. Raises MiniloraError for what cannot be run.
+    `loss_and_grads`. `recompute` is that of `loss_and_grads`. Raises MiniloraError for what cannot
+    be run.
     """
 
     config: GPTConfig
@@ -102,6 +104,7 @@ class Step:
     dtype: str = "float32"
     threads: int | None = None
     tied: bool = True
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch", "context"):
@@ -139,6 +142,16 @@ class Step:
         if self.trains_base or "embedding" in self.adapters:
             return 0
         return min(int(path.split(".")[1]) for path in self.adapters)
+
+    def ends_in(self, block: int) -> bool:
+        """Whether the backward pass ends in this block, at the lowest adapter's map."""
+        reaches_embedding = self.trains_base or "embedding" in self.adapters
+        return block == self.lowest and not reaches_embedding
+
+    def reaches_attention(self, block: int) -> bool:
+        """Whether it comes down to the attention of a block that it reaches."""
+        attention = (f"blocks.{block}.attn.{target}" for target in ATTENTION_TARGETS)
+        return not self.ends_in(block) or any(path in self.adapters for path in attention)
 
     @property
     def shards(self) -> list[int]:
@@ -207,15 +220,11 @@ def kept_gelu() -> Iterator[Kept]:
     yield Kept("GELU", "x", "N F")
 
 
-def kept_head(*, frozen: bool) -> Iterator[Kept]:
-    """The input, for dwte [HEAD.3]; nothing when frozen."""
-    if not frozen:
-        yield Kept("head", "x", "N C")
-
-
-def kept_cross_entropy() -> Iterator[Kept]:
-    """The logits and each row's log Σ exp [CE.3]."""
-    yield Kept("cross-entropy", "logits, log Σ exp", "N V + N")
+def kept_head_loss(*, frozen: bool) -> Iterator[Kept]:
+    """x, each row's log Σ exp z and its weight in the mean; frozen, what dx is made of [HL.3]."""
+    yield Kept("head and loss", "x, log Σ exp, weights", "N C + 2 N")
+    if frozen:
+        yield Kept("head and loss", "Σ p E", "N C")
 
 
 def kept_adapted_linear(step: Step, path: str, n_in: str) -> Iterator[Kept]:
@@ -233,15 +242,20 @@ def kept_adapted_linear(step: Step, path: str, n_in: str) -> Iterator[Kept]:
 
 
 def kept_block(step: Step, block: int) -> Iterator[Kept]:
-    """The parts of a block in the order of its forward pass."""
+    """The parts of a block in the order of its forward pass; what it keeps without recompute.
+
+    Where the backward pass ends in this block, what lies below its lowest adapter keeps nothing.
+    """
     if block < step.lowest:
         return
     path = f"blocks.{block}"
-    yield from kept_layer_norm()
-    yield from kept_adapted_linear(step, f"{path}.attn.qkv", "C")
-    yield from kept_attention()
-    yield from kept_adapted_linear(step, f"{path}.attn.o", "C")
-    yield from kept_layer_norm()
+    if not step.ends_in(block):
+        yield from kept_layer_norm()
+    if step.reaches_attention(block):
+        yield from kept_adapted_linear(step, f"{path}.attn.qkv", "C")
+        yield from kept_attention()
+        yield from kept_adapted_linear(step, f"{path}.attn.o", "C")
+        yield from kept_layer_norm()
     yield from kept_adapted_linear(step, f"{path}.mlp.up", "C")
     yield from kept_gelu()
     yield from kept_adapted_linear(step, f"{path}.mlp.down", "F")
@@ -264,21 +278,25 @@ def ledger(step: Step) -> list[Entry]:
         rank = step.adapters["embedding"][1]
         kept += [("embedding", Kept("LoRA embedding", "h", f"N {rank}"))]
     for block in range(step.config.n_layer):
-        kept += [(f"blocks.{block}", line) for line in kept_block(step, block)]
+        lines = list(kept_block(step, block))
+        if step.recompute and lines:
+            lines = [Kept("block", "x", "N C"), *filter(is_mask, lines)]
+        kept += [(f"blocks.{block}", line) for line in lines]
     kept += [("ln_f", line) for line in kept_layer_norm()]
-    kept += [("head", line) for line in kept_head(frozen=not step.trains_base)]
-    kept += [("head", line) for line in kept_cross_entropy()]
+    kept += [("head", line) for line in kept_head_loss(frozen=not step.trains_base)]
     return [Entry(place, *line, evaluate(line.formula, step.sizes)) for place, line in kept]
 
 
-def activation_bytes(step: Step, lines: list[Entry]) -> int:
-    """What these lines of the ledger take in all passes that run at once.
+def is_mask(line: Kept | Entry) -> bool:
+    """Whether it is a dropout mask, which is made before the step, for the whole batch."""
+    return line.keeps == "mask"
 
-    Dropout's masks are made for the whole batch before it is shared.
-    """
+
+def activation_bytes(step: Step, lines: list[Entry]) -> int:
+    """What these lines of the ledger take in all passes that run at once."""
     largest = max(step.shards)
     return ITEMSIZE[step.dtype] * sum(
-        line.numbers * step.batch // largest if line.pair.startswith("dropout")
+        line.numbers * step.batch // largest if is_mask(line)
         else line.numbers * step.passes
         for line in lines
     )  # fmt: skip
@@ -291,21 +309,39 @@ def temporary(step: Step) -> dict[str, int]:
     """What is allocated beside parameters and caches at the hungriest moments of one pass.
 
     Numbers by the name of the moment. The gradients of the base come one after the other, from the
-    last block to the first, so that most of them are there in the last block of the way back.
+    head to the first block, so that most of them are there in the last block of the way back.
     """
     full, blocks_above = step.trains_base, step.config.n_layer - 1
-    adapters = "" if full else f" + {step.adapter_parameters}"
+    sizes = step.sizes
+    sizes["Y"] = min(sizes["V"], VOCABULARY)  # logits at a time; those before are still there
+    sizes["Z"] = min(sizes["V"], 2 * VOCABULARY)
+    sizes["E"] = min(BLOCK, sizes["N"] * sizes["F"])  # entries of a GELU at a time
 
-    def count(formula: str, trained: str) -> int:
-        return evaluate(f"{formula} + {trained}" if full else formula + adapters, step.sizes)
+    def count(formula: str, gradients: str = "0") -> int:
+        return evaluate(f"{formula} + {gradients}" if full else formula, sizes)
 
     above = f"V C + 2 C + {blocks_above} 4 C C + {blocks_above} 2 C F"
-    return {
-        "the loss": count("2 N V", "0"),
-        "a GELU's backward": count("N V + N C + 5 N F", f"{above} + F C"),
-        "an attention's backward": count("N V + 5 N C + 3 H T N", f"{above} + 2 C F + C C"),
-        "the embedding's backward": count("N V + N C", f"{above} + 4 C C + 2 C F + P C + V C"),
+    again = 0
+    if step.recompute:
+        again = max(made_again(step, block) for block in range(step.config.n_layer))
+    there = again + step.adapter_parameters  # whose gradients these are
+    found = {
+        "the loss": max(count("N Z"), count("N Y + N C")) + count("0", "2 N C + V C"),
+        "a GELU's backward": count("2 N C + 2 N F + 4 E", f"{above} + F C") + there,
     }
+    if any(step.reaches_attention(block) for block in range(step.lowest, step.config.n_layer)):
+        attention = count("7 N C + 2 H T N", f"{above} + 2 C F + C C")
+        found["an attention's backward"] = attention + there
+    if full:
+        tables = max(count("2 N C + V C") + again, count("N C + 2 V C")) if step.tied else again
+        found["the embedding's backward"] = step.base_parameters + tables
+    return found
+
+
+def made_again(step: Step, block: int) -> int:
+    """The numbers that a block keeps while it is gone through backwards, with recompute."""
+    lines = (line for line in kept_block(step, block) if not is_mask(line))
+    return sum(evaluate(line.formula, step.sizes) for line in lines)
 
 
 def moments(step: Step) -> dict[str, int]:
@@ -342,22 +378,49 @@ class Flops(NamedTuple):
 def flops(step: Step) -> Flops:
     """Those of the whole batch. A product y = x W of N rows takes 2 N I O.
 
-    Backwards dx takes as many, and so does dW where W is trained. Element-wise work is left out.
+    Backwards dx takes as many, and so does dW where W is trained. Where the head is frozen its dx
+    is made beside the loss, in the forward pass; otherwise the logits are made a second time.
+    Element-wise work is left out.
     """
-    config = step.config
-    sizes = {**step.sizes, "B": step.batch, "N": step.batch * step.context}
-    N, C, V = sizes["N"], config.n_embd, config.vocab_size
-    weights = sum(n_in * n_out for n_in, n_out in weight_shapes(config).values())
-    attention = evaluate("4 T N C", sizes)
-    reached = config.n_layer - step.lowest
-    adapters = sum(
-        (2 * N * rank * (n_in + n_out) if path != "embedding" else 2 * N * rank * n_out)
+    config, N = step.config, step.batch * step.context
+    head = 2 * N * config.n_embd * config.vocab_size
+    forward, backward = (head, 3 * head) if step.trains_base else (2 * head, 0)
+    for block in range(config.n_layer):
+        there = block_flops(step, block)
+        forward += there.forward
+        backward += there.backward
+    if "embedding" in step.adapters:
+        _, rank, n_out = step.adapters["embedding"]
+        forward += 2 * N * rank * n_out
+        backward += 4 * N * rank * n_out
+    return Flops(forward, backward)
+
+
+def block_flops(step: Step, block: int) -> Flops:
+    """Those of one block. Below the lowest adapter there is no backward pass."""
+    config, N = step.config, step.batch * step.context
+    shapes = weight_shapes(config)
+    weights = {name: 2 * N * n_in * n_out for name, (n_in, n_out) in shapes.items()}
+    attention = 4 * step.context * N * config.n_embd  # q kᵀ and P v
+    adapters = {
+        path.rpartition(".")[2]: (2 * N * rank * n_in, 2 * N * rank * n_out)
         for path, (n_in, rank, n_out) in step.adapters.items()
-    )
-    forward = config.n_layer * (2 * N * weights + attention) + 2 * N * C * V + adapters
-    passes = 2 if step.trains_base else 1  # dx, dW
-    backward = passes * (reached * 2 * N * weights + 2 * N * C * V)
-    backward += reached * 2 * attention + 2 * adapters
+        if path.startswith(f"blocks.{block}.")
+    }
+    forward = sum(weights.values()) + attention + sum(map(sum, adapters.values()))
+    if block < step.lowest:
+        return Flops(forward, 0)
+    backward = (2 if step.trains_base else 1) * sum(weights.values())  # dx, dW
+    backward += 2 * attention + 2 * sum(map(sum, adapters.values()))
+    if step.recompute:
+        backward += forward - weights["down"]
+    if step.ends_in(block):
+        backward -= weights["qkv"]  # its dx, which nothing further down would need
+        if step.reaches_attention(block):
+            backward -= sum(products[0] for name, products in adapters.items() if name in "qkv")
+        else:
+            backward -= 2 * attention + weights["o"] + weights["up"]
+            backward -= adapters["up"][0] if "up" in adapters else 0
     return Flops(forward, backward)
 
 

@@ -1,5 +1,7 @@
 """Bytes by formula, against what the caches really hold and what tracemalloc sees of a step."""
 
+import dataclasses
+import functools
 import tracemalloc
 
 import numpy as np
@@ -8,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora.budget import SHAPES, Step, figures, ledger, moments
-from minilora.gpt import GPTConfig, gpt_forward, gpt_init, loss_and_grads
+from minilora.gpt import GPTConfig, gpt_init, loss_and_grads, trunk_forward
 from minilora.lora import TARGETS, LoRAConfig, dropout_masks, lora_init
+from minilora.ops import head_loss_forward
 from minilora.optim import adamw, adamw_init, clip_by_global_norm
 from minilora.train import batch_loss_and_grads
 from minilora.tree import flatten
@@ -48,12 +51,14 @@ def arrays_in(cache):
         while isinstance(cache.base, np.ndarray):
             cache = cache.base
         return [cache] if cache.dtype.kind == "f" else []
-    parts = cache.values() if isinstance(cache, dict) else cache
-    return (
-        [a for part in parts for a in arrays_in(part)]
-        if isinstance(parts, (tuple, list, type({}.values())))
-        else []
-    )
+    if isinstance(cache, functools.partial):  # block_forward(x, block, adapters), to be done again
+        x, _, adapters = cache.args
+        return arrays_in([x, [adapter.mask for adapter in adapters.values()]])
+    if isinstance(cache, dict):
+        cache = list(cache.values())
+    if not isinstance(cache, (tuple, list)):
+        return []
+    return [array for part in cache for array in arrays_in(part)]
 
 
 def numbers_in(cache, *, parameters):
@@ -64,16 +69,32 @@ def numbers_in(cache, *, parameters):
     return sum(owned.values())
 
 
-@given(configs, st.none() | lora_configs, st.integers(1, 3), st.integers(1, 9))
-def test_the_ledger_is_what_the_caches_hold(config, lora_config, batch, context):
-    step = Step(config, lora_config, batch, context)
-    base, lora, tokens, _, masks = inputs_of(step)
-    _, cache = gpt_forward(
-        base, lora, tokens=tokens, config=config, lora_config=lora_config, masks=masks,
-        frozen=not step.trains_base,
+def caches_of(step):
+    """Those of the model below its head, and of the head with the loss; and the parameters."""
+    base, lora, tokens, targets, masks = inputs_of(step)
+    frozen = not step.trains_base
+    x, trunk = trunk_forward(
+        base, lora, tokens=tokens, config=step.config, lora_config=step.lora_config, masks=masks,
+        frozen=frozen, recompute=step.recompute,
     )  # fmt: skip
-    parameters = {"base": base, "lora": lora or {}}
-    lines = [entry for entry in ledger(step) if entry.pair != "cross-entropy"]
+    _, head = head_loss_forward(x, base["wte"], targets=targets, frozen=frozen)
+    return trunk, head, {"base": base, "lora": lora or {}}
+
+
+steps = st.builds(
+    Step,
+    configs,
+    st.none() | lora_configs,
+    batch=st.integers(1, 3),
+    context=st.integers(1, 9),
+    dtype=st.sampled_from(["float32", "float64"]),
+)
+
+
+@given(steps)
+def test_the_ledger_is_what_the_caches_hold(step):
+    trunk, head, parameters = caches_of(step)
+    lines = ledger(step)
 
     def in_ledger(place, *pairs):
         return sum(e.numbers for e in lines if e.place == place and e.pair in pairs)
@@ -82,7 +103,7 @@ def test_the_ledger_is_what_the_caches_hold(config, lora_config, batch, context)
         adapters = (f"{pair} {target}" for pair in ("LoRA", "dropout") for target in targets)
         return in_ledger(place, f"linear {name}", *adapters)
 
-    for i, block in enumerate(cache.blocks):
+    for i, block in enumerate(trunk.blocks):
         place = f"blocks.{i}"
         if block is None:
             assert not any(entry.place == place for entry in lines)
@@ -91,18 +112,28 @@ def test_the_ledger_is_what_the_caches_hold(config, lora_config, batch, context)
             part: numbers_in(part_cache, parameters=parameters)
             for part, part_cache in block._asdict().items()
         }
+        norms = sum(norm is not None for norm in (block.ln_1, block.ln_2))
+        norm = in_ledger(place, "layer norm") // max(norms, 1)
         expected = {
-            "ln_1": in_ledger(place, "layer norm") // 2,
+            "ln_1": 0 if block.ln_1 is None else norm,
             "qkv": linear_in_ledger(place, "qkv", "qkv", "q", "k", "v"),
             "attention": in_ledger(place, "attention"),
             "o": linear_in_ledger(place, "o", "o"),
-            "ln_2": in_ledger(place, "layer norm") // 2,
+            "ln_2": 0 if block.ln_2 is None else norm,
             "up": linear_in_ledger(place, "up", "up"),
             "gelu": in_ledger(place, "GELU"),
             "down": linear_in_ledger(place, "down", "down"),
         }
         assert held == expected, place
-    assert numbers_in(cache, parameters=parameters) == sum(entry.numbers for entry in lines)
+    assert numbers_in(head, parameters=parameters) == in_ledger("head", "head and loss")
+    assert numbers_in([trunk, head], parameters=parameters) == sum(e.numbers for e in lines)
+
+
+@given(steps)
+def test_recomputing_keeps_the_input_of_each_block(step):
+    step = dataclasses.replace(step, recompute=True)
+    *caches, parameters = caches_of(step)
+    assert numbers_in(caches, parameters=parameters) == sum(e.numbers for e in ledger(step))
 
 
 # --- what tracemalloc sees -----------------------------------------------------------------------
@@ -156,14 +187,16 @@ def allocated_by(f):
 
 @each_shape
 @each_method
-def test_the_peak_of_a_pass_is_predicted(method, shape):
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+def test_the_peak_of_a_pass_is_predicted(method, shape, recompute):
     config, batch, context, dtype = shape
-    step = Step(config, METHODS[method], batch, context, dtype)
+    step = Step(config, METHODS[method], batch, context, dtype, recompute=recompute)
     base, lora, tokens, targets, masks = inputs_of(step)
     measured = allocated_by(
         lambda: loss_and_grads(
             base, lora, tokens=tokens, targets=targets, config=config,
             lora_config=step.lora_config, masks=masks, wrt="base" if lora is None else "lora",
+            recompute=recompute,
         )
     )  # fmt: skip
     if masks:  # they are made before the pass, and the ledger counts them

@@ -114,6 +114,18 @@ def test_flops_of_the_models(figures):
     assert table(BUDGET, "model", "full", "LoRA", "LoRA / full") == expected
 
 
+def test_what_recomputing_saves(figures):
+    saved = {}
+    for method in ("lora", "full"):
+        kept, again = (
+            figures(f"--model gpt2{option}", method)["activations_bytes"]
+            for option in ("", " --recompute")
+        )
+        saved[method] = 100 * (1 - again / kept)
+    text = f"keeps {saved['lora']:.0f} % less with LoRA and {saved['full']:.0f} % less in full"
+    assert text in " ".join(BUDGET.split())
+
+
 def test_the_formulas_are_those_of_the_ledger():
     lora_config = LoRAConfig(rank=3, targets=("qkv", "o", "up", "down"), dropout=0.5)
     steps = [Step(SHAPES["tiny"], c) for c in (None, LoRAConfig(rank=3), lora_config)]
@@ -164,7 +176,7 @@ def test_gpt3_s_checkpoints_and_memory(figures):
     one = figures(f"{GPT3} --batch 1 --context 2048")["activations_bytes"]
     assert f"{scaled(one, 'B')} of activations for a single sequence" in PROSE
     share = total_flops(lora) / total_flops(full)
-    assert f"per token LoRA takes {share:.3f} of the FLOPs" in PROSE
+    assert f"LoRA takes {share:.3f} of the FLOPs" in PROSE
     small = figures("--model gpt2 --rank 4 --targets q,v")
     times = small["base_parameters"] / small["trainable_parameters"]
     assert f"`: {times:.0f} times" in PROSE
