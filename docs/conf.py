@@ -3,7 +3,8 @@
     pip install ".[docs]"
     sphinx-build -W --keep-going -n docs docs/_build/html
 
-The tutorials are executed; MINILORA_SMALL=1 runs them with small sizes.
+The tutorials are executed, with small sizes where MINILORA_SMALL=1. What they printed is kept in
+docs/_build as long as their text stays; delete that folder to see what changed code makes of them.
 """
 
 from __future__ import annotations

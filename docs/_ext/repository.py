@@ -45,6 +45,7 @@ FOLDERS = {
     "tutorials": "tutorials/index.html",
 }
 TAGS = re.compile(r"\[([A-Z]+)\.(\d+)(?:-(\d+))?\]")
+QUOTES = re.compile(r"^\| \[([A-Z]+\.\d+)\] \| `([\w.]+)` \| `([^`]+)` \|$", re.MULTILINE)
 Place = tuple[str, int]  # a path in the repository, and a line
 
 log = logging.getLogger(__name__)
@@ -95,25 +96,39 @@ def tags_in(text: str) -> list[str]:
 
 
 @cache
+def texts() -> dict[str, str]:
+    """The text of every page that may have equations, by the page's name."""
+    docs = ROOT / "docs"
+    paths = sorted([*docs.glob("*.md"), *docs.glob("derivations/*.md")])
+    return {
+        path.relative_to(docs).with_suffix("").as_posix(): path.read_text(encoding="utf-8")
+        for path in paths
+    }
+
+
+@cache
 def lines_of_tags() -> dict[str, Place]:
-    """For each tag the line of code that has it in its comment, or else its first mention."""
+    """For each tag the line of code that its page quotes, `| [TAG] | `function` | `line` |`."""
     found: dict[str, Place] = {}
-    for of_comments in (True, False):
-        for path in modules():
-            for number, line in enumerate(files()[path].splitlines(), start=1):
-                for tag in tags_in(line.partition("#")[2] if of_comments else line):
-                    found.setdefault(tag, (path, number))
+    for text in texts().values():
+        for tag, function, quoted in QUOTES.findall(text):
+            path, first = locate(function) or ("", 0)
+            lines = enumerate(files().get(path, "").splitlines(), start=1)
+            below = (n for n, line in lines if n >= first and line.strip().startswith(quoted))
+            if (number := next(below, None)) is None:
+                log.warning("[%s]: %s has no line %r", tag, function, quoted)
+            else:
+                found[tag] = (path, number)
     return found
 
 
 @cache
 def pages_of_tags() -> dict[str, str]:
     """For each tag the page of its equation."""
-    docs = ROOT / "docs"
     return {
-        tag: page.relative_to(docs).with_suffix("").as_posix()
-        for page in sorted([*docs.glob("*.md"), *docs.glob("derivations/*.md")])
-        for tag in re.findall(r"\\tag\{([A-Z]+\.\d+)\}", page.read_text(encoding="utf-8"))
+        tag: page
+        for page, text in texts().items()
+        for tag in re.findall(r"\\tag\{([A-Z]+\.\d+)\}", text)
     }
 
 
