@@ -298,12 +298,13 @@ def add_bench(group: Any) -> None:
     sub.add_argument(
         "--threads", type=natural, default=0, help="threads in all (0: one for each core)"
     )
+    add_recompute(sub)
     sub.add_argument("--steps", type=int, default=10, help="how many times it is timed")
     add_device(sub)
     sub.add_argument(
         "--versus",
-        choices=("peft", "1"),
-        help="take turns with PyTorch, transformers and PEFT, or with one thread",
+        choices=("peft", "1", "recompute"),
+        help="take turns with PyTorch, transformers and PEFT, with one thread, or with --recompute",
     )
     sub.add_argument("--rounds", type=int, default=3, help="turns, of --steps each, with --versus")
 
@@ -362,11 +363,7 @@ def add_budget(group: Any) -> None:
         help="threads that share the batch as in adapt, 0: one for each core "
         "(default: all of it in one pass)",
     )
-    sub.add_argument(
-        "--recompute",
-        action="store_true",
-        help="keep the input of each block alone and compute the rest again",
-    )
+    add_recompute(sub)
 
 
 COMMANDS = (
@@ -502,6 +499,7 @@ def add_training(sub: argparse.ArgumentParser, defaults: dict[str, Any]) -> None
     add_seed(group)
     add_threads(group)
     add_device(group)
+    add_recompute(group)
     group.add_argument(
         "--resume",
         action="store_true",
@@ -526,6 +524,15 @@ def add_threads(sub: Options) -> None:
 def add_device(sub: Options) -> None:
     sub.add_argument(
         "--device", default="cpu", help="cpu, cuda (CuPy), or auto: cuda where it works"
+    )
+
+
+def add_recompute(sub: Options) -> None:
+    sub.add_argument(
+        "--recompute",
+        action="store_true",
+        help="keep the input of each block alone and compute the rest again: less memory, "
+        "some more time, the same result",
     )
 
 

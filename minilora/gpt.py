@@ -104,7 +104,9 @@ def gpt_init(config: GPTConfig, *, seed: int, dtype: Any = np.float32) -> Tree:
     C, F = config.n_embd, config.inner
 
     def normal(*shape: int, std: float = 0.02) -> Array:
-        return (std * rng.standard_normal(shape)).astype(dtype)
+        x = rng.standard_normal(shape)
+        x *= std
+        return x.astype(dtype)
 
     def linear(n_in: int, n_out: int, std: float = 0.02) -> Tree:
         return {"w": normal(n_in, n_out, std=std), "b": np.zeros(n_out, dtype)}

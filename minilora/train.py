@@ -49,7 +49,8 @@ class TrainConfig:
     in sequences of `short_context`, from which nearby positions are learned sooner (Press et al.
     2021, Shortformer, §3). `warmup`, `eval_every`, `log_every` and `checkpoint_every` are numbers
     of steps; `clip` bounds the gradient's global norm; `eval_tokens` bounds the held-out text that
-    an evaluation reads; `threads` share each batch (0: one for each core).
+    an evaluation reads; `threads` share each batch (0: one for each core). `recompute` keeps only
+    the input of each block for the backward pass, and computes the rest a second time.
     """
 
     method: Literal["lora", "full"] = "lora"
@@ -66,6 +67,7 @@ class TrainConfig:
     clip: float = 1.0
     seed: int = 0
     threads: int = 0
+    recompute: bool = False
     log_every: int = 10
     eval_every: int = 100
     eval_tokens: int = 32768
@@ -131,6 +133,7 @@ def batch_loss_and_grads(
     lora_config: LoRAConfig | None,
     device: str = "cpu",
     count: int | None = None,
+    recompute: bool = False,
 ) -> tuple[Array, Tree]:
     """The mean loss of a batch (B, T) and the gradients of the trained tree, shard by shard.
 
@@ -148,6 +151,7 @@ def batch_loss_and_grads(
             lora_config=lora_config,
             wrt=wrt,
             count=count or tokens.size,
+            recompute=recompute,
         )
         return loss, dlora if wrt == "lora" else dbase
 
@@ -381,6 +385,7 @@ class Loop:
             lora_config=self.lora_config,
             device=self.device,
             count=tokens.size,
+            recompute=settings.recompute,
         )
         loss, grads = self.ranks.sum([loss, grads])
         grads, norm = clip_by_global_norm(grads, settings.clip)

@@ -203,6 +203,18 @@ def test_one_and_two_threads_agree_up_to_rounding():
         assert a == pytest.approx(b, rel=1e-4)
 
 
+def test_training_that_recomputes_gives_the_same_bits(monkeypatch):
+    asked = []
+
+    def spy(*args, recompute, **kwargs):
+        asked.append(recompute)
+        return loss_and_grads(*args, recompute=recompute, **kwargs)
+
+    monkeypatch.setattr("minilora.train.loss_and_grads", spy)
+    assert_same_bits(run(steps=3, recompute=True).params, run(steps=3).params)
+    assert set(asked[: len(asked) // 2]) == {True} and set(asked[len(asked) // 2 :]) == {False}
+
+
 def test_the_shards_of_a_batch_add_up_to_the_batch():
     rng = np.random.default_rng(0)
     lora = tree.map_leaves(
