@@ -247,6 +247,7 @@ def bench_command(args: argparse.Namespace) -> int:
         targets=targets_of(args.targets),
         threads=args.threads or cores(),
         steps=args.steps,
+        recompute=args.recompute,
         device=chosen_device(args),
     )
     figures = bench(case, versus=args.versus, rounds=args.rounds)

@@ -24,7 +24,8 @@ class Case:
 
     A `step` is one of training by `method`, an `evaluate` the loss on as large a batch, each timed
     `steps` times; a `generate` continues a prompt by `context` tokens. `threads` is the number of
-    threads in all, BLAS's included. Raises MiniloraError for what cannot be run.
+    threads in all, BLAS's included; `recompute` is that of `loss_and_grads`. Raises MiniloraError
+    for what cannot be run.
     """
 
     config: GPTConfig
@@ -36,6 +37,7 @@ class Case:
     targets: tuple[str, ...] = ("qkv",)
     threads: int = 2
     steps: int = 10
+    recompute: bool = False
     device: str = "cpu"
 
     def __post_init__(self) -> None:

@@ -41,8 +41,9 @@ Ways: TypeAlias = dict[str, tuple[str, Case, str]]
 def bench(case: Case, *, versus: str | None = None, rounds: int = 3) -> dict[str, Any]:
     """Measure, print, and return the figures.
 
-    `versus` names another way to run the case, timed in turn with ours `rounds` times: `peft`, or
-    `1` for one thread. Raises MiniloraError where that cannot be done, or when a process fails.
+    `versus` names another way to run the case, timed in turn with it `rounds` times: `peft`, `1`
+    for one thread, or `recompute`. Raises MiniloraError where that cannot be done, or when a
+    process fails.
     """
     if rounds < 1:
         raise MiniloraError(f"rounds {rounds} is too small; it is at least 1")
@@ -56,7 +57,13 @@ def bench(case: Case, *, versus: str | None = None, rounds: int = 3) -> dict[str
     if versus == "peft":
         figures["versus_peft"] = versus_peft(case, rounds)
     elif versus == "1":
-        figures["versus_one_thread"] = versus_one_thread(case, rounds)
+        names = f"threads: {case.threads}", "one thread"
+        other = replace(case, threads=1)
+        figures["versus_one_thread"] = versus_ours(case, other, names, rounds)
+    elif versus == "recompute":
+        names = "kept", "recomputed"
+        other = replace(case, recompute=True)
+        figures["versus_recompute"] = versus_ours(case, other, names, rounds)
     return figures
 
 
@@ -117,6 +124,7 @@ def describe(case: Case, found: dict[str, Any]) -> dict[str, Any]:
         "device": case.device,
         "threads": case.threads,
         "steps": case.steps,
+        "recompute": case.recompute,
         "step_seconds_median": median(seconds),
         "step_seconds_minimum": min(seconds),
         "tokens_per_second": case.tokens / median(seconds),
@@ -157,17 +165,18 @@ def versus_peft(case: Case, rounds: int) -> dict[str, Any]:
     return {**figures, "ratios": ratios}
 
 
-def versus_one_thread(case: Case, rounds: int) -> dict[str, Any]:
-    """The case with one thread and with its threads, in turn."""
-    ways: Ways = {
-        f"threads: {threads}": (OURS, replace(case, threads=threads), "alone")
-        for threads in (1, case.threads)
-    }
+def versus_ours(case: Case, other: Case, names: tuple[str, str], rounds: int) -> dict[str, Any]:
+    """The case and another of our own in turn: the other's time and memory over the case's."""
+    ways: Ways = {name: (OURS, c, "alone") for name, c in zip(names, (case, other), strict=True)}
     figures = side_by_side(case, ways, rounds)
-    one, *many = (row["turns"] for row in figures.values())
-    speedup = median(a / b for a, b in zip(one, *many, strict=True)) if many else 1.0
-    print(f"\n{case.threads} threads are {speedup:.2f} times as fast as one")
-    return {**figures, "speedup": speedup}
+    ours, theirs = (figures[name] for name in names)
+    ratios = {
+        "step_seconds": median(b / a for a, b in zip(ours["turns"], theirs["turns"], strict=True)),
+        "peak_rss_bytes": theirs["peak_rss_bytes"] / ours["peak_rss_bytes"],
+    }
+    print(f"\n{names[1]}: {ratios['step_seconds']:.2f} times the time of {names[0]}, "
+          f"{ratios['peak_rss_bytes']:.2f} times the peak memory")  # fmt: skip
+    return {**figures, "ratios": ratios}
 
 
 def side_by_side(case: Case, ways: Ways, rounds: int) -> dict[str, dict[str, Any]]:
@@ -218,6 +227,7 @@ def report(case: Case, figures: dict[str, Any]) -> None:
     }[case.what]
     if case.what == "step" and case.method == "lora":
         what += f", rank {case.rank} on {','.join(case.targets)}"
+    what += ", blocks recomputed" if case.recompute else ""
     gflops = figures["floor_gflop"] / figures["floor_seconds"]
     peak, idle = (figures[name] / 2**20 for name in ("peak_rss_bytes", "idle_rss_bytes"))
     print(f"""\

@@ -156,6 +156,7 @@ def step(case: Case, model: Tree, workers: Workers) -> Callable[[], None]:
             config=case.config,
             lora_config=case.lora_config,
             device=case.device,
+            recompute=case.recompute,
         )
         grads, norm = clip_by_global_norm(grads, CLIP)
         trees[trained], moments = adamw(trees[trained], grads, moments, step=1, lr=LEARNING_RATE)

@@ -26,6 +26,7 @@ FIGURES = {
     "device": str,
     "threads": int,
     "steps": int,
+    "recompute": bool,
     "step_seconds_median": float,
     "step_seconds_minimum": float,
     "tokens_per_second": float,
@@ -83,6 +84,7 @@ def test_the_command_writes_its_figures(tmp_path, capsys):
         {"what": "evaluate"},
         {"what": "generate", "context": 4},
         {"threads": 1},
+        {"recompute": True},
         {"batch": 1, "context": 1, "threads": 3, "steps": 1},
     ],
 )
@@ -95,13 +97,20 @@ def test_everything_can_be_timed(changes):
         assert figures["blas_threads"] == 1
 
 
-def test_one_thread_takes_turns_with_several(capsys):
-    figures = bench(MICRO, versus="1", rounds=3)["versus_one_thread"]
-    assert set(figures) == {"threads: 1", "threads: 2", "speedup"}
-    for name in ("threads: 1", "threads: 2"):
-        assert len(figures[name]["turns"]) == 3
-        assert figures[name]["blas_threads"] == 1
-    assert "2 threads are" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("versus", "names"),
+    [("1", {"threads: 2", "one thread"}), ("recompute", {"kept", "recomputed"})],
+)
+def test_two_ways_of_ours_take_turns(versus, names, capsys):
+    figures = bench(MICRO, versus=versus, rounds=3)
+    (key,) = (key for key in figures if key.startswith("versus"))
+    ratios = figures[key].pop("ratios")
+    assert set(figures[key]) == names
+    for way in figures[key].values():
+        assert len(way["turns"]) == 3
+        assert way["blas_threads"] == 1
+    assert ratios["step_seconds"] > 0 and ratios["peak_rss_bytes"] > 0
+    assert "times the time of" in capsys.readouterr().out
 
 
 @pytest.mark.oracle
