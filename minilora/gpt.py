@@ -274,7 +274,7 @@ def block_backward(dy: Array, cache: Cache) -> tuple[Any, Tree, Tree]:
     dh, dup, lora_up = adapted_linear_backward(dh, cache.up)
     lora_mlp = lora_up | lora_down
     if dh is None:
-        return None, {}, {"mlp": lora_mlp}
+        return None, None, {"mlp": lora_mlp}
     dh, dw_2, db_2 = layer_norm_backward(dh, cache.ln_2)
     dx = dx + dh  # [BLOCK.3] dx = dy + the gradient through the MLP's branch
 
@@ -285,7 +285,7 @@ def block_backward(dy: Array, cache: Cache) -> tuple[Any, Tree, Tree]:
     dlora = {"attn": lora_qkv | lora_o, "mlp": lora_mlp}
     dlora = {room: targets for room, targets in dlora.items() if targets}
     if dh is None:
-        return None, {}, dlora
+        return None, None, dlora
     dh, dw_1, db_1 = layer_norm_backward(dh, cache.ln_1)
     dx = dx + dh  # [BLOCK.4] and through the attention's branch
 
@@ -400,8 +400,6 @@ def trunk_backward(dx: Array, cache: Cache) -> tuple[Tree | None, Tree]:
         dlora_blocks.insert(0, dblock_lora)
 
     dlora: Tree = {}
-    if cache.frozen and cache.embedding_lora is None:
-        return None, {"blocks": dlora_blocks}
     dx, dwpe = position_backward(dx, cache.wpe)
     if cache.embedding_lora is not None:
         dA, dB = lora_embedding_backward(dx, cache.embedding_lora)

@@ -112,6 +112,7 @@ LORA = (lora_forward, lora_backward, ("...C", "CR", "RO"))
 PAIRS: dict[str, Pair] = {
     "linear": Pair(*LINEAR),
     "linear, frozen": Pair(*LINEAR, _constant(frozen=True), ("w", "b")),
+    "linear, no dx": Pair(*LINEAR, _constant(needs_dx=False), ("x",)),
     "embedding": Pair(ops.embedding_forward, ops.embedding_backward, ("VC",), _index),
     "position": Pair(*POSITION, _constant(offset=1)),
     "position, frozen": Pair(*POSITION, _constant(frozen=True), ("wpe",)),
@@ -131,14 +132,15 @@ PAIRS: dict[str, Pair] = {
     "cross-entropy, count given": Pair(
         *CROSS_ENTROPY, lambda rng, s: {**_some_targets(rng, s), "count": 7}
     ),
-    "head and loss": Pair(*HEAD_LOSS, lambda rng, s: {**_targets(rng, s), "chunk": 2}),
+    "head and loss": Pair(*HEAD_LOSS, lambda rng, s: {**_targets(rng, s), "chunk": 3}),
     "head and loss, frozen": Pair(
         *HEAD_LOSS,
-        lambda rng, s: {**_some_targets(rng, s), "chunk": 2, "frozen": True},
+        lambda rng, s: {**_some_targets(rng, s), "chunk": 3, "frozen": True},
         ("table",),
     ),
     "dropout": Pair(ops.dropout_forward, ops.dropout_backward, ("...C",), _mask),
     "lora": Pair(*LORA, lambda rng, s: {"scale": 8.0 / s.R}),
+    "lora, no dx": Pair(*LORA, lambda rng, s: {"scale": 8.0 / s.R, "needs_dx": False}, ("x",)),
     "lora, rank-stabilised": Pair(*LORA, lambda rng, s: {"scale": 8.0 / math.sqrt(s.R)}),
     "lora, dropout": Pair(*LORA, lambda rng, s: {"scale": 8.0 / s.R, **_mask(rng, s)}),
     "lora, embedding": Pair(

@@ -38,6 +38,10 @@ from minilora.tree import flatten, map_leaves
 
 INFERRED_SIDE = "NumPy infers the side that is given as any negative number, -1 or -2."
 SECOND_TO_LAST = "Of four axes, 2 and -2 are the same."
+ALIKE = "The arrays are of one shape and dtype."
+SYMMETRIC = "The order of the two does not matter."
+NOT_HERE = "Where the target is in another part, any column will do: 0 is subtracted there."
+ONE_DEVICE = "All of the cache lies on one device."
 
 # Survivors, by "function: before → after", and why the result is the same.
 EXPLAINED = {
@@ -57,9 +61,36 @@ EXPLAINED = {
     "attention_backward: B, heads, T, K = q.shape → B, heads, T, K = k.shape": (
         "Queries and keys have the same shape."
     ),
-    "cross_entropy_backward: xp = namespace(logits) → xp = namespace(lse)": (
-        "All of the cache lies on one device."
+    "entrywise: flat = [x.reshape(-1) for x in xs] → flat = [x.reshape(-2) for x in xs]": (
+        INFERRED_SIDE
     ),
+    "entrywise: y = np.empty_like(flat[0]) → y = np.empty_like(flat[1])": ALIKE,
+    "entrywise: y = np.empty_like(flat[0]) → y = np.empty_like(flat[-1])": ALIKE,
+    "entrywise: return y.reshape(xs[0].shape) → return y.reshape(xs[1].shape)": ALIKE,
+    "entrywise: return y.reshape(xs[0].shape) → return y.reshape(xs[-1].shape)": ALIKE,
+    "layer_norm_backward: along = dots(dx, xhat) / dy.shape[-1] → "
+    "along = dots(xhat, dx) / dy.shape[-1]": SYMMETRIC,
+    "softmax_backward: dx = dy - dots(dy, y) → dx = dy - dots(y, dy)": SYMMETRIC,
+    "vocabulary_parts: rows = slice(start, min(start + chunk, table.shape[0])) → "
+    "rows = slice(start, min(table.shape[0], start + chunk))": SYMMETRIC,
+    "vocabulary_parts: column = namespace(target).where(here, target - start, 0) → "
+    "column = namespace(target).where(here, target - start, -1)": NOT_HERE,
+    "loss_and_grads: x, trunk = trunk_forward(base, lora, tokens=tokens, config=config, "
+    "lora_config=lora_config, masks=masks, frozen=frozen, recompute=recompute) → "
+    "x, trunk = trunk_forward(base, lora, tokens=tokens, config=config, "
+    "lora_config=lora_config, masks=masks, frozen=frozen)": (
+        "Computing again gives the same bits; tests/budget sees the memory."
+    ),
+    "loss_and_grads: loss, head = head_loss_forward(x, head_table(base), targets=targets, "
+    "ignore_index=ignore_index, count=count, frozen=frozen) → "
+    "loss, head = head_loss_forward(x, head_table(base), targets=targets, "
+    "ignore_index=ignore_index, count=count)": (
+        "A gradient of the table that nobody asked for is dropped; tests/budget sees the memory."
+    ),
+    "head_loss_backward: xp = namespace(x) → xp = namespace(table)": ONE_DEVICE,
+    "head_loss_backward: x_rows, n = (rows(x), xp.arange(target.size)) → "
+    "x_rows, n = (rows(x), xp.arange(lse.size))": "Every row has one target.",
+    "cross_entropy_backward: xp = namespace(logits) → xp = namespace(lse)": ONE_DEVICE,
     "cross_entropy_backward: dlogits[xp.arange(target.size), target] -= 1.0 → "
     "dlogits[xp.arange(weight.size), target] -= 1.0": "Every target has one weight.",
     "_gelu_tanh: return np.tanh(u, out=u) → return np.tanh(u)": (
@@ -256,6 +287,7 @@ def is_unpacking_a_cache(value: ast.expr) -> bool:
 def is_allocation(value: ast.expr) -> bool:
     return isinstance(value, ast.Call) and getattr(value.func, "attr", "") in (
         "empty",
+        "empty_like",
         "zeros_like",
     )
 
@@ -321,6 +353,8 @@ def executed(mutant: Mutant) -> types.SimpleNamespace:
         if isinstance(f, types.FunctionType) and f.__module__ == mutant.module.__name__:
             names[name] = types.FunctionType(f.__code__, names, name, f.__defaults__, f.__closure__)
             names[name].__kwdefaults__ = f.__kwdefaults__
+    if "BLOCK" in names:
+        names["BLOCK"] = 3  # so that small arrays have several
     exec(mutant.code, names)
     return types.SimpleNamespace(**names)
 
@@ -371,8 +405,8 @@ class ModelCheck:
     No mutant changes that loss, so each of its values is computed once and remembered.
     """
 
-    def __init__(self, case: Case, wrt: str) -> None:
-        self.wrt = wrt
+    def __init__(self, case: Case, wrt: str, *, recompute: bool = False) -> None:
+        self.wrt, self.recompute = wrt, recompute
         self.constants = case._asdict()
         self.trees = {"base": self.constants.pop("base"), "lora": self.constants.pop("lora")}
         self.constants["targets"] = np.where(case.targets == -100, -1, case.targets)
@@ -391,8 +425,10 @@ class ModelCheck:
             self.losses[key] = gpt.loss_and_grads(**trees, **self.constants, wrt=self.wrt)[0]
         return float(self.losses[key])
 
-    def __call__(self, loss_and_grads: Callable[..., tuple]) -> None:
-        loss, *gradients = loss_and_grads(**self.trees, **self.constants, wrt=self.wrt)
+    def __call__(self, mutated: types.SimpleNamespace) -> None:
+        loss, *gradients = mutated.loss_and_grads(
+            **self.trees, **self.constants, wrt=self.wrt, recompute=self.recompute
+        )
         named = zip(self.trees, gradients, strict=True)
         given = {key: gradient for key, gradient in named if gradient is not None}
         assert_close(check_tree(self.loss, self.flat, flatten(given), entries=2))
@@ -409,17 +445,39 @@ def model_checks() -> list[ModelCheck]:
     deep = case._replace(
         base=base, lora=adapters, config=config, lora_config=lora_config, masks=None
     )
+    in_mlp = LoRAConfig(rank=2, alpha=2.0, targets=("mlp.up", "mlp.down"))
+    lora = map_leaves(lambda x: x + 0.3, lora_init(case.base, in_mlp, seed=0))
+    above = case._replace(lora=lora, lora_config=in_mlp, masks=None)
+    untied = case._replace(base={**case.base, "head": case.base["wte"] + 0.3})
     return [
         ModelCheck(case, "lora"),
         ModelCheck(deep, "lora"),
         ModelCheck(deep, "base"),
-        ModelCheck(case, "both"),
+        ModelCheck(case, "both", recompute=True),
+        ModelCheck(above, "lora"),
+        ModelCheck(untied, "both"),
     ]
 
 
-def check_the_refusal(loss_and_grads: Callable[..., tuple]) -> None:
-    """Requires that gradients of adapters that are not there are refused, and of a base are not."""
+def check_the_logits(mutated: types.SimpleNamespace) -> None:
+    """Requires that gpt_backward, of the loss's dlogits, gives what loss_and_grads does."""
     case = tiny_model()
+    constants = case._asdict()
+    base, lora, targets = (constants.pop(name) for name in ("base", "lora", "targets"))
+    for base in (base, {**base, "head": base["wte"] + 0.3}):
+        _, *expected = gpt.loss_and_grads(base, lora, targets=targets, **constants, wrt="both")
+        logits, cache = gpt.gpt_forward(base, lora, **constants)
+        _, loss_cache = ops.cross_entropy_forward(logits, targets=targets)
+        (dlogits,) = ops.cross_entropy_backward(1.0, loss_cache)
+        for found, tree in zip(mutated.gpt_backward(dlogits, cache), expected, strict=True):
+            found, flat = flatten(found), flatten(tree)
+            assert found.keys() == flat.keys()
+            assert all(np.allclose(found[path], flat[path], rtol=1e-9) for path in flat)
+
+
+def check_the_refusal(mutated: types.SimpleNamespace) -> None:
+    """Requires that gradients of adapters that are not there are refused, and of a base are not."""
+    case, loss_and_grads = tiny_model(), mutated.loss_and_grads
     arguments = {"tokens": case.tokens, "targets": case.targets, "config": case.config}
     loss_and_grads(case.base, **arguments, wrt="base")
     for wrt in ("lora", "both"):
@@ -449,11 +507,11 @@ def fate(mutant: Mutant, check: Callable[[types.SimpleNamespace, str], None]) ->
 
 def results(word: str = "", make: Callable = mutants_of) -> Iterator[Result]:
     """Every mutant of ops, lora and gpt, and how it fared."""
-    checks = [*model_checks(), check_the_refusal]
+    checks = [*model_checks(), check_the_logits, check_the_refusal]
 
     def check_the_model(mutated: types.SimpleNamespace, function: str) -> None:
         for check in checks:
-            check(mutated.loss_and_grads)
+            check(mutated)
 
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
