@@ -76,7 +76,10 @@ def sum_nats(
         )
         return head_loss_forward(x, head_table(base), targets=targets, count=1)[0], targets.size
 
-    losses, sizes = zip(*workers.map(nats, batches), strict=True)
+    found = list(workers.map(nats, batches))
+    if not found:  # one of several processes may have no share
+        return 0.0, 0
+    losses, sizes = zip(*found, strict=True)
     read_at_once = namespace(losses[0]).stack(losses).tolist()
     return sum(read_at_once), sum(sizes)
 

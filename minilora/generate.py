@@ -162,8 +162,7 @@ def cached_attention(
     end = position + T
     cache.keys[:, :, position:end] = k
     cache.values[:, :, position:end] = v
-    scores = q @ cache.keys[:, :, :end].swapaxes(-1, -2)
-    scores *= 1.0 / math.sqrt(K)  # [ATT.1]
+    scores = (q * (1.0 / math.sqrt(K))) @ cache.keys[:, :, :end].swapaxes(-1, -2)  # [ATT.1]
     scores += xp.triu(xp.full((T, end), -math.inf, dtype=qkv.dtype), position + 1)
     att, _ = softmax_forward(scores)  # [ATT.2]
     y, y_heads = merged_heads(qkv[..., : heads * K], heads)
@@ -181,9 +180,12 @@ def distribution(
 
     softmax(logits / temperature), all on the likeliest token at temperature 0. top_k keeps the k
     likeliest tokens (Fan et al. 2018); top_p keeps of these the smallest set of likeliest ones
-    whose probability reaches p (Holtzman et al. 2020). What is kept is scaled to sum to 1.
+    whose probability reaches p (Holtzman et al. 2020). What is kept is scaled to sum to 1. Raises
+    MiniloraError for logits that are not finite.
     """
     logits = logits.astype(np.float64)
+    if not np.isfinite(logits).all():
+        raise MiniloraError("the logits are not finite: the model's numbers overflow on this text")
     if temperature == 0:
         p = np.zeros_like(logits)
         p[logits.argmax()] = 1.0

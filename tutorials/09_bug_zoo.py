@@ -243,8 +243,8 @@ print(
 
 
 # %%
-def twice_scaled(x, A, B, *, scale, mask=None):
-    return lora_forward(x, A, B, scale=scale * scale, mask=mask)
+def twice_scaled(x, A, B, *, scale, **others):
+    return lora_forward(x, A, B, scale=scale * scale, **others)
 
 
 with patch("minilora.gpt.lora_forward", twice_scaled):
@@ -363,11 +363,11 @@ print(f"typo:    {count(half):,} numbers trained, loss {half_losses[-1]:.3f}")
 
 
 # %%
-def dropping_linear(x, w, b, *, adapters, frozen):
+def dropping_linear(x, w, b, *, adapters, **constants):
     for adapter in adapters.values():
         x = x * adapter.mask
     unmasked = {name: adapter._replace(mask=None) for name, adapter in adapters.items()}
-    return adapted_linear(x, w, b, adapters=unmasked, frozen=frozen)
+    return adapted_linear(x, w, b, adapters=unmasked, **constants)
 
 
 adapted_linear = gpt.adapted_linear_forward
@@ -426,8 +426,8 @@ print("loss on English prose after", DECAY_STEPS, "steps:", np.round(decay_losse
 
 
 # %%
-def keeping_linear(x, w, b, *, frozen=False):
-    return ops.linear_forward(x, w, b, frozen=frozen)[0], (x, w)
+def keeping_linear(x, w, b, **constants):
+    return ops.linear_forward(x, w, b, **constants)[0], (x, w)
 
 
 def kept_megabytes():
@@ -435,7 +435,7 @@ def kept_megabytes():
     _, cache = gpt.gpt_forward(base, on_qv, **BATCH, lora_config=QV, frozen=True)
     kept, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert cache.frozen
+    assert cache.trunk.frozen
     return kept / 1e6
 
 

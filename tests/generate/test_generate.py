@@ -200,6 +200,12 @@ def test_temperature_divides_the_logits(logits, temperature):
     )
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_refused(temperature):
+    with pytest.raises(MiniloraError, match="logits are not finite"):
+        distribution(np.array([0.0, np.nan, 1.0]), temperature=temperature)
+
+
 @given(LOGITS)
 def test_temperature_zero_is_the_likeliest_token(logits):
     p = distribution(logits, temperature=0.0, top_k=3, top_p=0.5)

@@ -464,9 +464,9 @@ def check_the_logits(mutated: types.SimpleNamespace) -> None:
     case = tiny_model()
     constants = case._asdict()
     base, lora, targets = (constants.pop(name) for name in ("base", "lora", "targets"))
-    for base in (base, {**base, "head": base["wte"] + 0.3}):
-        _, *expected = gpt.loss_and_grads(base, lora, targets=targets, **constants, wrt="both")
-        logits, cache = gpt.gpt_forward(base, lora, **constants)
+    for given in (base, {**base, "head": base["wte"] + 0.3}):
+        _, *expected = gpt.loss_and_grads(given, lora, targets=targets, **constants, wrt="both")
+        logits, cache = gpt.gpt_forward(given, lora, **constants)
         _, loss_cache = ops.cross_entropy_forward(logits, targets=targets)
         (dlogits,) = ops.cross_entropy_backward(1.0, loss_cache)
         for found, tree in zip(mutated.gpt_backward(dlogits, cache), expected, strict=True):

@@ -26,6 +26,11 @@ PACKAGE = Path(minilora.__path__[0])
 TUTORIAL = ROOT / "tutorials" / "09_bug_zoo.py"
 
 
+LINEAR = (
+    "y, linear_cache = linear_forward(x, w, b, frozen=frozen, needs_dx=needs_dx, needs_y=needs_y)"
+)
+
+
 class Bug(NamedTuple):
     """A bug by its heading in the tutorial: the file, the line as it is, as it is planted."""
 
@@ -106,10 +111,10 @@ BUGS = (
     Bug(
         "Dropout on the wrong path",
         "gpt.py",
-        "y, linear_cache = linear_forward(x, w, b, frozen=frozen)",
+        LINEAR,
         "for adapter in adapters.values():\n"
         "        x = x if adapter.mask is None else x * adapter.mask\n"
-        "    y, linear_cache = linear_forward(x, w, b, frozen=frozen)",
+        f"    {LINEAR}",
         LAWS + "test_dropout_acts_on_the_adapter_s_input_alone",
     ),
     Bug(
@@ -124,8 +129,8 @@ BUGS = (
     Bug(
         "Frozen, and paid for",
         "ops.py",
-        "(None if frozen else x, w)",
-        "(x, w)",
+        "cache = None if frozen else x, w if needs_dx else None",
+        "cache = x, w if needs_dx else None",
         "tests/ops/test_ops.py::test_a_frozen_parameter_costs_nothing_and_changes_nothing_else",
     ),
     Bug(
