@@ -152,6 +152,22 @@ PAIRS: dict[str, Pair] = {
 }
 
 
+# The pages whose names are not those of the pairs.
+PAGES = {
+    "position": "embedding",
+    "softmax": "attention",
+    "residual": "model",
+    "cross-entropy": "head",
+    "head and loss": "head",
+}
+
+
+def page_of(name: str) -> str:
+    """The page that derives a pair of the register, or another row of the table, by its name."""
+    first = name.split(",")[0]
+    return f"docs/derivations/{PAGES.get(first, first.replace(' ', '_'))}.md"
+
+
 class Case(NamedTuple):
     """A whole model with adapters and one batch: what `loss_and_grads` takes, in its names."""
 

@@ -544,7 +544,7 @@ def test_a_wrong_gradient_exits_1(cli, tmp_path, few_pairs):
     few_pairs(gelu=pairs.PAIRS["gelu"]._replace(backward=wrong))
     result = cli("gradcheck", "--json", "x.json")
     assert result.status == 1
-    assert re.search(r"^gelu .*ABOVE$", result.out, re.M)
+    assert re.search(r"^gelu .*ABOVE: see docs/derivations/gelu\.md$", result.out, re.M)
     assert figures(tmp_path / "x.json", "gradcheck")["max_relative_error"] > 1e-4
 
 
@@ -559,7 +559,7 @@ def test_a_gradient_that_is_not_finite_exits_1(cli, tmp_path, few_pairs):
     few_pairs(gelu=pairs.PAIRS["gelu"]._replace(backward=broken))
     result = cli("gradcheck", "--json", "x.json")
     assert result.status == 1, result.err
-    assert re.search(r"^gelu .*inf .*ABOVE$", result.out, re.M)
+    assert re.search(r"^gelu .*inf .*ABOVE: see docs/derivations/gelu\.md$", result.out, re.M)
     found = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))
     assert found["max_relative_error"] is found["pairs"]["gelu"] is None
     assert found["pairs"]["linear"] < 1e-6

@@ -2,6 +2,7 @@
 
 import inspect
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora import lora, ops
-from minilora.gradcheck import assert_close, check_pair
-from minilora.pairs import PAIRS, Sizes
+from minilora.gradcheck import GradientError, assert_close, check_pair
+from minilora.pairs import PAIRS, Sizes, page_of
 
 every_pair = pytest.mark.parametrize("name", PAIRS)
 
@@ -55,7 +56,15 @@ def test_gradients_agree_with_central_differences(name, sizes, seed):
         entries=6,
         frozen=pair.frozen,
     )
-    assert_close(checks, 1e-6)
+    try:
+        assert_close(checks, 1e-6)
+    except GradientError as error:
+        raise GradientError(f"{name}, derived in {page_of(name)}: {error}") from None
+
+
+@every_pair
+def test_every_pair_has_a_page(name):
+    assert (Path(__file__).parents[2] / page_of(name)).is_file()
 
 
 @every_pair
