@@ -30,7 +30,8 @@ LAUNCHERS = (
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),  # Slurm's srun
 )
 LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
-HEAD_START = 1.0  # seconds in which the first rank may tell an error that all ranks have
+HEAD_START = 2.0  # seconds in which the first rank may tell an error that all ranks have
+TO_FORWARD = 0.5  # and this long has the launcher to pass on what was printed before it ends all
 
 Value = TypeVar("Value")
 
@@ -194,5 +195,6 @@ def as_one(run: Callable[[], int]) -> int:
             print(f"rank {rank}: {printed.getvalue().strip()}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
+        time.sleep(TO_FORWARD)
         sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(status)  # the others may wait for this rank
     return status
