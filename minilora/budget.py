@@ -221,10 +221,12 @@ def kept_gelu() -> Iterator[Kept]:
 
 
 def kept_head_loss(*, frozen: bool) -> Iterator[Kept]:
-    """x, each row's log Σ exp z and its weight in the mean; frozen, what dx is made of [HL.3]."""
-    yield Kept("head and loss", "x, log Σ exp, weights", "N C + 2 N")
+    """Each row's weight in the mean, and what dx is made of: Σ p E where the table is frozen
+    [HL.3], else x and log Σ exp z, of which the logits are made again [HL.4]."""
     if frozen:
-        yield Kept("head and loss", "Σ p E", "N C")
+        yield Kept("head and loss", "Σ p E, weights", "N C + N")
+    else:
+        yield Kept("head and loss", "x, log Σ exp, weights", "N C + 2 N")
 
 
 def kept_adapted_linear(step: Step, path: str, n_in: str) -> Iterator[Kept]:

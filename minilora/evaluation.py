@@ -74,6 +74,7 @@ def sum_nats(
         x, _ = trunk_forward(
             base, lora, tokens=tokens, config=config, lora_config=lora_config, frozen=True
         )
+        # A table that is not frozen: then no gradient is made beside the loss.
         return head_loss_forward(x, head_table(base), targets=targets, count=1)[0], targets.size
 
     found = list(workers.map(nats, batches))

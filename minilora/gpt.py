@@ -496,6 +496,7 @@ def loss_and_grads(
         count=count,
         frozen=frozen,
     )
+    del x  # what is needed of it lies in the caches
     dx, dhead = head_loss_backward(1.0, head)
     dbase, dlora = trunk_backward(dx, trunk)
     dbase = with_head(dbase, dhead, tied="head" not in base)

@@ -367,9 +367,10 @@ def weigh(
     """Every row's target, 0 where it is ignored, and its weight in the mean, 1 / N or then 0."""
     xp = namespace(targets)
     target = targets.reshape(-1)
-    counted = (target != ignore_index).astype(dtype)
+    is_counted = target != ignore_index
+    counted = is_counted.astype(dtype)
     divisor = float(count) if count is not None else xp.maximum(counted.sum(), 1.0)
-    return xp.where(target != ignore_index, target, 0), counted / divisor
+    return xp.where(is_counted, target, 0), counted / divisor
 
 
 def cross_entropy_backward(dloss: Array | float, cache: Cache) -> tuple[Array]:
@@ -385,7 +386,6 @@ def cross_entropy_backward(dloss: Array | float, cache: Cache) -> tuple[Array]:
 
 # --- the head and the loss in one --------------------------------------------------------------
 
-
 VOCABULARY = 4096  # tokens at a time
 
 
@@ -393,7 +393,7 @@ class VocabularyPart(NamedTuple):
     """Some rows E of the table (V, C) and where they are; for each row of the batch whether its
     target is among them, and in which column of their logits (0 if it is not)."""
 
-    rows: slice
+    part: slice
     E: Array
     has_target: Array
     column: Array
@@ -402,21 +402,21 @@ class VocabularyPart(NamedTuple):
 def vocabulary_parts(table: Array, target: Array, chunk: int) -> Iterator[VocabularyPart]:
     """The vocabulary, `chunk` tokens at a time."""
     for start in range(0, table.shape[0], chunk):
-        rows = slice(start, min(start + chunk, table.shape[0]))
-        here = (target >= rows.start) & (target < rows.stop)
-        column = namespace(target).where(here, target - start, 0)
-        yield VocabularyPart(rows, table[rows], here, column)
+        part = slice(start, min(start + chunk, table.shape[0]))
+        has_target = (target >= part.start) & (target < part.stop)
+        column = namespace(target).where(has_target, target - start, 0)
+        yield VocabularyPart(part, table[part], has_target, column)
 
 
 class HeadLossCache(NamedTuple):
-    """What the loss keeps: x (N, C) and the table; the row's target, its weight in the mean and its
-    log Σ exp z; and the expected row Σ_v p_v E_v (N, C), where the table is frozen."""
+    """What the loss keeps: the table, each row's target and its weight in the mean; and either x
+    (..., C) and log Σ exp z (N, 1) or, where the table is frozen, Σ_v p_v E_v (..., C)."""
 
-    x: Array
+    x: Array | None
     table: Array
     target: Array
     weight: Array
-    lse: Array
+    lse: Array | None
     expected: Array | None
     chunk: int
 
@@ -457,22 +457,24 @@ def head_loss_forward(
             expected *= shrink
             expected += z @ E  # [HL.2] Σ exp(z - top) E
         top = higher
-    if expected is not None:
-        expected /= total
     lse = xp.log(total) + top
     loss = ((lse[:, 0] - z_target) * weight).sum()
-    return loss, HeadLossCache(x, table, target, weight, lse, expected, chunk)
+    if expected is None:
+        return loss, HeadLossCache(x, table, target, weight, lse, None, chunk)
+    expected /= total
+    expected = expected.reshape(x.shape)
+    return loss, HeadLossCache(None, table, target, weight, None, expected, chunk)
 
 
 def head_loss_backward(dloss: Array | float, cache: Cache) -> tuple[Array, Array | None]:
     """dx, dtable of `head_loss_forward`; dtable is None when frozen."""
     x, table, target, weight, lse, expected, chunk = cache
-    xp = namespace(x)
     weight = (weight * dloss)[:, None]
     if expected is not None:
-        dx = expected - table[target]
+        dx = rows(expected) - table[target]
         dx *= weight  # [HL.3] dx = (Σ p_v E_v - E_target) dloss / N
-        return dx.reshape(x.shape), None
+        return dx.reshape(expected.shape), None
+    xp = namespace(x)
     x_rows, n = rows(x), xp.arange(target.size)
     dx, dtable = xp.zeros_like(x_rows), xp.empty_like(table)
     for part, E, has_target, column in vocabulary_parts(table, target, chunk):

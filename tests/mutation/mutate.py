@@ -71,10 +71,10 @@ EXPLAINED = {
     "layer_norm_backward: along = dots(dx, xhat) / dy.shape[-1] → "
     "along = dots(xhat, dx) / dy.shape[-1]": SYMMETRIC,
     "softmax_backward: dx = dy - dots(dy, y) → dx = dy - dots(y, dy)": SYMMETRIC,
-    "vocabulary_parts: rows = slice(start, min(start + chunk, table.shape[0])) → "
-    "rows = slice(start, min(table.shape[0], start + chunk))": SYMMETRIC,
-    "vocabulary_parts: column = namespace(target).where(here, target - start, 0) → "
-    "column = namespace(target).where(here, target - start, -1)": NOT_HERE,
+    "vocabulary_parts: part = slice(start, min(start + chunk, table.shape[0])) → "
+    "part = slice(start, min(table.shape[0], start + chunk))": SYMMETRIC,
+    "vocabulary_parts: column = namespace(target).where(has_target, target - start, 0) → "
+    "column = namespace(target).where(has_target, target - start, -1)": NOT_HERE,
     "loss_and_grads: x, trunk = trunk_forward(base, lora, tokens=tokens, config=config, "
     "lora_config=lora_config, masks=masks, frozen=frozen, recompute=recompute) → "
     "x, trunk = trunk_forward(base, lora, tokens=tokens, config=config, "
