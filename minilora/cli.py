@@ -310,6 +310,7 @@ def add_bench(group: Any) -> None:
 
 
 def add_budget(group: Any) -> None:
+    from minilora.budget import SHAPES
     from minilora.lora import TARGETS
 
     sub = add_command(
@@ -322,15 +323,7 @@ def add_budget(group: Any) -> None:
         "forward_flops, backward_flops",
     )
     which = sub.add_mutually_exclusive_group()
-    which.add_argument(
-        "--model",
-        choices=(
-            *("tiny", "small", "distilgpt2", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"),
-            "gpt3",
-        ),
-        default="gpt2",
-        help="a named shape",
-    )
+    which.add_argument("--model", choices=SHAPES, default="gpt2", help="a named shape")
     which.add_argument(
         "--base",
         metavar="DIR",

@@ -21,7 +21,7 @@ from minilora import tree
 from minilora.backend import namespace, to_host
 from minilora.errors import MiniloraError
 from minilora.tree import Tree
-from minilora.workers import cores
+from minilora.workers import cores, own_cores
 
 # Where launchers tell a process its rank, and how many processes there are.
 LAUNCHERS = (
@@ -90,9 +90,7 @@ class MPIRanks(Ranks):
         self.comm = comm
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         neighbours = comm.Split_type(MPI.COMM_TYPE_SHARED)
-        affinity = getattr(os, "sched_getaffinity", None)  # not on Windows and macOS
-        mine = affinity(0) if affinity else set(range(cores()))
-        together = set().union(*neighbours.allgather(mine))
+        together = set().union(*neighbours.allgather(own_cores()))
         self._threads = max(1, len(together) // neighbours.Get_size())
         threadpool_limits(self._threads, user_api="blas")  # its default is all the cores
 

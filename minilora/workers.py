@@ -15,10 +15,15 @@ import numpy as np
 SHARD_TOKENS = 1024  # a shard's arrays stay near the core's caches; larger ones are slower
 
 
+def own_cores() -> set[int]:
+    """The numbers of the cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on Windows and macOS
+    return affinity(0) if affinity else set(range(os.cpu_count() or 1))
+
+
 def cores() -> int:
     """How many cores this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # not on Windows and macOS
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    return len(own_cores())
 
 
 def keep_freed_memory() -> None:

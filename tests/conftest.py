@@ -2,6 +2,10 @@
 
 import importlib.util
 import os
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -18,6 +22,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--require-gpu", action="store_true", help="fail gpu tests that find no GPU, not skip them"
     )
+
+
+@pytest.fixture(scope="session")
+def import_file() -> Callable[[str], types.ModuleType]:
+    """`import_file("docs/cost.py")` is the module of a file that belongs to no package."""
+
+    def load(path: str) -> types.ModuleType:
+        name = path.removesuffix(".py").replace("/", "_")
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / path)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

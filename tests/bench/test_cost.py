@@ -1,6 +1,5 @@
 """docs/cost.py: its formulas on cases whose answer is known; its page and plots are of its data."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -13,12 +12,8 @@ ROOT = Path(minilora.__path__[0]).parent
 
 
 @pytest.fixture(scope="module")
-def cost():
-    """docs/cost.py, imported from where it lies."""
-    spec = importlib.util.spec_from_file_location("cost_figures", ROOT / "docs" / "cost.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def cost(import_file):
+    return import_file("docs/cost.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The figures of docs/claims.md and docs/budget.md: what is arithmetic is computed again."""
 
 import contextlib
-import importlib.util
 import io
 import json
 import re
@@ -218,12 +217,8 @@ def test_what_lora_recovers_is_what_the_base_s_card_says():
 
 
 @pytest.fixture(scope="module")
-def script():
-    """docs/claims.py, imported from where it lies."""
-    spec = importlib.util.spec_from_file_location("claims", ROOT / "docs" / "claims.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(import_file):
+    return import_file("docs/claims.py")
 
 
 def test_training_changes_adapters_alone(script):

@@ -1,6 +1,5 @@
 """The measurements behind docs/mixing.md, on cases whose answer is known; and the page's claims."""
 
-import importlib.util
 import re
 from pathlib import Path
 
@@ -19,13 +18,8 @@ LORA = LoRAConfig(rank=2, alpha=3.0, targets=("q", "v", "o", "up", "down"))
 
 
 @pytest.fixture(scope="module")
-def script():
-    """docs/mixing.py, imported from where it lies."""
-    path = ROOT / "docs" / "mixing.py"
-    spec = importlib.util.spec_from_file_location("mixing_figures", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(import_file):
+    return import_file("docs/mixing.py")
 
 
 def a_model(dtype=np.float64, seed=0):

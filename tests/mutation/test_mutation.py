@@ -1,8 +1,6 @@
 """Every small mistake in a backward pass is noticed: see mutate.py, which also runs on its own."""
 
 import ast
-import importlib.util
-import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +11,8 @@ HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
-def mutate():
-    spec = importlib.util.spec_from_file_location("mutate", HERE / "mutate.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["mutate"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["mutate"]
+def mutate(import_file):
+    return import_file("tests/mutation/mutate.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The tutorials' notebooks: the same code in the same order, and they run."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +12,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def notebooks():
-    spec = importlib.util.spec_from_file_location("notebooks", ROOT / "docs" / "notebooks.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def notebooks(import_file):
+    return import_file("docs/notebooks.py")
 
 
 def test_one_command_writes_a_valid_notebook_for_each_tutorial(notebooks, tmp_path):
