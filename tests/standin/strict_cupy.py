@@ -227,7 +227,11 @@ add_readings()
 
 
 class Ufunc:
-    """A ufunc: scalars and device arrays only. `at` and `reduce` are where CuPy has them."""
+    """A ufunc: scalars and device arrays only.
+
+    CuPy has `at` for add and `reduce` for add and multiply; for any other ufunc it raises
+    NotImplementedError in these words, and so does this.
+    """
 
     def __init__(self, name: str) -> None:
         self.name, self.f, self.parameters = name, getattr(np, name), MANIFEST["ufuncs"][name]
