@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from minilora.errors import MiniloraError
 from minilora.gpt import GPTConfig
 from minilora.lora import ATTENTION_TARGETS, LoRAConfig, adapted_paths, weight_of
-from minilora.ops import BLOCK, VOCABULARY
+from minilora.ops import BLOCK, QUERIES, VOCABULARY, causal_blocks
 from minilora.workers import Workers, cores
 
 SHAPES = {
@@ -210,9 +210,8 @@ def kept_lora(name: str, n_in: str, rank: int, *, dropout: float, shared: bool) 
 
 
 def kept_attention() -> Iterator[Kept]:
-    """q, k, v [ATT.4-8] and the weights P [ATT.6]."""
+    """q, k, v [ATT.4-8]; the weights P are computed again."""
     yield Kept("attention", "q, k, v", "3 N C")
-    yield Kept("attention", "P", "H T N")
 
 
 def kept_gelu() -> Iterator[Kept]:
@@ -318,6 +317,7 @@ def temporary(step: Step) -> dict[str, int]:
     sizes["Y"] = min(sizes["V"], VOCABULARY)  # logits at a time; those before are still there
     sizes["Z"] = min(sizes["V"], 2 * VOCABULARY)
     sizes["E"] = min(BLOCK, sizes["N"] * sizes["F"])  # entries of a GELU at a time
+    sizes["Q"] = min(QUERIES, sizes["T"])  # queries of an attention at a time
 
     def count(formula: str, gradients: str = "0") -> int:
         return evaluate(f"{formula} + {gradients}" if full else formula, sizes)
@@ -332,7 +332,7 @@ def temporary(step: Step) -> dict[str, int]:
         "a GELU's backward": count("2 N C + 2 N F + 4 E", f"{above} + F C") + there,
     }
     if any(step.reaches_attention(block) for block in range(step.lowest, step.config.n_layer)):
-        attention = count("7 N C + 2 H T N", f"{above} + 2 C F + C C")
+        attention = count("8 N C + 3 H Q N", f"{above} + 2 C F + C C")
         found["an attention's backward"] = attention + there
     if full:
         tables = max(count("2 N C + V C") + again, count("N C + 2 V C")) if step.tied else again
@@ -403,17 +403,18 @@ def block_flops(step: Step, block: int) -> Flops:
     config, N = step.config, step.batch * step.context
     shapes = weight_shapes(config)
     weights = {name: 2 * N * n_in * n_out for name, (n_in, n_out) in shapes.items()}
-    attention = 4 * step.context * N * config.n_embd  # q kᵀ and P v
+    pairs = sum((t.stop - t.start) * s.stop for t, s in causal_blocks(step.context, QUERIES))
+    attention = 2 * step.batch * pairs * config.n_embd  # for each of its products
     adapters = {
         path.rpartition(".")[2]: (2 * N * rank * n_in, 2 * N * rank * n_out)
         for path, (n_in, rank, n_out) in step.adapters.items()
         if path.startswith(f"blocks.{block}.")
     }
-    forward = sum(weights.values()) + attention + sum(map(sum, adapters.values()))
+    forward = sum(weights.values()) + 2 * attention + sum(map(sum, adapters.values()))
     if block < step.lowest:
         return Flops(forward, 0)
     backward = (2 if step.trains_base else 1) * sum(weights.values())  # dx, dW
-    backward += 2 * attention + 2 * sum(map(sum, adapters.values()))
+    backward += 5 * attention + 2 * sum(map(sum, adapters.values()))
     if step.recompute:
         backward += forward - weights["down"]
     if step.ends_in(block):
@@ -421,7 +422,7 @@ def block_flops(step: Step, block: int) -> Flops:
         if step.reaches_attention(block):
             backward -= sum(products[0] for name, products in adapters.items() if name in "qkv")
         else:
-            backward -= 2 * attention + weights["o"] + weights["up"]
+            backward -= 5 * attention + weights["o"] + weights["up"]
             backward -= adapters["up"][0] if "up" in adapters else 0
     return Flops(forward, backward)
 

@@ -7,7 +7,6 @@ whatever the length, and one row of attention.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -20,12 +19,13 @@ from minilora.errors import MiniloraError
 from minilora.gpt import GPTConfig, block_adapters, block_forward, head_table
 from minilora.lora import LoRAConfig, lora_embedding_forward
 from minilora.ops import (
+    attention_weights,
+    causal_mask,
     embedding_forward,
     head_forward,
     layer_norm_forward,
     merged_heads,
     position_forward,
-    softmax_forward,
     split_heads,
 )
 from minilora.tree import Tree
@@ -162,11 +162,9 @@ def cached_attention(
     end = position + T
     cache.keys[:, :, position:end] = k
     cache.values[:, :, position:end] = v
-    scores = (q * (1.0 / math.sqrt(K))) @ cache.keys[:, :, :end].swapaxes(-1, -2)  # [ATT.1]
-    scores += xp.triu(xp.full((T, end), -math.inf, dtype=qkv.dtype), position + 1)
-    att, _ = softmax_forward(scores)  # [ATT.2]
+    P, _ = attention_weights(q, cache.keys[:, :, :end], causal_mask(T, qkv))  # [ATT.1-2]
     y, y_heads = merged_heads(qkv[..., : heads * K], heads)
-    xp.matmul(att, cache.values[:, :, :end], out=y_heads)  # [ATT.3]
+    xp.matmul(P, cache.values[:, :, :end], out=y_heads)  # [ATT.3]
     return y, ()
 
 

@@ -38,7 +38,12 @@ def dots(x: Array, y: Array) -> Array:
     return namespace(x).einsum("...c,...c->...", x, y)[..., None]
 
 
-BLOCK = 2**15  # entries at a time: what a few passes over them read and write stays in the cache
+BLOCK = 2**17  # entries at a time: what a few passes over them read and write stays in the cache
+
+
+def sums(x: Array) -> Array:
+    """The sum along the last axis.  (..., C) -> (..., 1)"""
+    return namespace(x).einsum("...c->...", x)[..., None]
 
 
 def entrywise(f: Callable[..., Array], *xs: Array) -> Array:
@@ -142,7 +147,7 @@ def layer_norm_forward(
     (..., C), (C,), (C,) -> (..., C). μ and σ² are the mean and the (biased) variance of each row.
     Keeps x̂ and 1/√(σ² + ε) rather than x: they are what every gradient is made of.
     """
-    xhat = x - x.mean(axis=-1, keepdims=True)  # [LN.1] x - μ
+    xhat = x - sums(x) / x.shape[-1]  # [LN.1] x - μ
     variance = dots(xhat, xhat) / x.shape[-1]  # [LN.2] σ² = mean (x - μ)²
     rstd = 1.0 / namespace(x).sqrt(variance + eps)
     xhat *= rstd  # [LN.3] x̂ = (x - μ) / √(σ² + ε)
@@ -159,7 +164,7 @@ def layer_norm_backward(dy: Array, cache: Cache) -> tuple[Array, Array | None, A
     xhat, rstd, w, frozen = cache
     dx = dy * w  # [LN.5] dx̂ = dy ∘ w
     along = dots(dx, xhat) / dy.shape[-1]
-    dx -= dx.mean(axis=-1, keepdims=True)
+    dx -= sums(dx) / dx.shape[-1]
     dx -= xhat * along
     dx *= rstd  # [LN.6] dx = (dx̂ - mean(dx̂) - x̂ mean(dx̂ ∘ x̂)) / √(σ² + ε)
     if frozen:
@@ -235,7 +240,7 @@ def softmax_forward(x: Array) -> tuple[Array, Cache]:
     xp = namespace(x)
     y = x - x.max(axis=-1, keepdims=True)
     xp.exp(y, out=y)
-    y /= y.sum(axis=-1, keepdims=True)  # [SM.1] y = exp(x - max x) / Σ exp(x - max x)
+    y /= sums(y)  # [SM.1] y = exp(x - max x) / Σ exp(x - max x)
     return y, (y,)
 
 
@@ -247,13 +252,19 @@ def softmax_backward(dy: Array, cache: Cache) -> tuple[Array]:
     return (dx,)
 
 
+QUERIES = 64  # times at a time, which need no weights for what comes after the last of them
+
+
 class AttentionCache(NamedTuple):
-    """What attention keeps: views (B, H, T, K) of the projections, and the weights (B, H, T, T)."""
+    """What attention keeps: views (B, H, T, K) of the projections, and how many queries at a time.
+
+    The weights P, which grow with T², are computed again.
+    """
 
     q: Array
     k: Array
     v: Array
-    softmax: Cache
+    queries: int
 
 
 def split_heads(qkv: Array, heads: int) -> tuple[Array, Array, Array]:
@@ -270,38 +281,66 @@ def merged_heads(like: Array, heads: int) -> tuple[Array, Array]:
     return merged, merged.reshape(B, T, heads, C // heads).transpose(0, 2, 1, 3)
 
 
-def attention_forward(qkv: Array, *, heads: int) -> tuple[Array, Cache]:
+def causal_mask(n: int, like: Array) -> Array:
+    """(n, n): row t is 0 where s ≤ t and -∞ where s > t."""
+    xp = namespace(like)
+    return xp.triu(xp.full((n, n), -math.inf, dtype=like.dtype), 1)
+
+
+def causal_blocks(T: int, queries: int) -> Iterator[tuple[slice, slice]]:
+    """All times t < T, some `queries` at a time, each with all the times s that they may see."""
+    for start in range(0, T, queries):
+        stop = min(start + queries, T)
+        yield slice(start, stop), slice(0, stop)
+
+
+def attention_weights(q: Array, k: Array, mask: Array) -> tuple[Array, Cache]:
+    """P = softmax(q kᵀ / √K + mask), for the last n of m times [ATT.1-2]; and the softmax's cache.
+
+    (..., n, K), (..., m, K), (n or more, n or more) -> (..., n, m)
+    """
+    n, K = q.shape[-2:]
+    scores = (q * (1.0 / math.sqrt(K))) @ k.swapaxes(-1, -2)  # [ATT.1] S = q kᵀ / √K
+    scores[..., -n:] += mask[:n, :n]  # among themselves no t sees s > t
+    return softmax_forward(scores)  # [ATT.2] P = softmax(S + causal mask)
+
+
+def attention_forward(qkv: Array, *, heads: int, queries: int = QUERIES) -> tuple[Array, Cache]:
     """Causal multi-head attention of fused projections [ATT.1-3] (Vaswani et al. 2017, eq. 1).
 
     (B, T, 3C) -> (B, T, C): in each head, y_t is the average of v_s over s ≤ t, weighted by
-    softmax(q_t k_sᵀ / √K). Keeps q, k, v and the weights. Raises ValueError unless H divides C.
+    softmax(q_t k_sᵀ / √K). Keeps q, k and v; P is there for some `queries` at a time, on a GPU for
+    all. Raises ValueError unless H divides C.
     """
     xp = namespace(qkv)
     q, k, v = split_heads(qkv, heads)
     T, K = q.shape[-2:]
-    scores = (q * (1.0 / math.sqrt(K))) @ k.swapaxes(-1, -2)  # [ATT.1] S = q kᵀ / √K
-    scores += xp.triu(xp.full((T, T), -math.inf, dtype=qkv.dtype), 1)  # no t looks at s > t
-    att, softmax_cache = softmax_forward(scores)  # [ATT.2] P = softmax(S + causal mask)
+    queries = min(queries, T) if xp is np else T
+    mask = causal_mask(queries, qkv)
     y, y_heads = merged_heads(qkv[..., : heads * K], heads)
-    xp.matmul(att, v, out=y_heads)  # [ATT.3] y = P v
-    return y, AttentionCache(q, k, v, softmax_cache)
+    for t, s in causal_blocks(T, queries):
+        P, _ = attention_weights(q[..., t, :], k[..., s, :], mask)
+        xp.matmul(P, v[..., s, :], out=y_heads[..., t, :])  # [ATT.3] y = P v
+    return y, AttentionCache(q, k, v, queries)
 
 
 def attention_backward(dy: Array, cache: Cache) -> tuple[Array]:
     """(dqkv,) of `attention_forward`. Where P is 0 by the mask, so is dS."""
-    q, k, v, softmax_cache = cache
-    (att,) = softmax_cache
+    q, k, v, queries = cache
     B, heads, T, K = q.shape
     xp = namespace(dy)
+    mask = causal_mask(queries, dy)
     dy_heads = dy.reshape(B, T, heads, K).transpose(0, 2, 1, 3)
-    dqkv = xp.empty((B, T, 3 * heads * K), dtype=dy.dtype)
+    dqkv = xp.zeros((B, T, 3 * heads * K), dtype=dy.dtype)
     dq, dk, dv = split_heads(dqkv, heads)
-    xp.matmul(att.swapaxes(-1, -2), dy_heads, out=dv)  # [ATT.4] dv = Pᵀ dy
-    datt = dy_heads @ v.swapaxes(-1, -2)  # [ATT.5] dP = dy vᵀ
-    (dscores,) = softmax_backward(datt, softmax_cache)  # [ATT.6] dS = P ∘ (dP - Σ dP ∘ P)
-    xp.matmul(dscores, k, out=dq)
+    for t, s in causal_blocks(T, queries):
+        P, softmax_cache = attention_weights(q[..., t, :], k[..., s, :], mask)
+        dv[..., s, :] += P.swapaxes(-1, -2) @ dy_heads[..., t, :]  # [ATT.4] dv = Pᵀ dy
+        dP = dy_heads[..., t, :] @ v[..., s, :].swapaxes(-1, -2)  # [ATT.5] dP = dy vᵀ
+        (dS,) = softmax_backward(dP, softmax_cache)  # [ATT.6] dS = P ∘ (dP - Σ dP ∘ P)
+        xp.matmul(dS, k[..., s, :], out=dq[..., t, :])
+        dk[..., s, :] += dS.swapaxes(-1, -2) @ q[..., t, :]
     dq *= 1.0 / math.sqrt(K)  # [ATT.7] dq = dS k / √K
-    xp.matmul(dscores.swapaxes(-1, -2), q, out=dk)
     dk *= 1.0 / math.sqrt(K)  # [ATT.8] dk = dSᵀ q / √K
     return (dqkv,)
 

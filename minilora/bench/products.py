@@ -95,8 +95,8 @@ class Recorded(np.ndarray):
     def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         products = [np.dot, np.tensordot, np.inner, np.vdot]
         if func is np.einsum:
-            left, _, right = args[0].partition("->")[0].partition(",")
-            products += [func] if left != right else []  # rows by rows are no matrix product
+            operands = args[0].partition("->")[0].split(",")
+            products += [func] if len(set(operands)) > 1 else []  # rows by rows are no product
         if func in products:
             raise TypeError(f"np.{func.__name__} is a product that is not recorded; use matmul")
         return super().__array_function__(func, types, args, kwargs)
