@@ -57,12 +57,15 @@ def case_of(knob: str, size: int) -> Case:
 
 
 def formulas(case: Case) -> dict[str, int]:
-    """FLOPs, numbers under element-wise work (all that is kept, and the logits), and peak bytes."""
-    step = budget.Step(case.config, case.lora_config, case.batch, case.context)
+    """FLOPs, numbers under element-wise work (all that is kept, attention's weights and the logits),
+    and peak bytes."""
+    config = case.config
+    step = budget.Step(config, case.lora_config, case.batch, case.context)
     kept = sum(entry.numbers for entry in budget.ledger(step))
+    weights = config.n_layer * config.n_head * case.batch * budget.pairs(case.context)
     return {
         "flops": budget.flops(step).total,
-        "numbers": kept + case.tokens * case.config.vocab_size,
+        "numbers": kept + weights + case.tokens * config.vocab_size,
         "predicted_bytes": budget.figures(replace(step, threads=case.threads))["peak_bytes"],
     }
 

@@ -153,6 +153,11 @@ class Step:
         attention = (f"blocks.{block}.attn.{target}" for target in ATTENTION_TARGETS)
         return not self.ends_in(block) or any(path in self.adapters for path in attention)
 
+    def reads_again(self, room: str, *targets: str) -> bool:
+        """Whether an adapter of these has its input computed again, rather than a dropped one."""
+        dropout = 0.0 if self.lora_config is None else self.lora_config.dropout
+        return not dropout and any(f"{room}.{target}" in self.adapters for target in targets)
+
     @property
     def shards(self) -> list[int]:
         """The sequences of each pass: of one over the whole batch, or of the threads' shares."""
@@ -192,15 +197,10 @@ def kept_layer_norm() -> Iterator[Kept]:
     yield Kept("layer norm", "x̂, 1/√(σ² + ε)", "N C + N")
 
 
-def kept_linear(name: str, n_in: str, *, frozen: bool) -> Iterator[Kept]:
-    """The input, for dW [LIN.3]; nothing when frozen."""
-    if not frozen:
-        yield Kept(f"linear {name}", "x", f"N {n_in}")
-
-
 def kept_lora(name: str, n_in: str, rank: int, *, dropout: float, shared: bool) -> Iterator[Kept]:
-    """h, for dB [LORA.3], and the input, for dA [LORA.5], unless the weight's linear map or another
-    adapter keeps it too; with dropout an input of its own, and the mask [DROP.2]."""
+    """h, for dB [LORA.3], and the input, for dA [LORA.5], unless it is computed again or the
+    weight's linear map or another adapter keeps it too; with dropout an input of its own, and the
+    mask [DROP.2]."""
     if dropout:
         yield Kept(f"dropout {name}", "mask", f"N {n_in}")
         yield Kept(f"LoRA {name}", "x ∘ mask", f"N {n_in}")
@@ -228,11 +228,13 @@ def kept_head_loss(*, frozen: bool) -> Iterator[Kept]:
         yield Kept("head and loss", "x, log Σ exp, weights", "N C + 2 N")
 
 
-def kept_adapted_linear(step: Step, path: str, n_in: str) -> Iterator[Kept]:
-    """The linear map at a path such as `blocks.0.attn.qkv`, and the adapters on it."""
+def kept_adapted_linear(step: Step, path: str, n_in: str, *, again: bool = False) -> Iterator[Kept]:
+    """The linear map at a path such as `blocks.0.attn.qkv`, and the adapters on it: the input, for
+    dW [LIN.3], unless W is frozen or the input is computed again, and what the adapters keep."""
     name = path.rpartition(".")[2]
-    yield from kept_linear(name, n_in, frozen=not step.trains_base)
-    shared = step.trains_base
+    if step.trains_base and not again:
+        yield Kept(f"linear {name}", "x", f"N {n_in}")
+    shared = step.trains_base or again
     for target in (name, *(name if name == "qkv" else "")):
         adapter = path.removesuffix(name) + target
         if step.lora_config is not None and adapter in step.adapters:
@@ -250,16 +252,17 @@ def kept_block(step: Step, block: int) -> Iterator[Kept]:
     if block < step.lowest:
         return
     path = f"blocks.{block}"
-    if not step.ends_in(block):
+    if not step.ends_in(block) or step.reads_again(f"{path}.attn", "qkv", "q", "k", "v"):
         yield from kept_layer_norm()
     if step.reaches_attention(block):
-        yield from kept_adapted_linear(step, f"{path}.attn.qkv", "C")
+        yield from kept_adapted_linear(step, f"{path}.attn.qkv", "C", again=True)
         yield from kept_attention()
         yield from kept_adapted_linear(step, f"{path}.attn.o", "C")
+    if step.reaches_attention(block) or step.reads_again(f"{path}.mlp", "up"):
         yield from kept_layer_norm()
-    yield from kept_adapted_linear(step, f"{path}.mlp.up", "C")
+    yield from kept_adapted_linear(step, f"{path}.mlp.up", "C", again=True)
     yield from kept_gelu()
-    yield from kept_adapted_linear(step, f"{path}.mlp.down", "F")
+    yield from kept_adapted_linear(step, f"{path}.mlp.down", "F", again=True)
 
 
 class Entry(NamedTuple):
@@ -328,7 +331,7 @@ def temporary(step: Step) -> dict[str, int]:
         again = max(made_again(step, block) for block in range(step.config.n_layer))
     there = again + step.adapter_parameters  # whose gradients these are
     found = {
-        "the loss": max(count("N Z"), count("N Y + N C")) + count("0", "2 N C + V C"),
+        "the loss": max(count("N Z"), count("N Y + N C")) + count("N C", "N C + V C"),
         "a GELU's backward": count("2 N C + 2 N F + 4 E", f"{above} + F C") + there,
     }
     if any(step.reaches_attention(block) for block in range(step.lowest, step.config.n_layer)):
@@ -359,7 +362,9 @@ def moments(step: Step) -> dict[str, int]:
         moment: kept + itemsize * step.passes * numbers
         for moment, numbers in temporary(step).items()
     }
-    found["the update"] = 4 * itemsize * trained  # gradients; new parameters, m and v
+    table = step.config.vocab_size * step.config.n_embd if step.trains_base else 0
+    # gradients; new parameters, m and v, and at first the table's alone with what they are made of
+    found["the update"] = itemsize * (trained + max(3 * trained, 4 * table))
     return found
 
 
@@ -398,13 +403,17 @@ def flops(step: Step) -> Flops:
     return Flops(forward, backward)
 
 
+def pairs(T: int) -> int:
+    """How many weights P_ts a head computes: somewhat more than the T (T + 1) / 2 with s ≤ t."""
+    return sum((t.stop - t.start) * s.stop for t, s in causal_blocks(T, QUERIES))
+
+
 def block_flops(step: Step, block: int) -> Flops:
     """Those of one block. Below the lowest adapter there is no backward pass."""
     config, N = step.config, step.batch * step.context
     shapes = weight_shapes(config)
     weights = {name: 2 * N * n_in * n_out for name, (n_in, n_out) in shapes.items()}
-    pairs = sum((t.stop - t.start) * s.stop for t, s in causal_blocks(step.context, QUERIES))
-    attention = 2 * step.batch * pairs * config.n_embd  # for each of its products
+    attention = 2 * step.batch * pairs(step.context) * config.n_embd  # each of its products
     adapters = {
         path.rpartition(".")[2]: (2 * N * rank * n_in, 2 * N * rank * n_out)
         for path, (n_in, rank, n_out) in step.adapters.items()

@@ -7,7 +7,6 @@ comes from the generator that the caller passes in.
 from __future__ import annotations
 
 import codecs
-import hashlib
 import os
 import sys
 import sysconfig
@@ -358,6 +357,8 @@ def split_files(documents: Sequence[Document], held_out: float) -> tuple[list[st
 
 def name_hash(name: str) -> bytes:
     """Bytes that depend on nothing but the name."""
+    import hashlib  # brings a library of megabytes that nothing else here needs
+
     return hashlib.sha256(name.encode("utf-8")).digest()
 
 

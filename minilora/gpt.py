@@ -32,17 +32,20 @@ from minilora.lora import (
     weight_of,
 )
 from minilora.ops import (
+    Again,
     Cache,
     attention_backward,
     attention_forward,
     embedding_backward,
     embedding_forward,
+    gelu_again,
     gelu_backward,
     gelu_forward,
     head_backward,
     head_forward,
     head_loss_backward,
     head_loss_forward,
+    layer_norm_again,
     layer_norm_backward,
     layer_norm_forward,
     linear_backward,
@@ -169,16 +172,21 @@ def adapted_linear_forward(
     frozen: bool,
     needs_dx: bool = True,
     needs_y: bool = True,
+    again: Again | None = None,
 ) -> tuple[Any, Cache]:
     """y = x W + b + Σ s (x A) B, each adapter on its own columns of y [ADAPT.1].
 
-    (..., I), (I, O), (O,) -> (..., O). Keeps the caches of its parts. y is None where only they are
-    needed.
+    (..., I), (I, O), (O,) -> (..., O). Keeps the caches of its parts, and in them not x but what
+    computes it `again`, if given. y is None where only they are needed.
     """
-    y, linear_cache = linear_forward(x, w, b, frozen=frozen, needs_dx=needs_dx, needs_y=needs_y)
+    y, linear_cache = linear_forward(
+        x, w, b, frozen=frozen, needs_dx=needs_dx, needs_y=needs_y, again=again
+    )
     lora_caches = {}
     for name, (A, B, scale, mask, columns) in adapters.items():
-        update, cache = lora_forward(x, A, B, scale=scale, mask=mask, needs_dx=needs_dx)
+        update, cache = lora_forward(
+            x, A, B, scale=scale, mask=mask, needs_dx=needs_dx, again=again
+        )
         if needs_y:
             y[..., columns] += update  # [ADAPT.1]
         lora_caches[name] = columns, cache
@@ -237,21 +245,24 @@ def block_forward(
     eps = config.layer_norm_epsilon
     needs_dh = needs_dx or not adapters.keys().isdisjoint(ATTENTION_TARGETS)
 
-    def linear(x: Array, room: str, name: str, targets: tuple[str, ...], **needs: bool) -> Any:
+    def linear(x: Array, room: str, name: str, targets: tuple[str, ...], **options: Any) -> Any:
         at_this_weight = {t: adapters[t] for t in targets if t in adapters}
         w, b = block[room][name]["w"], block[room][name]["b"]
-        return adapted_linear_forward(x, w, b, adapters=at_this_weight, frozen=frozen, **needs)
+        return adapted_linear_forward(x, w, b, adapters=at_this_weight, frozen=frozen, **options)
 
     h, ln_1 = layer_norm_forward(x, **block["ln_1"], eps=eps, frozen=frozen)
-    h, qkv = linear(h, "attn", "qkv", ("qkv", "q", "k", "v"), needs_dx=needs_dx)
+    again = partial(layer_norm_again, ln_1)
+    h, qkv = linear(h, "attn", "qkv", ("qkv", "q", "k", "v"), needs_dx=needs_dx, again=again)
     h, attention = attend(h, heads=config.n_head)
     h, o = linear(h, "attn", "o", ("o",))
     x, _ = residual_forward(x, h)  # [BLOCK.1] x + Attn(LN₁ x)
 
     h, ln_2 = layer_norm_forward(x, **block["ln_2"], eps=eps, frozen=frozen)
-    h, up = linear(h, "mlp", "up", ("up",), needs_dx=needs_dh)
+    again = partial(layer_norm_again, ln_2)
+    h, up = linear(h, "mlp", "up", ("up",), needs_dx=needs_dh, again=again)
     h, gelu = gelu_forward(h)
-    h, down = linear(h, "mlp", "down", ("down",), needs_y=needs_y)
+    again = partial(gelu_again, gelu)
+    h, down = linear(h, "mlp", "down", ("down",), needs_y=needs_y, again=again)
     cache = BlockCache(ln_1, qkv, attention, o, ln_2, up, gelu, down)
     if not needs_dx:
         cache = cache._replace(ln_1=None)

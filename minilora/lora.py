@@ -19,7 +19,15 @@ import numpy as np
 
 from minilora.backend import Array, namespace
 from minilora.errors import MiniloraError
-from minilora.ops import Cache, dropout_backward, dropout_forward, dropout_mask, rows
+from minilora.ops import (
+    Again,
+    Cache,
+    dropout_backward,
+    dropout_forward,
+    dropout_mask,
+    made,
+    rows,
+)
 from minilora.tree import Tree, flatten, unflatten
 
 ATTENTION_TARGETS = ("qkv", "q", "k", "v", "o")
@@ -31,9 +39,9 @@ TARGETS = (*ATTENTION_TARGETS, *MLP_TARGETS, "embedding")
 
 
 class LoRACache(NamedTuple):
-    """What the LoRA pair keeps: its (dropped) input, and the small h = s x A."""
+    """What the LoRA pair keeps: its (dropped) input, or what computes it; the small h = s x A."""
 
-    x: Array
+    x: Array | Again
     h: Array
     A: Array
     B: Array
@@ -50,33 +58,37 @@ def lora_forward(
     scale: float,
     mask: Array | None = None,
     needs_dx: bool = True,
+    again: Again | None = None,
 ) -> tuple[Array, Cache]:
     """The low-rank update y = s (x ∘ mask) A B [LORA.1-2] (Hu et al. 2021, eq. 3).
 
     (..., I), (I, R), (R, O) -> (..., O). The mask is a dropout mask for x, or None. Keeps the
-    input, which a frozen W would not need, and h = s x A (..., R), which is small. Without
-    `needs_dx` its gradient is None: below the lowest adapter nothing is trained.
+    input, which a frozen W would not need, or what computes it `again`, and h = s x A (..., R),
+    which is small. Without `needs_dx` its gradient is None: below the lowest adapter nothing is
+    trained.
     """
     dropout = None
     if mask is not None:
         x, dropout = dropout_forward(x, mask=mask)
+        again = None
     h = rows(x) @ A
     h *= scale  # [LORA.1] h = s x A
     y = h @ B  # [LORA.2] y = h B
-    return y.reshape(*x.shape[:-1], B.shape[1]), LoRACache(x, h, A, B, scale, dropout, needs_dx)
+    cache = LoRACache(again or x, h, A, B, scale, dropout, needs_dx)
+    return y.reshape(*x.shape[:-1], B.shape[1]), cache
 
 
 def lora_backward(dy: Array, cache: Cache) -> tuple[Array | None, Array, Array]:
     """dx, dA, dB of `lora_forward`: with dW = xᵀ dy, they are s dW Bᵀ and s Aᵀ dW, never via dW."""
     x, h, A, B, scale, dropout, needs_dx = cache
-    dy = rows(dy)
+    leading, dy = dy.shape[:-1], rows(dy)
     dB = h.T @ dy  # [LORA.3] dB = hᵀ dy
     dxA = dy @ B.T
     dxA *= scale  # [LORA.4] d(xA) = s dy Bᵀ
-    dA = rows(x).T @ dxA  # [LORA.5] dA = xᵀ d(xA)
+    dA = rows(made(x)).T @ dxA  # [LORA.5] dA = xᵀ d(xA)
     if not needs_dx:
         return None, dA, dB
-    dx = (dxA @ A.T).reshape(x.shape)  # [LORA.6] dx = d(xA) Aᵀ
+    dx = (dxA @ A.T).reshape(*leading, A.shape[0])  # [LORA.6] dx = d(xA) Aᵀ
     if dropout is not None:
         (dx,) = dropout_backward(dx, dropout)
     return dx, dA, dB

@@ -27,6 +27,9 @@ from minilora.backend import Array, namespace
 Cache: TypeAlias = Any
 """A tuple that only the backward pass of the same pair opens."""
 
+Again: TypeAlias = Callable[[], Array]
+"""Computes an array again that costs less to compute twice than to keep."""
+
 
 def rows(x: Array) -> Array:
     """The matrix whose rows are the vectors along the last axis."""
@@ -39,6 +42,11 @@ def dots(x: Array, y: Array) -> Array:
 
 
 BLOCK = 2**17  # entries at a time: what a few passes over them read and write stays in the cache
+
+
+def made(x: Array | Again) -> Array:
+    """What was kept, or is to be computed again."""
+    return x() if callable(x) else x
 
 
 def sums(x: Array) -> Array:
@@ -67,13 +75,14 @@ def linear_forward(
     frozen: bool = False,
     needs_dx: bool = True,
     needs_y: bool = True,
+    again: Again | None = None,
 ) -> tuple[Any, Cache]:
     """The affine map y = x W + b [LIN.1].  (..., I), (I, O), (O,) -> (..., O)
 
-    Keeps W for dx, unless no dx is needed, and x for dW, unless W and b are frozen. y is None where
-    only the cache is needed.
+    Keeps W for dx, unless no dx is needed, and x for dW, unless W and b are frozen; or, in place of
+    x, what computes it `again`. y is None where only the cache is needed.
     """
-    cache = None if frozen else x, w if needs_dx else None
+    cache = None if frozen else again or x, w if needs_dx else None
     if not needs_y:
         return None, cache
     y = rows(x) @ w  # [LIN.1]
@@ -89,7 +98,7 @@ def linear_backward(dy: Array, cache: Cache) -> tuple[Array | None, Array | None
         dx = (rows(dy) @ w.T).reshape(*dy.shape[:-1], w.shape[0])  # [LIN.2] dx = dy Wᵀ
     if x is None:
         return dx, None, None
-    dw = rows(x).T @ rows(dy)  # [LIN.3] dW = xᵀ dy
+    dw = rows(made(x)).T @ rows(dy)  # [LIN.3] dW = xᵀ dy
     db = rows(dy).sum(axis=0)  # [LIN.4] db = Σ_rows dy
     return dx, dw, db
 
@@ -151,9 +160,16 @@ def layer_norm_forward(
     variance = dots(xhat, xhat) / x.shape[-1]  # [LN.2] σ² = mean (x - μ)²
     rstd = 1.0 / namespace(x).sqrt(variance + eps)
     xhat *= rstd  # [LN.3] x̂ = (x - μ) / √(σ² + ε)
+    cache = xhat, rstd, w, b, frozen
+    return layer_norm_again(cache), cache
+
+
+def layer_norm_again(cache: Cache) -> Array:
+    """y of `layer_norm_forward`."""
+    xhat, _, w, b, _ = cache
     y = xhat * w  # [LN.4] y = w ∘ x̂ + b
     y += b
-    return y, (xhat, rstd, w, frozen)
+    return y
 
 
 def layer_norm_backward(dy: Array, cache: Cache) -> tuple[Array, Array | None, Array | None]:
@@ -161,7 +177,7 @@ def layer_norm_backward(dy: Array, cache: Cache) -> tuple[Array, Array | None, A
 
     dx is dx̂ less its mean and less its part along x̂: what the two normalisations take out.
     """
-    xhat, rstd, w, frozen = cache
+    xhat, rstd, w, _, frozen = cache
     dx = dy * w  # [LN.5] dx̂ = dy ∘ w
     along = dots(dx, xhat) / dy.shape[-1]
     dx -= sums(dx) / dx.shape[-1]
@@ -185,9 +201,15 @@ def gelu_forward(x: Array) -> tuple[Array, Cache]:
 
     (...) -> (...). The tanh form, as GPT-2 has it. Keeps x alone: tanh u is quick to compute again.
     """
+    return gelu_again((x,)), (x,)
+
+
+def gelu_again(cache: Cache) -> Array:
+    """y of `gelu_forward`."""
+    (x,) = cache
     if namespace(x) is not np:
-        return kernels.gelu_forward(x, GELU_SCALE, GELU_CUBIC), (x,)
-    return entrywise(_gelu, x), (x,)
+        return kernels.gelu_forward(x, GELU_SCALE, GELU_CUBIC)
+    return entrywise(_gelu, x)
 
 
 def gelu_backward(dy: Array, cache: Cache) -> tuple[Array]:
@@ -425,7 +447,7 @@ def cross_entropy_backward(dloss: Array | float, cache: Cache) -> tuple[Array]:
 
 # --- the head and the loss in one --------------------------------------------------------------
 
-VOCABULARY = 4096  # tokens at a time
+VOCABULARY = 2048  # tokens at a time
 
 
 class VocabularyPart(NamedTuple):

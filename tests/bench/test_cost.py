@@ -33,7 +33,7 @@ def test_the_formula_of_the_page_counts_the_flops(cost):
             case = cost.case_of(knob, size)
             c = case.config
             L, C, V, T, R = c.n_layer, c.n_embd, c.vocab_size, case.context, case.rank
-            page = (48 * L - 6) * C**2 + 12 * L * T * C + 4 * C * V + (24 * L - 2) * R * C
+            page = (48 * L - 6) * C**2 + 7 * L * (T + 64) * C + 4 * C * V + (24 * L - 2) * R * C
             assert cost.formulas(case)["flops"] == pytest.approx(case.tokens * page), (knob, size)
 
 
