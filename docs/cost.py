@@ -57,8 +57,10 @@ def case_of(knob: str, size: int) -> Case:
 
 
 def formulas(case: Case) -> dict[str, int]:
-    """FLOPs, numbers under element-wise work (all that is kept, attention's weights and the logits),
-    and peak bytes."""
+    """FLOPs, numbers under element-wise work, and peak bytes.
+
+    The numbers are all that is kept, attention's weights, and the logits.
+    """
     config = case.config
     step = budget.Step(config, case.lora_config, case.batch, case.context)
     kept = sum(entry.numbers for entry in budget.ledger(step))

@@ -122,7 +122,10 @@ PAIRS: dict[str, Pair] = {
     "gelu": Pair(ops.gelu_forward, ops.gelu_backward, ("...C",)),
     "softmax": Pair(ops.softmax_forward, ops.softmax_backward, ("...C",)),
     "attention": Pair(
-        ops.attention_forward, ops.attention_backward, ("BTQ",), lambda rng, s: {"heads": s.H}
+        ops.attention_forward,
+        ops.attention_backward,
+        ("BTQ",),
+        lambda rng, s: {"heads": s.H, "queries": 2},
     ),
     "residual": Pair(ops.residual_forward, ops.residual_backward, ("...C", "...C")),
     "head": Pair(*HEAD),

@@ -294,9 +294,9 @@ def test_gelu():
 def test_attention():
     q, k, v, dy = given("attention", "q", "k", "v", "dy")
     (y,), cache = ops.attention_forward(np.concatenate([q, k, v], axis=1)[None], heads=1)
-    P = cache.softmax[0][0, 0]
     S, dP = q @ k.T / math.sqrt(2), dy @ v.T
-    (dS,) = ops.softmax_backward(dP, (P,))
+    P, softmax_cache = ops.attention_weights(q, k, ops.causal_mask(2, q))
+    (dS,) = ops.softmax_backward(dP, softmax_cache)
     (dqkv,) = ops.attention_backward(dy[None], cache)
     dq, dk, dv = np.split(dqkv[0], 3, axis=1)
     check("attention", q=q, k=k, v=v, S=S, P=P, y=y, dy=dy, dv=dv, dP=dP, dS=dS, dq=dq, dk=dk)

@@ -178,6 +178,39 @@ def test_attention_equals_the_plain_loops(B, T, heads, K):
     close(ops.attention_forward(qkv, heads=heads)[0], attention_by_loops(qkv, heads))
 
 
+@pytest.mark.parametrize("queries", [1, 2, 3, 6, 7, 8])
+def test_attention_by_blocks_of_queries_is_that_of_all_at_once(queries):
+    B, T, H, K = 2, 7, 3, 4
+    qkv, dy = normal(B, T, 3 * H * K), normal(B, T, H * K, seed=1)
+    q, k, v = np.moveaxis(qkv.reshape(B, T, 3, H, K), (2, 3), (0, 2))
+    dy_heads = dy.reshape(B, T, H, K).swapaxes(1, 2)
+    S = np.where(np.tri(T) == 1, np.einsum("bhtc,bhsc->bhts", q, k) / math.sqrt(K), -np.inf)
+    P = np.exp(S) / np.exp(S).sum(-1, keepdims=True)
+    dP = np.einsum("bhtc,bhsc->bhts", dy_heads, v)
+    dS = P * (dP - (dP * P).sum(-1, keepdims=True)) / math.sqrt(K)
+    dq, dk = np.einsum("bhts,bhsc->bhtc", dS, k), np.einsum("bhts,bhtc->bhsc", dS, q)
+    dv = np.einsum("bhts,bhtc->bhsc", P, dy_heads)
+
+    y, cache = ops.attention_forward(qkv, heads=H, queries=queries)
+    close(y, np.einsum("bhts,bhsc->bthc", P, v).reshape(y.shape))
+    (dqkv,) = ops.attention_backward(dy, cache)
+    close(dqkv, np.stack([dq, dk, dv]).transpose(1, 3, 0, 2, 4).reshape(qkv.shape))
+
+
+def test_blocks_of_queries_leave_out_what_none_of_them_sees():
+    assert [(t.start, t.stop, s.start, s.stop) for t, s in ops.causal_blocks(7, 3)] == [
+        (0, 3, 0, 3), (3, 6, 0, 6), (6, 7, 0, 7),
+    ]  # fmt: skip
+    assert len(list(ops.causal_blocks(ops.QUERIES, ops.QUERIES))) == 1
+
+
+def test_what_is_computed_again_is_the_same_bit_for_bit():
+    y, cache = ops.layer_norm_forward(normal(3, 4), normal(4, seed=1), normal(4, seed=2))
+    assert np.array_equal(ops.layer_norm_again(cache), y)
+    y, cache = ops.gelu_forward(normal(3, 4))
+    assert np.array_equal(ops.gelu_again(cache), y)
+
+
 def test_attention_does_not_see_the_future():
     qkv = normal(2, 6, 12)
     changed = qkv.copy()
