@@ -101,6 +101,16 @@ def _some_targets(rng: np.random.Generator, s: Sizes) -> dict[str, Any]:
     return {"targets": np.where(rng.random(s.lead) < 0.3, -1, targets), "ignore_index": -1}
 
 
+def _given_again(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` with a function that gives its input again, rather than the input, to keep."""
+
+    @functools.wraps(forward)
+    def given(x: Array, *parameters: Array, **constants: Any) -> Any:
+        return forward(x, *parameters, again=lambda: x, **constants)
+
+    return given
+
+
 LINEAR = (ops.linear_forward, ops.linear_backward, ("...C", "CO", "O"))
 POSITION = (ops.position_forward, ops.position_backward, ("...C", "PC"))
 LAYER_NORM = (ops.layer_norm_forward, ops.layer_norm_backward, ("...C", "C", "C"))
@@ -113,6 +123,7 @@ PAIRS: dict[str, Pair] = {
     "linear": Pair(*LINEAR),
     "linear, frozen": Pair(*LINEAR, _constant(frozen=True), ("w", "b")),
     "linear, no dx": Pair(*LINEAR, _constant(needs_dx=False), ("x",)),
+    "linear, input computed again": Pair(_given_again(ops.linear_forward), *LINEAR[1:]),
     "embedding": Pair(ops.embedding_forward, ops.embedding_backward, ("VC",), _index),
     "position": Pair(*POSITION, _constant(offset=1)),
     "position, frozen": Pair(*POSITION, _constant(frozen=True), ("wpe",)),
@@ -144,6 +155,9 @@ PAIRS: dict[str, Pair] = {
     "dropout": Pair(ops.dropout_forward, ops.dropout_backward, ("...C",), _mask),
     "lora": Pair(*LORA, lambda rng, s: {"scale": 8.0 / s.R}),
     "lora, no dx": Pair(*LORA, lambda rng, s: {"scale": 8.0 / s.R, "needs_dx": False}, ("x",)),
+    "lora, input computed again": Pair(
+        _given_again(lora_forward), *LORA[1:], lambda rng, s: {"scale": 8.0 / s.R}
+    ),
     "lora, rank-stabilised": Pair(*LORA, lambda rng, s: {"scale": 8.0 / math.sqrt(s.R)}),
     "lora, dropout": Pair(*LORA, lambda rng, s: {"scale": 8.0 / s.R, **_mask(rng, s)}),
     "lora, embedding": Pair(

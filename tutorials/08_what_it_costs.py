@@ -124,7 +124,7 @@ GPT2 = {
 kept = {
     name: {
         what: 4 * sum(line.numbers for line in ledger(step) if line.pair.startswith(what))
-        for what in ("attention", "GELU", "layer norm", "linear", "LoRA", "head", "cross-entropy")
+        for what in ("attention", "GELU", "layer norm", "linear", "LoRA", "head")
     }
     for name, step in GPT2.items()
 }
@@ -137,10 +137,12 @@ print(f"{'in all':28} " + "".join(f"{total[name] / 1e6:7.0f} MB" for name in GPT
 # %% [markdown]
 # LoRA saves one kind of line here: a linear map's input is kept for
 # $\mathrm{d}W = x^\top \mathrm{d}y$, and if $W$ is frozen nobody needs it. (Unless it has an
-# adapter: $\mathrm{d}A$ is made of the same $x$.) What attention, GELU and layer norm keep is for
-# $\mathrm{d}x$, which has to flow through every block whether its weights are trained or not. So
-# LoRA removes the optimiser's memory, not the activations'. The more tokens a step reads, the less
-# that helps.
+# adapter: $\mathrm{d}A$ is made of the same $x$.) The line is short: of a block's four maps only
+# the attention's output projection has its input kept. The inputs of the others come out of a layer
+# norm or a GELU, which keep for themselves what they can be computed again from, and that is
+# cheap. What attention, GELU and layer norm keep is for $\mathrm{d}x$, which has to flow through
+# every block whether its weights are trained or not. So LoRA removes the optimiser's memory, not the
+# activations'. The more tokens a step reads, the less that helps.
 
 # %%
 BATCHES = [1, 2, 4, 8, 16, 32]

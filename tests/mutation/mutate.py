@@ -41,6 +41,7 @@ SECOND_TO_LAST = "Of four axes, 2 and -2 are the same."
 ALIKE = "The arrays are of one shape and dtype."
 SYMMETRIC = "The order of the two does not matter."
 NOT_HERE = "Where the target is in another part, any column will do: 0 is subtracted there."
+MAXIMUM_CANCELS = "The maximum cancels; tests/ops sees huge logits and changed arguments."
 ONE_DEVICE = "All of the cache lies on one device."
 
 # Survivors, by "function: before → after", and why the result is the same.
@@ -52,12 +53,23 @@ EXPLAINED = {
     "dwpe[offset:offset + T] = dy.reshape(-2, T, dy.shape[-1]).sum(axis=0)": INFERRED_SIDE,
     "lora_embedding_backward: namespace(dy).add.at(dA, index.reshape(-1), drows) → "
     "namespace(dy).add.at(dA, index.reshape(-2), drows)": INFERRED_SIDE,
-    "attention_backward: xp.matmul(att.swapaxes(-1, -2), dy_heads, out=dv) → "
-    "xp.matmul(att.swapaxes(-1, 2), dy_heads, out=dv)": SECOND_TO_LAST,
-    "attention_backward: datt = dy_heads @ v.swapaxes(-1, -2) → "
-    "datt = dy_heads @ v.swapaxes(-1, 2)": SECOND_TO_LAST,
-    "attention_backward: xp.matmul(dscores.swapaxes(-1, -2), q, out=dk) → "
-    "xp.matmul(dscores.swapaxes(-1, 2), q, out=dk)": SECOND_TO_LAST,
+    "attention_backward: dv[..., s, :] += P.swapaxes(-1, -2) @ dy_heads[..., t, :] → "
+    "dv[..., s, :] += P.swapaxes(-1, 2) @ dy_heads[..., t, :]": SECOND_TO_LAST,
+    "attention_backward: dP = dy_heads[..., t, :] @ v[..., s, :].swapaxes(-1, -2) → "
+    "dP = dy_heads[..., t, :] @ v[..., s, :].swapaxes(-1, 2)": SECOND_TO_LAST,
+    "attention_backward: dk[..., s, :] += dS.swapaxes(-1, -2) @ q[..., t, :] → "
+    "dk[..., s, :] += dS.swapaxes(-1, 2) @ q[..., t, :]": SECOND_TO_LAST,
+    "attention_weights: n, K = q.shape[-2:] → n, K = q.shape[2:]": SECOND_TO_LAST,
+    "attention_weights: scores = q * (1.0 / math.sqrt(K)) @ k.swapaxes(-1, -2) → "
+    "scores = q * (1.0 / math.sqrt(K)) @ k.swapaxes(-1, 2)": SECOND_TO_LAST,
+    "causal_mask: return xp.triu(xp.full((n, n), -math.inf, dtype=like.dtype), 1) → "
+    "return xp.triu(xp.full((n, n), -math.inf), 1)": "Added in place it takes the scores' dtype.",
+    "causal_blocks: stop = min(start + queries, T) → stop = min(T, start + queries)": SYMMETRIC,
+    "softmax_forward: y = x - x.max(axis=-1, keepdims=True) → y = x": MAXIMUM_CANCELS,
+    "softmax_forward: y = x - x.max(axis=-1, keepdims=True) → "
+    "y = x + x.max(axis=-1, keepdims=True)": MAXIMUM_CANCELS,
+    "softmax_forward: y = x - x.max(axis=-1, keepdims=True) → "
+    "y = x - x.max(keepdims=True)": MAXIMUM_CANCELS,
     "attention_backward: B, heads, T, K = q.shape → B, heads, T, K = k.shape": (
         "Queries and keys have the same shape."
     ),
@@ -288,6 +300,7 @@ def is_allocation(value: ast.expr) -> bool:
     return isinstance(value, ast.Call) and getattr(value.func, "attr", "") in (
         "empty",
         "empty_like",
+        "zeros",
         "zeros_like",
     )
 

@@ -26,9 +26,7 @@ PACKAGE = Path(minilora.__path__[0])
 TUTORIAL = ROOT / "tutorials" / "09_bug_zoo.py"
 
 
-LINEAR = (
-    "y, linear_cache = linear_forward(x, w, b, frozen=frozen, needs_dx=needs_dx, needs_y=needs_y)"
-)
+LINEAR = "y, linear_cache = linear_forward("
 
 
 class Bug(NamedTuple):
@@ -129,8 +127,8 @@ BUGS = (
     Bug(
         "Frozen, and paid for",
         "ops.py",
-        "cache = None if frozen else x, w if needs_dx else None",
-        "cache = x, w if needs_dx else None",
+        "cache = None if frozen else again or x, w if needs_dx else None",
+        "cache = again or x, w if needs_dx else None",
         "tests/ops/test_ops.py::test_a_frozen_parameter_costs_nothing_and_changes_nothing_else",
     ),
     Bug(
