@@ -64,7 +64,7 @@ def formulas(case: Case) -> dict[str, int]:
     config = case.config
     step = budget.Step(config, case.lora_config, case.batch, case.context)
     kept = sum(entry.numbers for entry in budget.ledger(step))
-    weights = config.n_layer * config.n_head * case.batch * budget.pairs(case.context)
+    weights = config.n_layer * config.n_head * case.batch * step.pairs
     return {
         "flops": budget.flops(step).total,
         "numbers": kept + weights + case.tokens * config.vocab_size,

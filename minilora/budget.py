@@ -93,8 +93,8 @@ class Step:
     """A training step of adapters (`lora_config`) or, without them, of the whole base.
 
     With `threads` the batch is shared as `train` shares it; without, it is one call of
-    `loss_and_grads`. `recompute` is that of `loss_and_grads`. Raises MiniloraError for what cannot
-    be run.
+    `loss_and_grads`. `recompute` is that of `loss_and_grads`. On another device than "cpu" the
+    formulas are those of a GPU. Raises MiniloraError for what cannot be run.
     """
 
     config: GPTConfig
@@ -105,6 +105,7 @@ class Step:
     threads: int | None = None
     tied: bool = True
     recompute: bool = False
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         for name in ("batch", "context"):
@@ -163,8 +164,19 @@ class Step:
         """The sequences of each pass: of one over the whole batch, or of the threads' shares."""
         if self.threads is None:
             return [self.batch]
-        shards = Workers(self.threads).shards(self.batch, self.context)
+        shards = Workers(self.threads, self.device).shards(self.batch, self.context)
         return [shard.stop - shard.start for shard in shards]
+
+    @property
+    def queries(self) -> int:
+        """How many queries an attention has at a time."""
+        return min(QUERIES, self.context) if self.device == "cpu" else self.context
+
+    @property
+    def pairs(self) -> int:
+        """How many weights P_ts a head computes for a sequence: somewhat more than have s ≤ t."""
+        blocks = causal_blocks(self.context, self.queries)
+        return sum((t.stop - t.start) * s.stop for t, s in blocks)
 
     @property
     def passes(self) -> int:
@@ -320,7 +332,7 @@ def temporary(step: Step) -> dict[str, int]:
     sizes["Y"] = min(sizes["V"], VOCABULARY)  # logits at a time; those before are still there
     sizes["Z"] = min(sizes["V"], 2 * VOCABULARY)
     sizes["E"] = min(BLOCK, sizes["N"] * sizes["F"])  # entries of a GELU at a time
-    sizes["Q"] = min(QUERIES, sizes["T"])  # queries of an attention at a time
+    sizes["Q"] = step.queries
 
     def count(formula: str, gradients: str = "0") -> int:
         return evaluate(f"{formula} + {gradients}" if full else formula, sizes)
@@ -403,17 +415,12 @@ def flops(step: Step) -> Flops:
     return Flops(forward, backward)
 
 
-def pairs(T: int) -> int:
-    """How many weights P_ts a head computes: somewhat more than the T (T + 1) / 2 with s ≤ t."""
-    return sum((t.stop - t.start) * s.stop for t, s in causal_blocks(T, QUERIES))
-
-
 def block_flops(step: Step, block: int) -> Flops:
     """Those of one block. Below the lowest adapter there is no backward pass."""
     config, N = step.config, step.batch * step.context
     shapes = weight_shapes(config)
     weights = {name: 2 * N * n_in * n_out for name, (n_in, n_out) in shapes.items()}
-    attention = 2 * step.batch * pairs(step.context) * config.n_embd  # each of its products
+    attention = 2 * step.batch * step.pairs * config.n_embd  # each of its products
     adapters = {
         path.rpartition(".")[2]: (2 * N * rank * n_in, 2 * N * rank * n_out)
         for path, (n_in, rank, n_out) in step.adapters.items()

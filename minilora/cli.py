@@ -357,6 +357,12 @@ def add_budget(group: Any) -> None:
         "(default: all of it in one pass)",
     )
     add_recompute(sub)
+    sub.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="what the step would run on; a GPU is not needed",
+    )
 
 
 COMMANDS = (

@@ -268,7 +268,7 @@ def budget_command(args: argparse.Namespace) -> int:
     lora_config = LoRAConfig(args.rank, targets=targets_of(args.targets), dropout=args.dropout)
     lora = Step(
         config, lora_config, args.batch, args.context, args.dtype, args.threads, tied,
-        args.recompute,
+        args.recompute, args.device,
     )  # fmt: skip
     full = replace(lora, lora_config=None)
     print(*report(name, lora, full), sep="\n")

@@ -106,10 +106,11 @@ def gpt_init(config: GPTConfig, *, seed: int, dtype: Any = np.float32) -> Tree:
     rng = np.random.default_rng(seed)
     C, F = config.n_embd, config.inner
 
-    def normal(*shape: int, std: float = 0.02) -> Array:
-        x = rng.standard_normal(shape)
-        x *= std
-        return x.astype(dtype)
+    def normal(n_in: int, n_out: int, std: float = 0.02) -> Array:
+        x = np.empty((n_in, n_out), dtype)
+        for part in np.array_split(x, 1 + n_in // 1024):  # drawn in float64, never all at once
+            part[:] = std * rng.standard_normal(part.shape)
+        return x
 
     def linear(n_in: int, n_out: int, std: float = 0.02) -> Tree:
         return {"w": normal(n_in, n_out, std=std), "b": np.zeros(n_out, dtype)}

@@ -41,17 +41,17 @@ def dots(x: Array, y: Array) -> Array:
     return namespace(x).einsum("...c,...c->...", x, y)[..., None]
 
 
-BLOCK = 2**17  # entries at a time: what a few passes over them read and write stays in the cache
+def sums(x: Array) -> Array:
+    """The sums of an array's vectors along the last axis.  (..., C) -> (..., 1)"""
+    return namespace(x).einsum("...c->...", x)[..., None]
 
 
 def made(x: Array | Again) -> Array:
-    """What was kept, or is to be computed again."""
+    """An array that was kept, or is to be computed again."""
     return x() if callable(x) else x
 
 
-def sums(x: Array) -> Array:
-    """The sum along the last axis.  (..., C) -> (..., 1)"""
-    return namespace(x).einsum("...c->...", x)[..., None]
+BLOCK = 2**17  # entries at a time: what a few passes over them read and write stays in the cache
 
 
 def entrywise(f: Callable[..., Array], *xs: Array) -> Array:
@@ -274,7 +274,7 @@ def softmax_backward(dy: Array, cache: Cache) -> tuple[Array]:
     return (dx,)
 
 
-QUERIES = 64  # times at a time, which need no weights for what comes after the last of them
+QUERIES = 64  # at a time: none of them needs a weight for what comes after the last
 
 
 class AttentionCache(NamedTuple):
@@ -513,7 +513,7 @@ def head_loss_forward(
         z -= higher
         xp.exp(z, out=z)
         shrink = xp.exp(top - higher)
-        total = total * shrink + z.sum(axis=-1, keepdims=True)  # [HL.1] Σ exp(z - top)
+        total = total * shrink + sums(z)  # [HL.1] Σ exp(z - top)
         if expected is not None:
             expected *= shrink
             expected += z @ E  # [HL.2] Σ exp(z - top) E

@@ -178,9 +178,9 @@ print("dS =", steps["dS"], sep="\n")
 # %% [markdown]
 # minilora's pair takes queries, keys and values side by side in one array (B, T, 3C), for B
 # sequences and H heads. With one of each it must agree; with more, finite differences are the
-# judge. This also checks the factor $1/\sqrt K$, which is 1 in our example. The pair never has all of
-# $P$, whose size grows with the square of the context: it goes over some queries at a time, and on
-# the way back it computes their rows of $P$ a second time.
+# judge. This also checks the factor $1/\sqrt K$, which is 1 in our example. The pair never has all
+# of $P$, whose size grows with the square of the context: it goes over some queries at a time, and
+# on the way back it computes their rows of $P$ a second time.
 
 # %%
 qkv = np.concatenate([q, k, v], axis=1)[None]

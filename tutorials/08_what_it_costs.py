@@ -141,8 +141,8 @@ print(f"{'in all':28} " + "".join(f"{total[name] / 1e6:7.0f} MB" for name in GPT
 # the attention's output projection has its input kept. The inputs of the others come out of a layer
 # norm or a GELU, which keep for themselves what they can be computed again from, and that is
 # cheap. What attention, GELU and layer norm keep is for $\mathrm{d}x$, which has to flow through
-# every block whether its weights are trained or not. So LoRA removes the optimiser's memory, not the
-# activations'. The more tokens a step reads, the less that helps.
+# every block whether its weights are trained or not. So LoRA removes the optimiser's memory, not
+# the activations'. The more tokens a step reads, the less that helps.
 
 # %%
 BATCHES = [1, 2, 4, 8, 16, 32]

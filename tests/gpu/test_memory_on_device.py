@@ -34,7 +34,7 @@ def test_the_peak_of_a_step_is_predicted(counters, shape, method):
     gc.collect()
     device, before = "cuda", counters()["live_bytes"]
     config, batch, context = SHAPES[shape]
-    step = Step(config, METHODS[method], batch, context)
+    step = Step(config, METHODS[method], batch, context, device=device)
     base = to_device(gpt_init(config, seed=0), device)
     lora = (
         None if step.trains_base else to_device(lora_init(base, step.lora_config, seed=0), device)
