@@ -42,6 +42,15 @@ def test_gpt3_with_rank_4_on_q_and_v_is_the_paper_s(budget):
     assert figures["weights_bytes"] == 2 * figures["base_parameters"] == 349_208_518_656
 
 
+def test_on_a_gpu_all_queries_are_there_at_once(budget):
+    words = "--model", "gpt2", "--context", 1024
+    cpu, gpu = (budget(*words, "--device", device)[1] for device in ("cpu", "cuda"))
+    assert gpu["activations_bytes"] == cpu["activations_bytes"]
+    assert gpu["forward_flops"] > cpu["forward_flops"]
+    weights = 4 * 8 * 12 * 1024 * (1024 - 64)  # of one block, float32: those that a CPU never has
+    assert gpu["peak_bytes"] > cpu["peak_bytes"] + weights
+
+
 def test_full_fine_tuning_trains_the_base(budget):
     out, full = budget("--model", "gpt2", "--method", "full")
     assert full["trainable_parameters"] == full["base_parameters"] == 124_439_808

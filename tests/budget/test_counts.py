@@ -1,5 +1,7 @@
 """Parameters and FLOPs by formula, against trees and products that are really there."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -119,6 +121,14 @@ def test_flops_are_those_of_the_products_of_a_step(config, lora_config, batch, c
     assert flops(step).total == products_of_a_step(
         config, lora_config, batch=batch, context=context
     )
+
+
+def test_a_long_context_is_counted_by_its_blocks_of_queries():
+    config, lora_config = GPTConfig(7, 160, n_embd=8, n_layer=2, n_head=2), LoRAConfig(rank=2)
+    step = Step(config, lora_config, batch=2, context=150)
+    assert step.pairs == 64 * 64 + 64 * 128 + 22 * 150
+    assert flops(step).total == products_of_a_step(config, lora_config, batch=2, context=150)
+    assert replace(step, device="cuda").pairs == 150 * 150
 
 
 def test_blocks_below_the_lowest_adapter_have_no_backward_pass():
