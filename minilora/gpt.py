@@ -239,9 +239,10 @@ def block_forward(
 ) -> tuple[Any, Cache]:
     """x + attention(LN₁ x), then + MLP(LN₂ ·), as GPT-2 has it [BLOCK.1-2].  (B, T, C) -> (B, T, C)
 
-    `attend` may be another attention than `attention_forward` (generation reads a cache). Without
-    `needs_dx` nothing is kept for what lies below the lowest adapter. y is None where only the
-    cache is needed, which the last product does not add to.
+    `attend` may be another attention than `attention_forward` (generation reads a cache). Of the
+    linear maps' inputs only that of o is kept: what the layer norms and GELU keep makes the others
+    again. Without `needs_dx` nothing is kept for what lies below the lowest adapter. y is None
+    where only the cache is needed, which the last product does not add to.
     """
     eps = config.layer_norm_epsilon
     needs_dh = needs_dx or not adapters.keys().isdisjoint(ATTENTION_TARGETS)
