@@ -94,7 +94,7 @@ print(printable(model.tokenizer.decode(written[0])))
 
 # %%
 LORA = minilora.LoRAConfig(rank=2, alpha=2.0, targets=("qkv", "o", "up", "down"))
-STEPS, BATCH = (6, 2) if SMALL else (72, 4)
+STEPS, BATCH = (12, 4) if SMALL else (72, 4)
 
 
 def adapted(method, parameters):

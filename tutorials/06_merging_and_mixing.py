@@ -44,7 +44,7 @@ LORA = minilora.LoRAConfig(rank=2, alpha=2.0, targets=("qkv", "o", "up", "down")
 
 def trained_on(corpus, seed):
     settings = minilora.TrainConfig(
-        steps=6 if SMALL else 60,
+        steps=12 if SMALL else 60,
         batch=4,
         context=128,
         lr=1e-2,
