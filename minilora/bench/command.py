@@ -25,13 +25,14 @@ import time; started = time.perf_counter()
 import sys
 from minilora.bench.case import Case
 from minilora.bench.measure import measure
-measure(Case.from_json(sys.argv[1]), started=started, floor=sys.argv[2] == "floor")
+measure(Case.from_json(sys.argv[1]), started=started, how=sys.argv[2])
 """
 THEIRS = """\
 import sys
 from minilora.bench.case import Case
-from minilora.bench.peft import measure_peft
-measure_peft(Case.from_json(sys.argv[1]), attention=sys.argv[2])
+from minilora.bench.peft import measure_peft, measure_products
+case, how = Case.from_json(sys.argv[1]), sys.argv[2]
+measure_products(case) if how == "products" else measure_peft(case, attention=how)
 """
 
 Ways: TypeAlias = dict[str, tuple[str, Case, str]]
@@ -144,24 +145,33 @@ def describe(case: Case, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def versus_peft(case: Case, rounds: int) -> dict[str, Any]:
-    """Ours and PEFT with either attention in turn; the better one counts, for each figure."""
+    """Ours and PEFT with either attention in turn; the better one counts, for each figure.
+
+    Ours over theirs is a product of three ratios: our step over its matrix products, these over the
+    same products in PyTorch, and those over PEFT's step.
+    """
     ways: Ways = {"minilora": (OURS, case, "alone")}
     for attention in peft.ATTENTIONS:
         ways[f"peft, {attention}"] = (THEIRS, case, attention)
+    ways["products"] = OURS, case, "products"
+    ways["products, torch"] = THEIRS, case, "products"
     figures = side_by_side(case, ways, rounds)
-    ours, *theirs = figures.values()
+    ours, *theirs, products, products_in_torch = figures.values()
     ratios = {
-        "step_seconds": max(
-            median(a / b for a, b in zip(ours["turns"], their["turns"], strict=True))
-            for their in theirs
-        ),
+        "step_seconds": max(ratio(ours, their) for their in theirs),
+        "step_to_products": ratio(ours, products),
+        "products": ratio(products, products_in_torch),
+        "products_to_step": max(ratio(products_in_torch, their) for their in theirs),
         **{name: ours[name] / min(their[name] for their in theirs)
            for name in ("peak_rss_bytes", "start_seconds")},
     }  # fmt: skip
-    print()
-    print(f"time           {ratios['step_seconds']:.3f} of PEFT's")
-    print(f"peak memory    {ratios['peak_rss_bytes']:.3f} of PEFT's")
-    print(f"start          {ratios['start_seconds']:.3f} of PEFT's (import and first run)")
+    print(f"""
+time           {ratios["step_seconds"]:.3f} of PEFT's, which is about
+               {ratios["step_to_products"]:.2f}   ours over its matrix products alone
+             × {ratios["products"]:.2f}   these over the same products in PyTorch
+             × {ratios["products_to_step"]:.2f}   those over PEFT's
+peak memory    {ratios["peak_rss_bytes"]:.3f} of PEFT's
+start          {ratios["start_seconds"]:.3f} of PEFT's (import and first run)""")
     return {**figures, "ratios": ratios}
 
 
@@ -171,12 +181,17 @@ def versus_ours(case: Case, other: Case, names: tuple[str, str], rounds: int) ->
     figures = side_by_side(case, ways, rounds)
     ours, theirs = (figures[name] for name in names)
     ratios = {
-        "step_seconds": median(b / a for a, b in zip(ours["turns"], theirs["turns"], strict=True)),
+        "step_seconds": ratio(theirs, ours),
         "peak_rss_bytes": theirs["peak_rss_bytes"] / ours["peak_rss_bytes"],
     }
     print(f"\n{names[1]}: {ratios['step_seconds']:.2f} times the time of {names[0]}, "
           f"{ratios['peak_rss_bytes']:.2f} times the peak memory")  # fmt: skip
     return {**figures, "ratios": ratios}
+
+
+def ratio(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
+    """Our time over theirs, the median over the turns."""
+    return median(a / b for a, b in zip(ours["turns"], theirs["turns"], strict=True))
 
 
 def side_by_side(case: Case, ways: Ways, rounds: int) -> dict[str, dict[str, Any]]:
@@ -192,7 +207,7 @@ def side_by_side(case: Case, ways: Ways, rounds: int) -> dict[str, dict[str, Any
                 seconds[name].append(process.answer(str(case.steps)))
         found = {name: process.answer() for name, process in processes.items()}
 
-    print(f"\n{'':<14}{'median':>12}{'minimum':>12}{'tokens/s':>10}{'peak':>12}{'import':>9}"
+    print(f"\n{'':<15}{'median':>12}{'minimum':>12}{'tokens/s':>10}{'peak':>12}{'import':>9}"
           f"{'first run':>11}")  # fmt: skip
     figures: dict[str, dict[str, Any]] = {}
     for name in ways:
@@ -206,7 +221,7 @@ def side_by_side(case: Case, ways: Ways, rounds: int) -> dict[str, dict[str, Any
             "start_seconds": start,
             **found[name],
         }
-        print(f"{name:<14}{1e3 * median(every):>9.1f} ms{1e3 * min(every):>9.1f} ms"
+        print(f"{name:<15}{1e3 * median(every):>9.1f} ms{1e3 * min(every):>9.1f} ms"
               f"{case.tokens / median(every):>10,.0f}"
               f"{found[name]['peak_rss_bytes'] / 2**20:>8,.0f} MiB"
               f"{found[name]['import_seconds']:>7.2f} s"

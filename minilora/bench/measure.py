@@ -18,6 +18,7 @@ import numpy as np
 from minilora.backend import to_device, to_host
 from minilora.bench.case import CLIP, LEARNING_RATE, PROMPT, Case
 from minilora.bench.products import (
+    Product,
     RecordingWorkers,
     prepare,
     recorded,
@@ -47,8 +48,8 @@ def random_model(case: Case) -> dict[str, Tree]:
     return {"base": base, "lora": lora_init(base, case.lora_config, seed=0)}
 
 
-def measure(case: Case, *, started: float, floor: bool) -> None:
-    """Run the case when told to (see `serve`), or beside its products alone.
+def measure(case: Case, *, started: float, how: Literal["floor", "alone", "products"]) -> None:
+    """Run the case beside its products, or either of them when told to (see `serve`).
 
     `started` is the time.perf_counter() when this process began to import.
     """
@@ -61,11 +62,15 @@ def measure(case: Case, *, started: float, floor: bool) -> None:
     model = random_model(case)
     sharing = 1 if case.what == "generate" else case.threads  # one text: only its products share
     with threadpool_limits(case.threads, user_api="blas"), Workers(sharing, case.device) as workers:
-        run = RUNS[case.what](case, to_device(model, case.device), workers)
+        run: Callable[[], Any]
+        if how == "products":
+            run = products_alone(products_of(case, model), workers, case.device)
+        else:
+            run = RUNS[case.what](case, to_device(model, case.device), workers)
         figures["first_step_seconds"] = seconds_of(run)
         figures |= blas()
         run()
-        if not floor:
+        if how != "floor":
             serve(run, figures)
             return
         figures["peak_rss_bytes"] = peak_rss()  # of the runs alone
@@ -76,7 +81,7 @@ def measure(case: Case, *, started: float, floor: bool) -> None:
         print(json.dumps(figures))
 
 
-def serve(run: Callable[[], None], figures: dict[str, Any]) -> None:
+def serve(run: Callable[[], Any], figures: dict[str, Any]) -> None:
     """Answer every number on standard input with the seconds of so many runs, its end with figures.
 
     So the processes that are compared can take turns, each waiting while the other runs.
@@ -87,19 +92,11 @@ def serve(run: Callable[[], None], figures: dict[str, Any]) -> None:
 
 
 def floor_and_breakdown(
-    case: Case, model: Tree, workers: Workers, run: Callable[[], None]
+    case: Case, model: Tree, workers: Workers, run: Callable[[], Any]
 ) -> dict[str, Any]:
     """Runs and their products alone, in turn; then where the time of a run goes."""
-    with profiling() as names, recording(model, names.operation) as log:
-        record = RecordingWorkers(case.threads, "cpu")
-        RUNS[case.what](replace(case, device="cpu"), recorded(model), record)()
-    products = prepare(log.items, case.device)
-
-    def all_products(each: Callable[..., Any] = repeat) -> list[Any]:
-        done = list(workers.map(each, products))
-        synchronize(case.device)
-        return done
-
+    items = products_of(case, model)
+    all_products = products_alone(items, workers, case.device)
     all_products()
     pairs = [(seconds_of(all_products), seconds_of(run)) for _ in range(case.steps)]
     floor_seconds, seconds = zip(*pairs, strict=True)
@@ -119,9 +116,31 @@ def floor_and_breakdown(
     return {
         "seconds": seconds,
         "floor": floor_seconds,
-        "flops": sum(product.flops for item in log.items for product in item),
+        "flops": sum(product.flops for item in items for product in item),
         "breakdown": sorted(rows, key=lambda row: -row["seconds"]),
     }
+
+
+def products_of(case: Case, model: Tree) -> list[list[Product]]:
+    """The matrix products of one run of the case, for each of the parts that threads share."""
+    with profiling() as names, recording(model, names.operation) as log:
+        record = RecordingWorkers(case.threads, "cpu")
+        RUNS[case.what](replace(case, device="cpu"), recorded(model), record)()
+    return log.items
+
+
+def products_alone(
+    items: list[list[Product]], workers: Workers, device: str
+) -> Callable[..., list[Any]]:
+    """What runs all the products and nothing else, shared as in the run that they are of."""
+    ready = prepare(items, device)
+
+    def run(each: Callable[..., Any] = repeat) -> list[Any]:
+        done = list(workers.map(each, ready))
+        synchronize(device)
+        return done
+
+    return run
 
 
 def row(operation: str, seconds: float, products: float, calls: int) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The same case in PyTorch, with transformers and PEFT: their best way that we know of.
 
 No dropout, no caching where nothing is generated, the loss from the logits directly, AdamW on the
-adapters alone, and both of transformers' attentions: the caller takes the better one.
+adapters alone, and both of transformers' attentions: the caller takes the better one. Beside it our
+own matrix products in PyTorch, which say how much of a difference lies in the libraries of these.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import importlib.util
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from minilora.bench.case import CLIP, LEARNING_RATE, PROMPT, Case
-from minilora.bench.measure import seconds_of, serve
+from minilora.bench.measure import products_of, random_model, seconds_of, serve
+from minilora.bench.products import prepare
 from minilora.data import draw_batch
 from minilora.errors import MiniloraError
 
@@ -58,6 +61,38 @@ def measure_peft(case: Case, *, attention: str) -> None:
     figures["first_step_seconds"] = seconds_of(run)
     run()
     serve(run, figures)
+
+
+def measure_products(case: Case) -> None:
+    """Run the case's matrix products alone when told to, each for the whole batch."""
+    started = time.perf_counter()
+    import torch
+
+    figures: dict[str, Any] = {"import_seconds": time.perf_counter() - started}
+    torch.set_num_threads(case.threads)
+    products = products_in_torch(case)
+
+    def run() -> None:
+        for a, b, out in products:
+            torch.matmul(a, b, out=out)
+        if case.device != "cpu":
+            torch.cuda.synchronize()
+
+    figures["first_step_seconds"] = seconds_of(run)
+    run()
+    serve(run, figures)
+
+
+def products_in_torch(case: Case) -> list[list[Any]]:
+    """Both operands and the result of every product of our own run, with the same layout."""
+    import torch
+
+    items = products_of(replace(case, threads=1), random_model(case))
+    return [
+        [torch.from_numpy(x).to(case.device) for x in (product.a, product.b, product.out)]
+        for item in prepare(items, "cpu")
+        for product in item
+    ]
 
 
 def make_model(case: Case, attention: str) -> Any:

@@ -122,12 +122,31 @@ def test_two_ways_of_ours_take_turns(versus, names, capsys):
 def test_peft_takes_turns_with_ours(changes):
     pytest.importorskip("peft")
     figures = bench(Case(**{**vars(MICRO), **changes}), versus="peft", rounds=1)["versus_peft"]
-    assert set(figures) == {"minilora", "peft, sdpa", "peft, eager", "ratios"}
     ratios = figures.pop("ratios")
+    assert list(figures) == ["minilora", "peft, sdpa", "peft, eager", "products", "products, torch"]
+    ours, sdpa, eager, products, in_torch = (way["turns"][0] for way in figures.values())
+    assert ratios["step_seconds"] == pytest.approx(ours / min(sdpa, eager))
+    assert ratios["step_to_products"] == pytest.approx(ours / products)
+    assert ratios["products"] == pytest.approx(products / in_torch)
+    assert ratios["products_to_step"] == pytest.approx(in_torch / min(sdpa, eager))
     for name, key in (("peak_rss_bytes",) * 2, ("start_seconds",) * 2):
         best = min(figures[f"peft, {way}"][key] for way in peft.ATTENTIONS)
         assert ratios[name] == pytest.approx(figures["minilora"][key] / best)
-    assert ratios["step_seconds"] > 0
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_products_in_torch_are_those_of_the_step(method):
+    pytest.importorskip("torch")
+    from minilora import budget
+
+    case = Case(**{**vars(MICRO), "method": method})
+    lora_config = case.lora_config if method == "lora" else None
+    flops = 0
+    for a, b, out in peft.products_in_torch(case):
+        assert out.shape == (a @ b).shape
+        flops += 2 * out.numel() * a.shape[-1]
+    assert flops == budget.flops(budget.Step(CONFIG, lora_config, 2, 8)).total
 
 
 @pytest.mark.oracle
