@@ -89,7 +89,7 @@ def generate(
             )
             position += len(unread)
             p = distribution(to_host(logits)[0], temperature=temperature, top_k=top_k, top_p=top_p)
-            unread = [int(rng.choice(p.size, p=p))]
+            unread = [int(p.argmax() if temperature == 0 else rng.choice(p.size, p=p))]
             text += unread
             yield unread[0]
 
@@ -140,9 +140,10 @@ def next_logits(
         update, _ = lora_embedding_forward(**lora["embedding"], index=index, scale=scale)
         x += update
     x, _ = position_forward(x, base["wpe"], offset=position, frozen=True)
+    mask = causal_mask(tokens.shape[1], x)
     for i, block in enumerate(base["blocks"]):
         adapters = block_adapters(lora, i, config.n_embd, lora_config, {})
-        attend = partial(cached_attention, cache=cache[i], position=position)
+        attend = partial(cached_attention, cache=cache[i], position=position, mask=mask)
         x, _ = block_forward(x, block, adapters, config=config, frozen=True, attend=attend)
     eps = config.layer_norm_epsilon
     x, _ = layer_norm_forward(x[:, -1], **base["ln_f"], eps=eps, frozen=True)
@@ -150,7 +151,7 @@ def next_logits(
 
 
 def cached_attention(
-    qkv: Array, *, heads: int, cache: KeyValues, position: int
+    qkv: Array, *, heads: int, cache: KeyValues, position: int, mask: Array
 ) -> tuple[Array, tuple[()]]:
     """`attention_forward` [ATT.1-3] for the tokens at `position` and on.  (B, T, 3C) -> (B, T, C)
 
@@ -162,7 +163,7 @@ def cached_attention(
     end = position + T
     cache.keys[:, :, position:end] = k
     cache.values[:, :, position:end] = v
-    P, _ = attention_weights(q, cache.keys[:, :, :end], causal_mask(T, qkv))  # [ATT.1-2]
+    P, _ = attention_weights(q, cache.keys[:, :, :end], mask)  # [ATT.1-2]
     y, y_heads = merged_heads(qkv[..., : heads * K], heads)
     xp.matmul(P, cache.values[:, :, :end], out=y_heads)  # [ATT.3]
     return y, ()
