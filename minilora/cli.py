@@ -304,7 +304,8 @@ def add_bench(group: Any) -> None:
     sub.add_argument(
         "--versus",
         choices=("peft", "1", "recompute"),
-        help="take turns with PyTorch, transformers and PEFT, with one thread, or with --recompute",
+        help="take turns with PyTorch, transformers and PEFT (and both libraries' products alone), "
+        "with one thread, or with --recompute",
     )
     sub.add_argument("--rounds", type=int, default=3, help="turns, of --steps each, with --versus")
 
