@@ -60,3 +60,10 @@ def test_every_survivor_is_explained(mutate, results):
     names = [result.mutant.name for result in results]
     stale = [name for name in mutate.EXPLAINED if names.count(name) != 1]
     assert not stale, "\n".join(["explained, but not one mutant:", *stale])
+
+
+def test_the_readme_gives_the_numbers(results):
+    killed = [result for result in results if result.fate != "survived"]
+    text = " ".join((HERE.parents[1] / "README.md").read_text(encoding="utf-8").split())
+    of_them = f"of {len(results):,} mutants {len(killed):,} are noticed"
+    assert f"{of_them}, and each of the {len(results) - len(killed)} others" in text
