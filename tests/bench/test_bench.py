@@ -142,10 +142,10 @@ def test_the_products_in_torch_are_those_of_the_step(method):
 
     case = Case(**{**vars(MICRO), "method": method})
     lora_config = case.lora_config if method == "lora" else None
-    flops = 0
-    for a, b, out in peft.products_in_torch(case):
-        assert out.shape == (a @ b).shape
-        flops += 2 * out.numel() * a.shape[-1]
+    products = peft.products_in_torch(case)
+    assert all(out.shape == (a @ b).shape for a, b, out in products)
+    assert case.tokens in {len(a) for a, _, _ in products}  # all rows, whatever the threads
+    flops = sum(2 * out.numel() * a.shape[-1] for a, _, out in products)
     assert flops == budget.flops(budget.Step(CONFIG, lora_config, 2, 8)).total
 
 
