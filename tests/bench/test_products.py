@@ -10,12 +10,11 @@ from hypothesis import strategies as st
 
 from minilora import budget
 from minilora.bench.case import Case
-from minilora.bench.measure import RUNS, random_model
+from minilora.bench.measure import products_of, random_model
 from minilora.bench.products import (
     Operand,
     Product,
     Recorded,
-    RecordingWorkers,
     prepare,
     recorded,
     recording,
@@ -32,9 +31,7 @@ CONFIG = GPTConfig(vocab_size=11, n_positions=16, n_embd=8, n_layer=2, n_head=2,
 def items_of(case):
     """The products of each shard of a case."""
     model = random_model(case)
-    with recording(model) as log:
-        RUNS[case.what](case, recorded(model), RecordingWorkers(case.threads))()
-    return log.items, model
+    return products_of(case, model), model
 
 
 def all_of(case):
