@@ -23,11 +23,11 @@ import numpy as np
 
 import minilora
 from minilora import tree
-from minilora.budget import SHAPES
+from minilora.bench.budget import SHAPES
 from minilora.gpt import GPTConfig, gpt_init
 from minilora.lora import lora_init
 from minilora.optim import adamw, adamw_init, clip_by_global_norm
-from minilora.train import batch_loss_and_grads
+from minilora.training.loop import batch_loss_and_grads
 from minilora.tree import Tree
 from minilora.workers import Workers, cores
 

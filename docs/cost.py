@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora import budget
+from minilora.bench import budget
 from minilora.bench.case import Case
 from minilora.bench.command import OURS, Process
 from minilora.formats.files import write_json

@@ -20,8 +20,8 @@ from minilora import tree
 from minilora.data import Corpus
 from minilora.gpt import GPTConfig, gpt_init
 from minilora.lora import LoRAConfig, lora_init
-from minilora.parallel import Ranks, find_ranks
-from minilora.train import TrainConfig, train
+from minilora.training.loop import TrainConfig, train
+from minilora.training.ranks import Ranks, find_ranks
 
 SHAPES = {  # config, (sequences in a step, tokens in a sequence)
     "built-in": (GPTConfig(256, 512, n_embd=256, n_layer=6, n_head=4), (8, 256)),

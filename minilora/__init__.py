@@ -14,8 +14,8 @@ from minilora.gpt import GPTConfig, loss_and_grads
 from minilora.lora import LoRAConfig, lora_init, merge, unmerge
 from minilora.mix import mix
 from minilora.model import Model, complete, evaluate, load_model
-from minilora.runs import adapt
-from minilora.train import TrainConfig
+from minilora.training.loop import TrainConfig
+from minilora.training.runs import adapt
 
 __version__ = "0.1.0"
 

@@ -17,8 +17,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from minilora.bench.budget import SHAPES, Step, figures, flops, ledger, moments
 from minilora.bench.profile import profiling
-from minilora.budget import SHAPES, Step, figures, flops, ledger, moments
 from minilora.gpt import gpt_init, loss_and_grads
 from minilora.lora import LoRAConfig, lora_init
 from minilora.tree import count
@@ -173,7 +173,7 @@ for batch, share in zip(BATCHES, saved, strict=True):
 # ## Is that so? Ask the allocator
 #
 # Python's `tracemalloc` sees each array that NumPy allocates. We run real steps of the tiny model
-# and compare the most that was in use at any one time with what `minilora.budget` predicts from the
+# and compare the most that was in use at any one time with what `minilora.bench.budget` predicts from the
 # shapes alone: the ledger, and what the hungriest moment of the backward pass needs on top.
 
 

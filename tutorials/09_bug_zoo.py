@@ -389,7 +389,7 @@ print(f"base {before:.3f}, dropout on the adapter {dropped:.3f}, on both {wrongl
 # adapter that is blameless. The cure is not to hand the base to the optimiser at all: you train the
 # tree that you hand over.
 #
-# Caught by `test_adapters_train_and_the_base_keeps_its_bits` (`tests/train/test_train.py`).
+# Caught by `test_adapters_train_and_the_base_keeps_its_bits` (`tests/training/test_train.py`).
 
 # %%
 no_gradient = map_leaves(np.zeros_like, base)

@@ -16,8 +16,8 @@ from typing import Any, TypeAlias
 
 import minilora
 from minilora.bench import peft
+from minilora.bench.budget import adapter_shapes
 from minilora.bench.case import Case
-from minilora.budget import adapter_shapes
 from minilora.errors import MiniloraError
 
 OURS = """\

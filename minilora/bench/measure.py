@@ -33,7 +33,7 @@ from minilora.generate import generate
 from minilora.gpt import gpt_init
 from minilora.lora import lora_init
 from minilora.optim import adamw, adamw_init, clip_by_global_norm
-from minilora.train import batch_loss_and_grads
+from minilora.training.loop import batch_loss_and_grads
 from minilora.tree import Tree
 from minilora.workers import Workers
 

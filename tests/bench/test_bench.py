@@ -138,7 +138,7 @@ def test_peft_takes_turns_with_ours(changes):
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_products_in_torch_are_those_of_the_step(method):
     pytest.importorskip("torch")
-    from minilora import budget
+    from minilora.bench import budget
 
     case = Case(**{**vars(MICRO), "method": method})
     lora_config = case.lora_config if method == "lora" else None
@@ -153,7 +153,7 @@ def test_the_products_in_torch_are_those_of_the_step(method):
 @pytest.mark.filterwarnings("ignore")
 def test_peft_trains_as_many_numbers():
     pytest.importorskip("peft")
-    from minilora import budget
+    from minilora.bench import budget
 
     model = peft.make_model(MICRO, "eager")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora import budget
+from minilora.bench import budget
 from minilora.bench.case import Case
 from minilora.bench.measure import products_of, random_model
 from minilora.bench.products import (

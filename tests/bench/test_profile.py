@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from minilora import gpt, ops, optim, train
+from minilora import gpt, ops, optim
 from minilora.bench.case import Case
 from minilora.bench.measure import RUNS, random_model
 from minilora.bench.profile import Profile, profiling
@@ -105,11 +105,11 @@ def test_a_step_is_divided_among_its_operations(method):
 
 
 def test_nothing_stays_wrapped():
-    before = [dict(vars(module)) for module in (ops, gpt, optim, train)]
+    before = [dict(vars(module)) for module in (ops, gpt, optim, loop)]
     defaults = dict(gpt.block_forward.__kwdefaults__)
     with profiling():
         assert ops.gelu_forward is not before[0]["gelu_forward"]
         assert gpt.gelu_forward is ops.gelu_forward
         assert before[1]["block_forward"].__kwdefaults__["attend"] is gpt.attention_forward
-    assert [dict(vars(module)) for module in (ops, gpt, optim, train)] == before
+    assert [dict(vars(module)) for module in (ops, gpt, optim, loop)] == before
     assert gpt.block_forward.__kwdefaults__ == defaults

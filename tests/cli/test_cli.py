@@ -245,13 +245,13 @@ def test_the_demo_shows_what_changed_and_documents_its_figures(cli, tmp_path, te
     config = GPTConfig(vocab_size=256, n_positions=256, n_embd=16, n_layer=1, n_head=2)
     save_base(tmp_path / "base", gpt_init(config, seed=0), config)
     monkeypatch.setattr("minilora.model.BUILT_IN", tmp_path / "base")
-    monkeypatch.setattr("minilora.demo.STEPS", 4)
+    monkeypatch.setattr("minilora.cli.demo.STEPS", 4)
 
     def small(source, tokenizer):
         assert source == "python"
         return load_corpus(str(text), tokenizer)
 
-    monkeypatch.setattr("minilora.demo.load_corpus", small)
+    monkeypatch.setattr("minilora.cli.demo.load_corpus", small)
     result = cli("demo", "--json", "x.json", "--threads", 2)
     assert result.status == 0, result.err
     found = figures(tmp_path / "x.json", "demo")
@@ -281,7 +281,7 @@ def result_of(folder):
 @pytest.fixture
 def ctrl_c(monkeypatch):
     """Press Ctrl-C when the report of a step is shown."""
-    from minilora.report import ProgressBar
+    from minilora.cli.report import ProgressBar
 
     show = ProgressBar.__call__
 

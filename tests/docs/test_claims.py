@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import minilora
-from minilora.budget import SHAPES, Step, evaluate, ledger, scaled
+from minilora.bench.budget import SHAPES, Step, evaluate, ledger, scaled
 from minilora.cli import main
 from minilora.lora import LoRAConfig
 

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from minilora import demo, pairs
-from minilora.cli import main
+from minilora import pairs
+from minilora.cli import demo, main
 from minilora.formats import save_base
 from minilora.gpt import gpt_init
 

@@ -10,8 +10,8 @@ from minilora.gpt import loss_and_grads
 from minilora.lora import LoRAConfig, lora_init
 from minilora.model import complete, evaluate_stream
 from minilora.ops import head_forward, linear_backward, linear_forward
-from minilora.runs import adapt
-from minilora.train import TrainConfig
+from minilora.training.loop import TrainConfig
+from minilora.training.runs import adapt
 
 LORA_CONFIG = LoRAConfig(rank=2, targets=("qkv", "o", "up", "down", "embedding"))
 ROUNDING = 2.0**-11  # of float16, relative

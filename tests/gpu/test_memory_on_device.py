@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from minilora.backend import to_device
-from minilora.budget import Step, figures
+from minilora.bench.budget import Step, figures
 from minilora.gpt import GPTConfig, gpt_init
 from minilora.lora import LoRAConfig, lora_init
 from minilora.optim import adamw, adamw_init, clip_by_global_norm
-from minilora.train import batch_loss_and_grads
+from minilora.training.loop import batch_loss_and_grads
 from minilora.workers import Workers
 
 pytestmark = pytest.mark.gpu

@@ -7,7 +7,7 @@ import numpy as np
 
 from minilora import tree
 from minilora.backend import namespace, to_device, to_host
-from minilora.parallel import MPIRanks
+from minilora.training.ranks import MPIRanks
 
 IN_PLACE = object()
 

@@ -7,13 +7,19 @@ import pytest
 
 from minilora import tree
 from minilora.backend import namespace, to_device, to_host
-from minilora.checkpoint import CHECKPOINT, History, State, load_checkpoint, save_checkpoint
 from minilora.formats import load_adapter, load_base
 from minilora.lora import LoRAConfig, lora_init
 from minilora.model import evaluate_stream
 from minilora.optim import adamw, adamw_init
-from minilora.runs import adapt, adapt_in_folder
-from minilora.train import TrainConfig
+from minilora.training.checkpoint import (
+    CHECKPOINT,
+    History,
+    State,
+    load_checkpoint,
+    save_checkpoint,
+)
+from minilora.training.loop import TrainConfig
+from minilora.training.runs import adapt, adapt_in_folder
 
 LORA_CONFIG = LoRAConfig(rank=2, targets=("qkv", "q", "o", "up", "down", "embedding"), dropout=0.1)
 SAVED = LoRAConfig(rank=2, targets=("qkv", "o", "up", "down"))  # PEFT has no q beside qkv

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 
-from minilora.budget import SHAPES, Step
+from minilora.bench.budget import SHAPES, Step
 from minilora.lora import LoRAConfig
 
 torch = pytest.importorskip("torch")

@@ -130,7 +130,7 @@ def test_every_public_name_is_in_the_table_of_the_interface():
 
 
 def test_every_option_is_on_the_page_of_the_command_line():
-    from minilora.cli import parser
+    from minilora.cli.parser import parser
 
     text = (SITE / "cli.html").read_text(encoding="utf-8")
     (commands,) = (a.choices for a in parser()._actions if hasattr(a.choices, "values"))

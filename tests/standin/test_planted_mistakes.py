@@ -24,7 +24,7 @@ import pytest
 from strict_cupy import COPIES
 
 import minilora
-from minilora import gpt, model, ops, optim, train, tree
+from minilora import gpt, model, ops, optim, tree
 from minilora.backend import load_cupy, to_device, to_device_in_half, to_host
 from minilora.data import ByteTokenizer, Corpus
 from minilora.formats import load_adapter
@@ -33,8 +33,9 @@ from minilora.lora import LoRAConfig, lora_init
 from minilora.mix import mix
 from minilora.model import Model, complete, evaluate_stream
 from minilora.pairs import PAIRS, tiny_model
-from minilora.runs import adapt, adapt_in_folder
-from minilora.train import TrainConfig
+from minilora.training import loop
+from minilora.training.loop import TrainConfig
+from minilora.training.runs import adapt, adapt_in_folder
 
 PACKAGE = Path(minilora.__file__).parent
 MODULES = [
@@ -46,7 +47,7 @@ MODULES = [
 # Changes that no device can notice, by "module.function: before → after", and why.
 EXPLAINED = {
     "checkpoint.save_checkpoint: to_host(trees) → trees": "write_tensors does it as well.",
-    "train.save: to_host(state.params) → state.params": "Only several processes come here.",
+    "loop.save: to_host(state.params) → state.params": "Only several processes come here.",
 }
 
 # --- what is done after each change --------------------------------------------------------------
@@ -87,7 +88,7 @@ class Stopped(Exception):
 def everything(place: str, folder: Path) -> dict[str, np.ndarray]:
     """Numbers from all that uses the device, by name; those of the host are the same."""
 
-    def stop(progress: train.Progress) -> None:
+    def stop(progress: loop.Progress) -> None:
         if progress.step == 4:
             raise Stopped
 
@@ -322,9 +323,9 @@ BY_HAND = {
     "a keyword that CuPy lacks": (gpt, "gelu_forward", gelu_with_a_keyword_of_numpy),
     "a branch on a value": (gpt, "layer_norm_forward", layer_norm_that_branches),
     "a host array": (gpt, "residual_forward", residual_with_a_constant_of_the_host),
-    "a host scalar in a loop": (train, "clip_by_global_norm", norm_in_a_loop),
+    "a host scalar in a loop": (loop, "clip_by_global_norm", norm_in_a_loop),
     "a scalar of NumPy": (gpt, "residual_forward", residual_in_float64),
-    "a tree on the host": (train, "adamw_init", moments_on_the_host),
+    "a tree on the host": (loop, "adamw_init", moments_on_the_host),
     "a model left on the host": (model, "to_device", lambda arrays, device: arrays),
 }
 

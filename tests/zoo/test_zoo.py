@@ -117,12 +117,12 @@ BUGS = (
     ),
     Bug(
         "Weight decay on the wrong tree",
-        "train.py",
+        "training/loop.py",
         "base, lora = self.trees(state.params)",
         "base, lora = self.trees(state.params)\n"
         "        for leaf in tree.flatten(self.base).values():\n"
         "            leaf *= 1.0 - settings.lr * 0.1",
-        "tests/train/test_train.py::test_adapters_train_and_the_base_keeps_its_bits",
+        "tests/training/test_train.py::test_adapters_train_and_the_base_keeps_its_bits",
     ),
     Bug(
         "Frozen, and paid for",

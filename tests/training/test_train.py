@@ -15,7 +15,7 @@ from minilora.evaluation import evaluate_tokens, held_out_batches
 from minilora.gpt import GPTConfig, gpt_init, gpt_logits, loss_and_grads
 from minilora.lora import LoRAConfig, dropout_masks, lora_init
 from minilora.optim import adamw, adamw_init, clip_by_global_norm, warmup_cosine
-from minilora.train import TrainConfig, batch_loss_and_grads, train
+from minilora.training.loop import TrainConfig, batch_loss_and_grads, train
 from minilora.workers import SHARD_TOKENS, Workers
 
 CONFIG = GPTConfig(vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2)
@@ -174,7 +174,7 @@ def test_training_reads_the_short_sequences(monkeypatch):
         shapes.append((batch, context))
         return draw_batch(tokens, batch=batch, context=context, rng=rng)
 
-    monkeypatch.setattr("minilora.train.draw_batch", spy)
+    monkeypatch.setattr("minilora.training.loop.draw_batch", spy)
     run(steps=3, short_context=8, short_steps=2)
     assert shapes == [(8, 8), (8, 8), (4, 16)]
 
@@ -210,7 +210,7 @@ def test_training_that_recomputes_gives_the_same_bits(monkeypatch):
         asked.append(recompute)
         return loss_and_grads(*args, recompute=recompute, **kwargs)
 
-    monkeypatch.setattr("minilora.train.loss_and_grads", spy)
+    monkeypatch.setattr("minilora.training.loop.loss_and_grads", spy)
     assert_same_bits(run(steps=3, recompute=True).params, run(steps=3).params)
     assert set(asked[: len(asked) // 2]) == {True} and set(asked[len(asked) // 2 :]) == {False}
 
@@ -283,7 +283,7 @@ def test_dropout_is_drawn_anew_at_every_step_and_alike_in_every_run(monkeypatch)
         drawn.append(dropout_masks(*args, **kwargs))
         return drawn[-1]
 
-    monkeypatch.setattr("minilora.train.dropout_masks", spy)
+    monkeypatch.setattr("minilora.training.loop.dropout_masks", spy)
     run(steps=2)
     run(steps=2)
     first, second, first_again, second_again = drawn
@@ -493,6 +493,8 @@ def test_a_step_that_goes_wrong_between_two_reports_is_named(monkeypatch):
     def spoiled(*args, step, **kwargs):
         return math.nan if step == 4 else 0.001
 
-    monkeypatch.setattr("minilora.train.warmup_cosine", lambda step, **_: spoiled(step=step))
+    monkeypatch.setattr(
+        "minilora.training.loop.warmup_cosine", lambda step, **_: spoiled(step=step)
+    )
     with pytest.raises(MiniloraError, match="not finite at step 5"):
         run(log_every=7, eval_every=7)

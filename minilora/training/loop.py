@@ -22,7 +22,13 @@ import numpy as np
 
 from minilora import tree
 from minilora.backend import Array, Half, namespace, to_device, to_host
-from minilora.checkpoint import (
+from minilora.data import Corpus, check_ids, check_length, draw_batch
+from minilora.errors import MiniloraError
+from minilora.evaluation import held_out_batches, sum_nats
+from minilora.gpt import GPTConfig, loss_and_grads
+from minilora.lora import LoRAConfig, dropout_masks
+from minilora.optim import adamw, adamw_init, clip_by_global_norm, warmup_cosine
+from minilora.training.checkpoint import (
     History,
     State,
     checksum,
@@ -30,13 +36,7 @@ from minilora.checkpoint import (
     output_folder,
     save_checkpoint,
 )
-from minilora.data import Corpus, check_ids, check_length, draw_batch
-from minilora.errors import MiniloraError
-from minilora.evaluation import held_out_batches, sum_nats
-from minilora.gpt import GPTConfig, loss_and_grads
-from minilora.lora import LoRAConfig, dropout_masks
-from minilora.optim import adamw, adamw_init, clip_by_global_norm, warmup_cosine
-from minilora.parallel import Ranks
+from minilora.training.ranks import Ranks
 from minilora.tree import Tree
 from minilora.workers import Workers
 

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from minilora import tree
-from minilora.checkpoint import CHECKPOINT, History, check_same_run
 from minilora.data import ByteTokenizer, Corpus
 from minilora.errors import MiniloraError
 from minilora.formats import save_adapter, save_base
@@ -24,8 +23,9 @@ from minilora.formats.files import read_json, write_bytes, write_json
 from minilora.gpt import GPTConfig, gpt_init
 from minilora.lora import LoRAConfig, lora_init
 from minilora.model import Model
-from minilora.parallel import Ranks
-from minilora.train import Progress, TrainConfig, Trained, run_fingerprint, train
+from minilora.training.checkpoint import CHECKPOINT, History, check_same_run
+from minilora.training.loop import Progress, TrainConfig, Trained, run_fingerprint, train
+from minilora.training.ranks import Ranks
 from minilora.tree import Tree
 
 RECORD = "training.json"

@@ -20,7 +20,7 @@ ADAPT_LR = {"lora": 5e-3, "full": 1e-3}
 
 
 def demo_command(args: argparse.Namespace) -> int:
-    from minilora.demo import demo
+    from minilora.cli.demo import demo
 
     figures = demo(seed=args.seed, threads=args.threads, device=chosen_device(args))
     write_figures(args, figures)
@@ -31,8 +31,8 @@ def adapt_command(args: argparse.Namespace) -> int:
     from minilora.data import load_corpus
     from minilora.lora import LoRAConfig, adapted_paths
     from minilora.model import load_model
-    from minilora.parallel import find_ranks
-    from minilora.runs import adapt_in_folder
+    from minilora.training.ranks import find_ranks
+    from minilora.training.runs import adapt_in_folder
 
     ranks = find_ranks()
     if args.lr is None:
@@ -79,8 +79,8 @@ def matches_qkv_part(path: str) -> bool:
 def pretrain_command(args: argparse.Namespace) -> int:
     from minilora.data import ByteTokenizer, load_corpus
     from minilora.gpt import GPTConfig
-    from minilora.parallel import find_ranks
-    from minilora.runs import pretrain_in_folder
+    from minilora.training.ranks import find_ranks
+    from minilora.training.runs import pretrain_in_folder
 
     ranks = find_ranks()
     settings = settings_of(args, method="full")
@@ -165,7 +165,7 @@ def merge_command(args: argparse.Namespace) -> int:
     from minilora.formats import save_base
     from minilora.lora import unmerge
     from minilora.model import load_model
-    from minilora.runs import BASE_WEIGHTS, claim_folder, copy_tokenizer
+    from minilora.training.runs import BASE_WEIGHTS, claim_folder, copy_tokenizer
 
     device = chosen_device(args)
     claim_folder(args.out, resume=False)
@@ -190,7 +190,7 @@ def merge_command(args: argparse.Namespace) -> int:
 def mix_command(args: argparse.Namespace) -> int:
     from minilora import tree
     from minilora.formats import save_adapter
-    from minilora.runs import ADAPTER_WEIGHTS, claim_folder
+    from minilora.training.runs import ADAPTER_WEIGHTS, claim_folder
 
     claim_folder(args.out, resume=False)
     model = chosen_model(args)
@@ -232,9 +232,9 @@ def gradcheck_command(args: argparse.Namespace) -> int:
 
 
 def bench_command(args: argparse.Namespace) -> int:
+    from minilora.bench.budget import SHAPES
     from minilora.bench.case import Case
     from minilora.bench.command import bench
-    from minilora.budget import SHAPES
     from minilora.workers import cores
 
     case = Case(
@@ -258,7 +258,7 @@ def bench_command(args: argparse.Namespace) -> int:
 def budget_command(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
-    from minilora.budget import SHAPES, Step, figures, read_shape, report, resized
+    from minilora.bench.budget import SHAPES, Step, figures, read_shape, report, resized
     from minilora.lora import LoRAConfig
 
     name, config, tied = args.model, SHAPES[args.model], True
@@ -283,7 +283,7 @@ def settings_of(args: argparse.Namespace, *, method: str) -> Any:
     """The TrainConfig that the training options ask for."""
     import dataclasses
 
-    from minilora.train import TrainConfig
+    from minilora.training.loop import TrainConfig
 
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     given = {name: value for name, value in vars(args).items() if name in names}
@@ -357,7 +357,7 @@ def pairs_of(entries: list[str], kind: Callable[[str], Any], option: str) -> dic
 
 def progress_bar(args: argparse.Namespace, what: str) -> Any:
     """The reports of a training run; a plot that cannot be drawn is noticed before it starts."""
-    from minilora.report import ProgressBar, check_plot
+    from minilora.cli.report import ProgressBar, check_plot
 
     if args.plot is not None:
         check_writable(args.plot, "--plot")
@@ -369,7 +369,7 @@ def finish_training(args: argparse.Namespace, run: Any) -> None:
     """Print, draw and write what a training run gave."""
     write_figures(args, run.figures)
     if args.plot is not None:
-        from minilora.report import plot_losses
+        from minilora.cli.report import plot_losses
 
         more = f" and {len(args.data) - 1} more" if args.data[1:] else ""
         plot_losses(run.history, args.plot, title=(Path(args.data[0]).name or args.data[0]) + more)

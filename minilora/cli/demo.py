@@ -11,13 +11,13 @@ import numpy as np
 
 from minilora import tree
 from minilora.backend import to_host
+from minilora.cli.report import ProgressBar
 from minilora.data import load_corpus
 from minilora.gradcheck import TOLERANCE, max_error
 from minilora.lora import LoRAConfig
 from minilora.model import Model, complete, load_model
-from minilora.report import ProgressBar
-from minilora.runs import adapt_in_folder
-from minilora.train import TrainConfig
+from minilora.training.loop import TrainConfig
+from minilora.training.runs import adapt_in_folder
 
 PROMPT = "def __init__(self, "
 # Chosen by docs/sweep.py, whose table is in the model card of the built-in base.

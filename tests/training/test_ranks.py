@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 
 import minilora
 from minilora import tree
-from minilora.checkpoint import CHECKPOINT
 from minilora.data import ByteTokenizer, Corpus
 from minilora.errors import MiniloraError
 from minilora.gpt import GPTConfig, gpt_init
 from minilora.lora import LoRAConfig, lora_init
 from minilora.model import Model
-from minilora.parallel import LAUNCHERS, Ranks, as_one, check_alone, find_ranks, launched
-from minilora.runs import adapt_in_folder
-from minilora.train import Interrupted, TrainConfig, train
+from minilora.training.checkpoint import CHECKPOINT
+from minilora.training.loop import Interrupted, TrainConfig, train
+from minilora.training.ranks import LAUNCHERS, Ranks, as_one, check_alone, find_ranks, launched
+from minilora.training.runs import adapt_in_folder
 
 CONFIG = GPTConfig(vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2)
 BASE = gpt_init(CONFIG, seed=0, dtype=np.float64)
@@ -157,7 +157,7 @@ def test_each_rank_computes_its_share_alone(monkeypatch):
         rows.append((len(tokens), count))
         return minilora.loss_and_grads(base, lora, tokens=tokens, count=count, **constants)
 
-    monkeypatch.setattr("minilora.train.loss_and_grads", spy)
+    monkeypatch.setattr("minilora.training.loop.loss_and_grads", spy)
     together(2, lambda ranks: run(ranks, steps=1, short_steps=0))
     assert sorted(rows) == [(2, 5 * 16), (3, 5 * 16)]
 
@@ -171,7 +171,7 @@ def test_an_evaluation_is_shared(monkeypatch):
         tokens.append(sum(targets.size for _, targets in batches))
         return sum_nats(workers, base, lora, batches, *constants)
 
-    monkeypatch.setattr("minilora.train.sum_nats", spy)
+    monkeypatch.setattr("minilora.training.loop.sum_nats", spy)
     text = dataclasses.replace(corpus(), held_out=corpus().train)
     monkeypatch.setattr(f"{__name__}.corpus", lambda seed: text)
     together(2, lambda ranks: run(ranks, steps=1))
@@ -248,7 +248,7 @@ def test_ctrl_c_on_one_rank_stops_all_after_the_same_step(tmp_path, monkeypatch,
         flags[threading.get_ident()] = threading.Event()
         yield flags[threading.get_ident()]
 
-    monkeypatch.setattr("minilora.train.ctrl_c_sets_flag", a_flag_for_each_thread)
+    monkeypatch.setattr("minilora.training.loop.ctrl_c_sets_flag", a_flag_for_each_thread)
     stopped = []
 
     class Pressing(ThreadRanks):

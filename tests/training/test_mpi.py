@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 import minilora
-from minilora.checkpoint import CHECKPOINT
 from minilora.formats import save_base
 from minilora.formats.tensors import read_tensors
 from minilora.gpt import GPTConfig, gpt_init
+from minilora.training.checkpoint import CHECKPOINT
 
 pytestmark = pytest.mark.mpi
 
@@ -169,13 +169,13 @@ def test_killed_and_resumed_it_ends_in_the_same_bytes(adapt, files, whole, tmp_p
 # A program whose second rank does something at the draw of its fifth batch.
 AT_STEP_5 = """
 import os, signal, sys
-from minilora import parallel, train
-real, steps = train.draw_batch, iter(range(1, 1000))
+from minilora.training import loop, ranks
+real, steps = loop.draw_batch, iter(range(1, 1000))
 def draw_batch(*args, **kwargs):
-    if (parallel.launched()[0], next(steps)) == (1, 5):
+    if (ranks.launched()[0], next(steps)) == (1, 5):
         {action}
     return real(*args, **kwargs)
-train.draw_batch = draw_batch
+loop.draw_batch = draw_batch
 from minilora.cli import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -226,7 +226,7 @@ SUMS = """
 import os
 import numpy as np
 from threadpoolctl import threadpool_info
-from minilora.parallel import find_ranks
+from minilora.training.ranks import find_ranks
 from minilora.workers import cores
 ranks = find_ranks()
 leaves = [np.float32(1.5), {"x": np.arange(6, dtype=np.float32).reshape(2, 3)}, {}]

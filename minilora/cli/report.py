@@ -7,10 +7,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from minilora.checkpoint import History
 from minilora.errors import MiniloraError
 from minilora.formats.files import replacing
-from minilora.train import Progress
+from minilora.training.checkpoint import History
+from minilora.training.loop import Progress
 
 PLOTS = (".png", ".svg", ".pdf")
 

@@ -15,13 +15,14 @@ from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 
-from minilora import commands, parallel
+from minilora.cli import commands
 from minilora.errors import MiniloraError
+from minilora.training import ranks
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status, as one where MPI runs several of us."""
-    return parallel.as_one(lambda: answer(argv))
+    return ranks.as_one(lambda: answer(argv))
 
 
 def answer(argv: Sequence[str] | None) -> int:
@@ -36,7 +37,7 @@ def answer(argv: Sequence[str] | None) -> int:
     try:
         arguments = parser().parse_args(argv)
         if arguments.run not in (commands.adapt_command, commands.pretrain_command):
-            parallel.check_alone()
+            ranks.check_alone()
         if arguments.json is not None:
             commands.check_writable(arguments.json, "--json")
         with np.errstate(all="ignore"):  # what overflows is told in a sentence, where it matters
@@ -311,7 +312,7 @@ def add_bench(group: Any) -> None:
 
 
 def add_budget(group: Any) -> None:
-    from minilora.budget import SHAPES
+    from minilora.bench.budget import SHAPES
     from minilora.lora import TARGETS
 
     sub = add_command(

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from minilora.checkpoint import History
+from minilora.cli.report import ProgressBar, check_plot, plot_losses, smoothed, time_left
 from minilora.errors import MiniloraError
-from minilora.report import ProgressBar, check_plot, plot_losses, smoothed, time_left
-from minilora.train import Progress
+from minilora.training.checkpoint import History
+from minilora.training.loop import Progress
 
 PNG = b"\x89PNG\r\n\x1a\n"
 HISTORY = History(

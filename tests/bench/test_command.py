@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from minilora.budget import SHAPES, scaled
-from minilora.cli import main, parser
+from minilora.bench.budget import SHAPES, scaled
+from minilora.cli import main
+from minilora.cli.parser import parser
 from minilora.formats import save_base
 from minilora.gpt import GPTConfig, gpt_init
 

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora.budget import SHAPES, Step, figures, ledger, moments
+from minilora.bench.budget import SHAPES, Step, figures, ledger, moments
 from minilora.gpt import GPTConfig, gpt_init, loss_and_grads, trunk_forward
 from minilora.lora import TARGETS, LoRAConfig, dropout_masks, lora_init
 from minilora.ops import head_loss_forward
 from minilora.optim import adamw, adamw_init, clip_by_global_norm
-from minilora.train import batch_loss_and_grads
+from minilora.training.loop import batch_loss_and_grads
 from minilora.tree import flatten
 from minilora.workers import Workers
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora import tree
+from minilora.bench.budget import SHAPES, Step, adapter_shapes, base_parameters, evaluate, flops
 from minilora.bench.products import recorded, recording
-from minilora.budget import SHAPES, Step, adapter_shapes, base_parameters, evaluate, flops
 from minilora.errors import MiniloraError
 from minilora.gpt import GPTConfig, gpt_init, loss_and_grads
 from minilora.lora import TARGETS, LoRAConfig, lora_init

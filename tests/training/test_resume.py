@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from minilora import tree
-from minilora.checkpoint import CHECKPOINT
 from minilora.data import Corpus
 from minilora.errors import MiniloraError
 from minilora.formats.tensors import read_tensors, write_tensors
 from minilora.gpt import GPTConfig, gpt_init
 from minilora.lora import LoRAConfig, lora_init
-from minilora.train import Interrupted, TrainConfig, ctrl_c_sets_flag, train
+from minilora.training.checkpoint import CHECKPOINT
+from minilora.training.loop import Interrupted, TrainConfig, ctrl_c_sets_flag, train
 
 CONFIG = GPTConfig(vocab_size=32, n_positions=8, n_embd=8, n_layer=3, n_head=2)
 BASE = gpt_init(CONFIG, seed=0)
@@ -215,10 +215,10 @@ def test_another_run_is_refused_by_what_differs(tmp_path, changes, name):
 
 
 def test_a_machine_with_other_cores_is_another_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("minilora.parallel.cores", lambda: 2)
+    monkeypatch.setattr("minilora.training.ranks.cores", lambda: 2)
     with pytest.raises(Killed):
         run(folder=tmp_path, report=killed_at(3), threads=0)
-    monkeypatch.setattr("minilora.parallel.cores", lambda: 3)
+    monkeypatch.setattr("minilora.training.ranks.cores", lambda: 3)
     with pytest.raises(MiniloraError, match="threads 2, but this one has 3"):
         run(folder=tmp_path, threads=0)
     assert_same_result(run(folder=tmp_path, threads=2), run(threads=2))
@@ -254,7 +254,7 @@ def test_numbers_that_are_not_finite_leave_the_last_good_checkpoint(tmp_path, mo
         return 1e300 if step == 5 else warmup_cosine(step, **schedule)
 
     with monkeypatch.context() as patched:
-        patched.setattr("minilora.train.warmup_cosine", absurd)
+        patched.setattr("minilora.training.loop.warmup_cosine", absurd)
         with pytest.raises(MiniloraError, match="not finite at step [56]: .*checkpoint is kept"):
             run(folder=tmp_path, checkpoint_every=1)
     tensors, metadata = read_tensors(tmp_path / CHECKPOINT)

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 
 from minilora import tree
-from minilora.checkpoint import CHECKPOINT, checksum
 from minilora.data import ByteTokenizer, Corpus
 from minilora.errors import MiniloraError
 from minilora.formats import load_adapter, load_base, save_base
 from minilora.gpt import GPTConfig, gpt_init
 from minilora.lora import LoRAConfig
 from minilora.model import Model
-from minilora.runs import (
+from minilora.training.checkpoint import CHECKPOINT, checksum
+from minilora.training.loop import TrainConfig
+from minilora.training.runs import (
     ADAPTER_WEIGHTS,
     BASE_WEIGHTS,
     RECORD,
@@ -26,7 +27,6 @@ from minilora.runs import (
     copy_tokenizer,
     pretrain_in_folder,
 )
-from minilora.train import TrainConfig
 
 CONFIG = GPTConfig(vocab_size=256, n_positions=8, n_embd=8, n_layer=2, n_head=2)
 LORA_CONFIG = LoRAConfig(rank=2, targets=("qkv", "down"), dropout=0.1)
@@ -223,7 +223,7 @@ def test_a_run_that_cannot_begin_leaves_no_empty_folder(tmp_path, model, monkeyp
     def out_of_memory(*_, **__):
         raise MemoryError("nothing left")
 
-    monkeypatch.setattr("minilora.train.loss_and_grads", out_of_memory)
+    monkeypatch.setattr("minilora.training.loop.loss_and_grads", out_of_memory)
     with pytest.raises(MemoryError, match="nothing left"):
         run(model, folder)
     assert folder.exists() != is_new  # what was there before stays
@@ -259,7 +259,7 @@ def test_the_base_is_read_through_once_for_its_checksum(tmp_path, model, monkeyp
         calls.append(arrays)
         return checksum(arrays)
 
-    monkeypatch.setattr("minilora.train.checksum", counting)
+    monkeypatch.setattr("minilora.training.loop.checksum", counting)
     run(model, tmp_path / "out")
     assert len(calls) == 2  # the base and the text
     adapt(model, corpus(), LORA_CONFIG, SETTINGS)
