@@ -280,5 +280,5 @@ if not SMALL:
 #    the command line is `minilora adapt my_file.txt --out my-adapter`.
 # 4. Freezing that is none: ask for `wrt="both"` and let AdamW change both trees. What does
 #    `untouched` say then, and how do the paths look? In minilora the test
-#    `test_adapters_train_and_the_base_keeps_its_bits` in `tests/training/test_train.py` notices such
-#    a mistake.
+#    `test_adapters_train_and_the_base_keeps_its_bits` in `tests/training/test_train.py` notices
+#    such a mistake.

@@ -173,8 +173,8 @@ for batch, share in zip(BATCHES, saved, strict=True):
 # ## Is that so? Ask the allocator
 #
 # Python's `tracemalloc` sees each array that NumPy allocates. We run real steps of the tiny model
-# and compare the most that was in use at any one time with what `minilora.bench.budget` predicts from the
-# shapes alone: the ledger, and what the hungriest moment of the backward pass needs on top.
+# and compare the most that was in use at any one time with what `minilora.bench.budget` predicts
+# from the shapes alone: the ledger, and what the peak of the backward pass needs on top.
 
 
 # %%

@@ -10,6 +10,7 @@ from minilora.bench.case import Case
 from minilora.bench.measure import RUNS, random_model
 from minilora.bench.profile import Profile, profiling
 from minilora.gpt import GPTConfig
+from minilora.training import loop
 from minilora.workers import Workers
 
 CONFIG = GPTConfig(vocab_size=11, n_positions=16, n_embd=8, n_layer=2, n_head=2)

@@ -7,9 +7,9 @@ rounding, after "≈" to the four decimals that are printed. A part with letters
 passed over; the last part must be numbers.
 """
 
-import importlib
 import inspect
 import math
+import pkgutil
 import re
 from pathlib import Path
 
@@ -94,15 +94,6 @@ def test_a_tagged_equation_is_one_line(page):
 # --- what a page says about the code -------------------------------------------------------------
 
 
-def resolve(name):
-    """The object that a dotted name such as `minilora.ops.rows` means."""
-    module, _, rest = name.removeprefix("minilora.").partition(".")
-    found = importlib.import_module(f"minilora.{module}")
-    for attribute in filter(None, rest.split(".")):
-        found = getattr(found, attribute)
-    return found
-
-
 @each_page
 def test_the_headings_are_the_same_on_each_page(page):
     headings = re.findall(r"^## (.*)$", TEXT[page], flags=re.M)
@@ -112,7 +103,7 @@ def test_the_headings_are_the_same_on_each_page(page):
 @each_page
 def test_every_name_on_a_page_exists(page):
     for name in re.findall(r"`(minilora(?:\.\w+)+)`", TEXT[page]):
-        resolve(name)
+        pkgutil.resolve_name(name)
     for path in re.findall(r"`((?:minilora|docs|tutorials)/[\w/.]+)`", TEXT[page]):
         assert (ROOT / path).exists(), path
     for path, test in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", TEXT[page]):
@@ -124,7 +115,7 @@ def test_the_quoted_lines_are_those_of_the_code(page):
     quotes = re.findall(r"^\| \[([\w.]+)\] \| `([\w.]+)` \| `([^`]+)` \|$", TEXT[page], flags=re.M)
     assert sorted(tag for tag, _, _ in quotes) == sorted(defined(TEXT[page]))
     for tag, name, line in quotes:
-        source = inspect.getsource(resolve(name))
+        source = inspect.getsource(pkgutil.resolve_name(name))
         assert tag in mentioned(source), f"{name} does not name [{tag}]"
         lines = [code for code in source.splitlines() if code.strip().startswith(line)]
         assert lines, f"{name} has no line {line!r} (quoted for [{tag}] in {page}.md)"

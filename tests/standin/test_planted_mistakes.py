@@ -39,15 +39,15 @@ from minilora.training.runs import adapt, adapt_in_folder
 
 PACKAGE = Path(minilora.__file__).parent
 MODULES = [
-    path.stem
-    for path in sorted(PACKAGE.glob("*.py"))
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    for path in sorted((*PACKAGE.glob("*.py"), *PACKAGE.glob("training/*.py")))
     if any(f"{word}(" in path.read_text("utf-8") for word in ("namespace", "to_device", "to_host"))
-    and path.stem not in ("pairs", "demo", "kernels", "parallel")  # run in tests of their own
+    and path.stem not in ("pairs", "kernels", "ranks")  # run in tests of their own
 ]
 # Changes that no device can notice, by "module.function: before → after", and why.
 EXPLAINED = {
-    "checkpoint.save_checkpoint: to_host(trees) → trees": "write_tensors does it as well.",
-    "loop.save: to_host(state.params) → state.params": "Only several processes come here.",
+    "training.checkpoint.save_checkpoint: to_host(trees) → trees": "write_tensors does it as well.",
+    "training.loop.save: to_host(state.params) → state.params": "Only several processes come here.",
 }
 
 # --- what is done after each change --------------------------------------------------------------

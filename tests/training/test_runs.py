@@ -238,7 +238,7 @@ def test_a_run_that_fails_later_keeps_its_checkpoint(tmp_path, model):
 @pytest.mark.parametrize("finished", [False, True])
 def test_another_device_is_another_run(tmp_path, model, monkeypatch, finished):
     """Its rounding is another. The arrays stay on the host here, whatever the device is called."""
-    for module in ("train", "checkpoint", "evaluation"):
+    for module in ("training.loop", "training.checkpoint", "evaluation"):
         monkeypatch.setattr(f"minilora.{module}.to_device", lambda arrays, device: arrays)
 
     def on(device, resume=False, report=lambda progress: None):
