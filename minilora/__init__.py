@@ -4,16 +4,19 @@
     corpus = minilora.load_corpus("python", model.tokenizer)
     adapted, trained = minilora.adapt(model, corpus, minilora.LoRAConfig(rank=2))
 
-The mathematics is in `minilora.ops`, `minilora.lora` and `minilora.gpt`; read them in this order.
+The mathematics is in `minilora.ops`, `lora`, `gpt2`, `network` and `keep`; read them in this order.
 """
 
+from minilora.adapters import LoRAConfig, lora_init
 from minilora.data import load_corpus
 from minilora.errors import MiniloraError
 from minilora.formats import load_adapter, load_base, save_adapter, save_base
-from minilora.gpt import GPTConfig, loss_and_grads
-from minilora.lora import LoRAConfig, lora_init, merge, unmerge
+from minilora.gpt2 import GPTConfig
+from minilora.keep import Plan
+from minilora.lora import merge, unmerge
 from minilora.mix import mix
 from minilora.model import Model, complete, evaluate, load_model
+from minilora.network import Net, loss_and_grads
 from minilora.training.loop import TrainConfig
 from minilora.training.runs import adapt
 
@@ -24,6 +27,8 @@ __all__ = [
     "LoRAConfig",
     "MiniloraError",
     "Model",
+    "Net",
+    "Plan",
     "TrainConfig",
     "adapt",
     "complete",

@@ -11,10 +11,8 @@ import numpy as np
 from minilora.backend import Array, namespace, to_device
 from minilora.data import check_ids, windows
 from minilora.errors import MiniloraError
-from minilora.gpt import GPTConfig, head_table, trunk_forward
-from minilora.lora import LoRAConfig
-from minilora.ops import head_loss_forward
-from minilora.tree import Tree
+from minilora.loss import head_loss_forward
+from minilora.network import Net, trunk_forward
 from minilora.workers import SHARD_TOKENS, Workers
 
 
@@ -28,13 +26,10 @@ class Evaluation:
 
 
 def evaluate_tokens(
-    base: Tree,
-    lora: Tree | None,
+    net: Net,
     tokens: np.ndarray,
     *,
     text_bytes: int,
-    config: GPTConfig,
-    lora_config: LoRAConfig | None = None,
     threads: int = 0,
     device: str = "cpu",
 ) -> Evaluation:
@@ -46,12 +41,11 @@ def evaluate_tokens(
     """
     if len(tokens) < 2:
         raise MiniloraError(f"a text of {len(tokens)} tokens is too short: an evaluation needs two")
-    check_ids(tokens, config.vocab_size)
-    context = config.n_positions
+    check_ids(tokens, net.config.vocab_size)
+    context = net.config.n_positions
     batches = windows(tokens, context=context, batch=max(1, SHARD_TOKENS // context))
-    base, lora = to_device(base, device), to_device(lora, device) if lora else None
     with Workers(threads, device) as workers:
-        total, predicted = sum_nats(workers, base, lora, batches, config, lora_config, device)
+        total, predicted = sum_nats(workers, net.on(device), batches, device)
     if not math.isfinite(total):
         raise MiniloraError("the loss is not finite: the model's numbers overflow on this text")
     loss = total / predicted
@@ -60,22 +54,16 @@ def evaluate_tokens(
 
 def sum_nats(
     workers: Workers,
-    base: Tree,
-    lora: Tree | None,
+    net: Net,
     batches: Iterable[tuple[np.ndarray, np.ndarray]],
-    config: GPTConfig,
-    lora_config: LoRAConfig | None,
     device: str,
 ) -> tuple[float, int]:
     """The summed loss of batches (inputs, targets) in nats, and how many tokens they predict."""
 
     def nats(batch: tuple[np.ndarray, np.ndarray]) -> tuple[Array, int]:
         tokens, targets = (to_device(part, device) for part in batch)
-        x, _ = trunk_forward(
-            base, lora, tokens=tokens, config=config, lora_config=lora_config, frozen=True
-        )
-        # A table that is not frozen: then no gradient is made beside the loss.
-        return head_loss_forward(x, head_table(base), targets=targets, count=1)[0], targets.size
+        x, _ = trunk_forward(net, tokens=tokens)
+        return head_loss_forward(x, net.head, targets=targets, count=1)[0], targets.size
 
     found = list(workers.map(nats, batches))
     if not found:  # one of several processes may have no share

@@ -16,28 +16,14 @@ import numpy as np
 from minilora.backend import Array, namespace, to_host
 from minilora.data import check_ids
 from minilora.errors import MiniloraError
-from minilora.gpt import GPTConfig, block_adapters, block_forward, head_table
-from minilora.lora import LoRAConfig, lora_embedding_forward
-from minilora.ops import (
-    attention_weights,
-    causal_mask,
-    embedding_forward,
-    head_forward,
-    layer_norm_forward,
-    merged_heads,
-    position_forward,
-    split_heads,
-)
-from minilora.tree import Tree
+from minilora.network import Net, trunk_forward
+from minilora.ops import attend_forward, causal_mask, head_forward, merged_heads, split_heads
 
 
 def generate(
-    base: Tree,
-    lora: Tree | None = None,
+    net: Net,
     *,
     prompt_ids: Sequence[int] | Array,
-    config: GPTConfig,
-    lora_config: LoRAConfig | None = None,
     max_tokens: int,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -52,14 +38,14 @@ def generate(
     anything is computed, for a prompt that is empty, longer than the context or outside the
     vocabulary, and for an option out of its range.
     """
-    prompt = np.asarray(prompt_ids, np.int64)
+    prompt, context = np.asarray(prompt_ids, np.int64), net.config.n_positions
     if prompt.size == 0:
         raise MiniloraError("the prompt is empty; it needs at least one token")
-    if prompt.size > config.n_positions:
+    if prompt.size > context:
         raise MiniloraError(
-            f"the prompt has {prompt.size} tokens, more than the context of {config.n_positions}"
+            f"the prompt has {prompt.size} tokens, more than the context of {context}"
         )
-    check_ids(prompt, config.vocab_size)
+    check_ids(prompt, net.config.vocab_size)
     if max_tokens < 0:
         raise MiniloraError(f"max_tokens {max_tokens} is negative; it is at least 0")
     if not temperature >= 0:
@@ -71,22 +57,13 @@ def generate(
 
     def tokens() -> Iterator[int]:
         rng = np.random.default_rng(seed)
-        context = config.n_positions
-        cache = new_cache(base, config, length=min(context, prompt.size + max_tokens))
+        cache = new_cache(net, length=min(context, prompt.size + max_tokens))
         text = prompt.tolist()
         unread, position = text, 0
         for _ in range(max_tokens):
             if position + len(unread) > context:
                 unread, position = text[-max(1, context // 2) :], 0
-            logits = next_logits(
-                base,
-                lora,
-                tokens=np.array([unread]),
-                cache=cache,
-                position=position,
-                config=config,
-                lora_config=lora_config,
-            )
+            logits = next_logits(net, tokens=np.array([unread]), cache=cache, position=position)
             position += len(unread)
             p = distribution(to_host(logits)[0], temperature=temperature, top_k=top_k, top_p=top_p)
             unread = [int(p.argmax() if temperature == 0 else rng.choice(p.size, p=p))]
@@ -106,48 +83,26 @@ class KeyValues(NamedTuple):
     values: Array
 
 
-def new_cache(base: Tree, config: GPTConfig, *, length: int, batch: int = 1) -> list[KeyValues]:
+def new_cache(net: Net, *, length: int, batch: int = 1) -> list[KeyValues]:
     """Room for the keys and values of `length` positions in every block, not yet filled."""
-    wte = base["wte"]
-    shape = (batch, config.n_head, length, config.n_embd // config.n_head)
+    wte, heads = net.base["wte"], net.config.n_head
+    shape = (batch, heads, length, net.config.n_embd // heads)
     empty = partial(namespace(wte).empty, shape, dtype=wte.dtype)
-    return [KeyValues(empty(), empty()) for _ in range(config.n_layer)]
+    return [KeyValues(empty(), empty()) for _ in range(net.config.n_layer)]
 
 
-def next_logits(
-    base: Tree,
-    lora: Tree | None = None,
-    *,
-    tokens: np.ndarray,
-    cache: list[KeyValues],
-    position: int,
-    config: GPTConfig,
-    lora_config: LoRAConfig | None = None,
-) -> Array:
+def next_logits(net: Net, *, tokens: np.ndarray, cache: list[KeyValues], position: int) -> Array:
     """Logits of the token after `tokens`, which stand at `position` and on.  (B, T) -> (B, V)
 
-    `gpt_logits` at the last position, given that the cache holds the keys and values of all the
+    `net_logits` at the last position, given that the cache holds the keys and values of all the
     positions before; those of `tokens` are added to it. The token ids are on the host.
     """
-    if lora is None:
-        lora, lora_config = {"blocks": [{} for _ in base["blocks"]]}, LoRAConfig()
-    if lora_config is None:
-        raise MiniloraError("adapters need their lora_config: it holds their scales")
-    index = namespace(base["wte"]).asarray(tokens)
-    x, _ = embedding_forward(base["wte"], index=index)
-    if "embedding" in lora:
-        scale = lora_config.scale_of("embedding")
-        update, _ = lora_embedding_forward(**lora["embedding"], index=index, scale=scale)
-        x += update
-    x, _ = position_forward(x, base["wpe"], offset=position, frozen=True)
-    mask = causal_mask(tokens.shape[1], x)
-    for i, block in enumerate(base["blocks"]):
-        adapters = block_adapters(lora, i, config.n_embd, lora_config, {})
-        attend = partial(cached_attention, cache=cache[i], position=position, mask=mask)
-        x, _ = block_forward(x, block, adapters, config=config, frozen=True, attend=attend)
-    eps = config.layer_norm_epsilon
-    x, _ = layer_norm_forward(x[:, -1], **base["ln_f"], eps=eps, frozen=True)
-    return head_forward(x, head_table(base), frozen=True)[0]
+    wte = net.base["wte"]
+    mask = causal_mask(tokens.shape[1], wte)
+    attends = [partial(cached_attention, cache=kv, position=position, mask=mask) for kv in cache]
+    index = namespace(wte).asarray(tokens)
+    x, _ = trunk_forward(net, tokens=index, offset=position, attends=attends)
+    return head_forward(x[:, -1], net.head)[0]
 
 
 def cached_attention(
@@ -157,15 +112,13 @@ def cached_attention(
 
     Writes their keys and values into the cache and attends to all that it then holds.
     """
-    xp = namespace(qkv)
     q, k, v = split_heads(qkv, heads)
-    T, K = q.shape[-2:]
-    end = position + T
+    end = position + q.shape[-2]
     cache.keys[:, :, position:end] = k
     cache.values[:, :, position:end] = v
-    P, _ = attention_weights(q, cache.keys[:, :, :end], mask)  # [ATT.1-2]
-    y, y_heads = merged_heads(qkv[..., : heads * K], heads)
-    xp.matmul(P, cache.values[:, :, :end], out=y_heads)  # [ATT.3]
+    y, y_heads = merged_heads(q)
+    keys, values = cache.keys[:, :, :end], cache.values[:, :, :end]
+    y_heads[:], _ = attend_forward(q, keys, values, mask=mask)  # [ATT.1-3]
     return y, ()
 
 

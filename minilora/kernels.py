@@ -14,7 +14,7 @@ from minilora.backend import Array, namespace
 
 # name: (inputs, outputs, what is done for each entry)
 SOURCES = {
-    "gelu_forward": (
+    "gelu": (
         "T x, T scale, T cubic",
         "T y",
         """
@@ -22,7 +22,7 @@ SOURCES = {
         y = T(0.5) * x * (T(1) + tanh(u));  // [GELU.2]
         """,
     ),
-    "gelu_backward": (
+    "gelu_gradient": (
         "T dy, T x, T scale, T cubic",
         "T dx",
         """
@@ -54,14 +54,14 @@ def kernel(cupy: Any, name: str) -> Any:
     return cupy.ElementwiseKernel(*SOURCES[name], f"minilora_{name}")
 
 
-def gelu_forward(x: Array, scale: float, cubic: float) -> Array:
-    """y = ½ x (1 + tanh u), u = scale (x + cubic x³) [GELU.1-2].  (...) -> (...)"""
-    return kernel(namespace(x), "gelu_forward")(x, scale, cubic)
+def gelu(x: Array, *, scale: float, cubic: float) -> Array:
+    """y = ½ x (1 + tanh u), u = κ (x + a x³) [GELU.1-2].  (...) -> (...)"""
+    return kernel(namespace(x), "gelu")(x, scale, cubic)
 
 
-def gelu_backward(dy: Array, x: Array, scale: float, cubic: float) -> Array:
-    """dx of `gelu_forward` [GELU.3-5].  (...), (...) -> (...)"""
-    return kernel(namespace(x), "gelu_backward")(dy, x, scale, cubic)
+def gelu_gradient(dy: Array, x: Array, *, scale: float, cubic: float) -> Array:
+    """dy times GELU's slope at x [GELU.3-5].  (...), (...) -> (...)"""
+    return kernel(namespace(x), "gelu_gradient")(dy, x, scale, cubic)
 
 
 def adamw(

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from minilora.adapters import LoRAConfig, adapter_tree, adapters, lora_paths
 from minilora.backend import Array, namespace
 from minilora.errors import MiniloraError
-from minilora.lora import LoRAConfig, adapters, lora_paths
-from minilora.tree import Tree, unflatten
+from minilora.tree import Tree
 
 
 def mix(
@@ -54,10 +54,7 @@ def mix(
             flat[f"{path}.A"] = xp.concatenate(As, axis=1)  # (MIX.2) A = [A₁ … Aₙ]
             flat[f"{path}.B"] = xp.concatenate(Bs, axis=0)  # (MIX.3) B = [w₁ s₁ B₁; …; wₙ sₙ Bₙ]
             ranks[re.escape(path)] = len(flat[f"{path}.B"])
-    mixed = unflatten(flat)
-    blocks = mixed.get("blocks", [])
-    mixed["blocks"] = blocks + [{} for _ in range(n_layer - len(blocks))]
-    return mixed, _unscaled(ranks)
+    return adapter_tree(flat, n_layer), _unscaled(ranks)
 
 
 def check_weights(adapters: int, weights: Sequence[float]) -> None:

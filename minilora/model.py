@@ -14,32 +14,28 @@ from typing import Any
 import numpy as np
 
 from minilora import lora as lora_math
+from minilora.adapters import LoRAConfig
 from minilora.backend import Half, namespace, to_device, to_device_in_half, to_host
 from minilora.data import Tokenizer, load_text, load_tokenizer
 from minilora.errors import MiniloraError
 from minilora.evaluation import Evaluation, evaluate_tokens
 from minilora.generate import generate
-from minilora.gpt import GPTConfig, gpt_logits
-from minilora.lora import LoRAConfig
 from minilora.mix import check_weights, mix
+from minilora.network import Net, net_logits
 from minilora.tree import Tree
 
 BUILT_IN = Path(__file__).parent / "base"
 
 
-@dataclass(frozen=True)
-class Model:
-    """A base and its tokenizer, with an adapter on top where `lora` is not None.
+@dataclass(frozen=True, kw_only=True)
+class Model(Net):
+    """A network with its tokenizer and the folder of its base.
 
     `hub_id` is the base's name on the Hugging Face hub, where it came from there.
     """
 
-    base: Tree
-    config: GPTConfig
     tokenizer: Tokenizer
     folder: Path
-    lora: Tree | None = None
-    lora_config: LoRAConfig | None = None
     hub_id: str | None = None
 
     @property
@@ -93,20 +89,12 @@ class Model:
 
         With `half`, which needs a GPU, the base's matrices are float16 there and stay frozen.
         """
-        lora = None if self.lora is None else to_device(self.lora, device)
-        base = (to_device_in_half if half else to_device)(self.base, device)
-        return replace(self, base=base, lora=lora)
+        base = to_device_in_half(self.base, device) if half else self.base
+        return super(Model, replace(self, base=base)).on(device)
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """Logits of every next token, (B, T) token ids -> (B, T, V), both on the host."""
-        logits = gpt_logits(
-            self.base,
-            self.lora,
-            tokens=to_device(tokens, self.device),
-            config=self.config,
-            lora_config=self.lora_config,
-        )
-        return np.asarray(to_host(logits))
+        return np.asarray(to_host(net_logits(self, tokens=to_device(tokens, self.device))))
 
 
 def load_model(
@@ -126,7 +114,7 @@ def load_model(
         folder, hub_id = fetch_base(str(base)), str(base)
     weights, config = load_base(folder, dtype=dtype)
     tokenizer = load_tokenizer(folder, config.vocab_size)
-    model = Model(weights, config, tokenizer, folder, hub_id=hub_id)
+    model = Model(weights, config, tokenizer=tokenizer, folder=folder, hub_id=hub_id)
     return model if adapter is None else model.with_adapters_from(adapter)
 
 
@@ -146,16 +134,7 @@ def evaluate_stream(
     model: Model, tokens: np.ndarray, text_bytes: int, *, threads: int = 0, device: str = "cpu"
 ) -> Evaluation:
     """`evaluate` of token ids that stand for `text_bytes` bytes of text."""
-    return evaluate_tokens(
-        model.base,
-        model.lora,
-        tokens,
-        text_bytes=text_bytes,
-        config=model.config,
-        lora_config=model.lora_config,
-        threads=threads,
-        device=device,
-    )
+    return evaluate_tokens(model, tokens, text_bytes=text_bytes, threads=threads, device=device)
 
 
 def complete(
@@ -174,11 +153,8 @@ def complete(
     `model.tokenizer.stream` turns ids into text as they come, `model.tokenizer.decode` at once.
     """
     drawn = generate(
-        model.base,
-        model.lora,
+        model,
         prompt_ids=model.tokenizer.encode(prompt),
-        config=model.config,
-        lora_config=model.lora_config,
         max_tokens=max_tokens,
         temperature=temperature,
         top_k=top_k,

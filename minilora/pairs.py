@@ -11,24 +11,25 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from minilora import ops
+from minilora import keep, loss, ops
+from minilora.adapters import TARGETS, LoRAConfig, dropout_masks, lora_init
 from minilora.backend import Array, to_device, to_host
-from minilora.gpt import GPTConfig, gpt_forward, gpt_init, loss_and_grads
+from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.gradcheck import Check, check_pair, check_tree, max_error
+from minilora.keep import Plan
 from minilora.lora import (
-    TARGETS,
-    LoRAConfig,
-    dropout_masks,
     lora_backward,
     lora_embedding_backward,
     lora_embedding_forward,
     lora_forward,
-    lora_init,
 )
+from minilora.network import Net, loss_and_grads, net_logits
+from minilora.tiles import TILE
 from minilora.tree import Tree, flatten, map_leaves
 
 
@@ -61,23 +62,32 @@ Constants = Callable[[np.random.Generator, Sizes], dict[str, Any]]
 class Pair(NamedTuple):
     """A forward/backward pair and how to call it.
 
-    `arguments` holds the shape of each (see `Sizes.shape`), `constants` makes the keyword
-    arguments, and `frozen` names the arguments that then have no gradient.
+    `arguments` holds the shape of each (see `Sizes.shape`) and `constants` makes the keyword
+    arguments. `dropped` are fields of the cache that are None in the backward pass (see `keep`),
+    and `frozen` the arguments that then have no gradient. A row of its own `sizes`, beyond a tile
+    or chunk, compares some `entries` of each argument.
     """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     arguments: tuple[str, ...]
     constants: Constants = lambda rng, s: {}
+    dropped: keep.Fields = {}
     frozen: tuple[str, ...] = ()
+    sizes: Sizes = Sizes()
+    entries: int | None = None
 
     def make(
         self, rng: np.random.Generator, sizes: Sizes | None = None
     ) -> tuple[list[Array], dict[str, Any]]:
         """Random arguments and constants for one call, float64."""
-        sizes = sizes or Sizes()
+        sizes = sizes or self.sizes
         arguments = [rng.standard_normal(sizes.shape(letters)) for letters in self.arguments]
         return arguments, self.constants(rng, sizes)
+
+    def thin(self, cache: Any) -> Any:
+        """The cache without what is dropped."""
+        return keep.without(cache, self.dropped)
 
 
 def _constant(**constants: Any) -> Constants:
@@ -101,79 +111,93 @@ def _some_targets(rng: np.random.Generator, s: Sizes) -> dict[str, Any]:
     return {"targets": np.where(rng.random(s.lead) < 0.3, -1, targets), "ignore_index": -1}
 
 
-def _given_again(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` with a function that gives its input again, rather than the input, to keep."""
+def _frozen_loss(rng: np.random.Generator, s: Sizes) -> dict[str, Any]:
+    return {"table": rng.standard_normal(s.shape("VC")), **_some_targets(rng, s)}
 
-    @functools.wraps(forward)
-    def given(x: Array, *parameters: Array, **constants: Any) -> Any:
-        return forward(x, *parameters, again=lambda: x, **constants)
 
-    return given
+def _scaled(rng: np.random.Generator, s: Sizes) -> dict[str, Any]:
+    return {"scale": 8.0 / s.R}
 
 
 LINEAR = (ops.linear_forward, ops.linear_backward, ("...C", "CO", "O"))
-POSITION = (ops.position_forward, ops.position_backward, ("...C", "PC"))
-LAYER_NORM = (ops.layer_norm_forward, ops.layer_norm_backward, ("...C", "C", "C"))
+EMBEDDING = (ops.embedding_forward, ops.embedding_backward, ("VC",), _index)
+POSITION = (ops.position_forward, ops.position_backward, ("...C", "PC"), _constant(offset=1))
+AFFINE = (ops.affine_forward, ops.affine_backward, ("...C", "C", "C"))
+# A large ε: its place in the equation then matters, and rows of equal entries stay smooth.
+NORMALISE = (ops.normalise_forward, ops.normalise_backward, ("...C",), _constant(eps=0.1))
+LAYER_NORM = (
+    ops.layer_norm_forward, ops.layer_norm_backward, ("...C", "C", "C"), _constant(eps=0.1)
+)  # fmt: skip
+GELU = (ops.gelu_forward, ops.gelu_backward, ("...C",))
+ATTENTION = (
+    ops.attention_forward, ops.attention_backward, ("BTQ",), lambda rng, s: {"heads": s.H}
+)  # fmt: skip
 HEAD = (ops.head_forward, ops.head_backward, ("...C", "VC"))
-HEAD_LOSS = (ops.head_loss_forward, ops.head_loss_backward, ("...C", "VC"))
-CROSS_ENTROPY = (ops.cross_entropy_forward, ops.cross_entropy_backward, ("...V",))
+CROSS_ENTROPY = (loss.cross_entropy_forward, loss.cross_entropy_backward, ("...V",))
+HEAD_LOSS = (loss.head_loss_forward, loss.head_loss_backward, ("...C", "VC"), _targets)
+FROZEN_HEAD_LOSS = (
+    loss.frozen_head_loss_forward, loss.frozen_head_loss_backward, ("...C",), _frozen_loss
+)  # fmt: skip
 LORA = (lora_forward, lora_backward, ("...C", "CR", "RO"))
+LORA_EMBEDDING = (
+    lora_embedding_forward, lora_embedding_backward, ("VR", "RC"),
+    lambda rng, s: {**_scaled(rng, s), **_index(rng, s)},
+)  # fmt: skip
+TWO_TILES = Sizes(lead=(1, ops.QUERY_TILE + 2), C=2, H=1)
+TWO_CHUNKS = Sizes(lead=(3,), C=2, V=loss.VOCAB_CHUNK + 2)
 
 PAIRS: dict[str, Pair] = {
     "linear": Pair(*LINEAR),
-    "linear, frozen": Pair(*LINEAR, _constant(frozen=True), ("w", "b")),
-    "linear, no dx": Pair(*LINEAR, _constant(needs_dx=False), ("x",)),
-    "linear, input computed again": Pair(_given_again(ops.linear_forward), *LINEAR[1:]),
-    "embedding": Pair(ops.embedding_forward, ops.embedding_backward, ("VC",), _index),
-    "position": Pair(*POSITION, _constant(offset=1)),
-    "position, frozen": Pair(*POSITION, _constant(frozen=True), ("wpe",)),
-    # A large ε: its place in the equation then matters, and rows of equal entries stay smooth.
-    "layer norm": Pair(*LAYER_NORM, _constant(eps=0.1)),
-    "layer norm, frozen": Pair(*LAYER_NORM, _constant(eps=0.1, frozen=True), ("w", "b")),
-    "gelu": Pair(ops.gelu_forward, ops.gelu_backward, ("...C",)),
+    "linear, frozen": Pair(*LINEAR, dropped=keep.WEIGHTS, frozen=("w", "b")),
+    "linear, no dx": Pair(*LINEAR, dropped=keep.INPUTS, frozen=("x",)),
+    "embedding": Pair(*EMBEDDING),
+    "embedding, frozen": Pair(*EMBEDDING, dropped=keep.WEIGHTS, frozen=("table",)),
+    "position": Pair(*POSITION),
+    "position, frozen": Pair(*POSITION, dropped=keep.WEIGHTS, frozen=("wpe",)),
+    "normalise": Pair(*NORMALISE),
+    "affine": Pair(*AFFINE),
+    "affine, frozen": Pair(*AFFINE, dropped=keep.WEIGHTS, frozen=("w", "b")),
+    "layer norm": Pair(*LAYER_NORM),
+    "layer norm, frozen": Pair(*LAYER_NORM, dropped=keep.WEIGHTS, frozen=("w", "b")),
+    "gelu": Pair(*GELU),
+    "gelu, two tiles": Pair(*GELU, sizes=Sizes(lead=(TILE + 2,), C=1), entries=20),
     "softmax": Pair(ops.softmax_forward, ops.softmax_backward, ("...C",)),
-    "attention": Pair(
-        ops.attention_forward,
-        ops.attention_backward,
-        ("BTQ",),
-        lambda rng, s: {"heads": s.H, "queries": 2},
+    "attend": Pair(
+        ops.attend_forward,
+        ops.attend_backward,
+        ("HTC", "HTC", "HTC"),
+        lambda rng, s: {"mask": ops.causal_mask(s.lead[-1], np.zeros(0))},
     ),
-    "residual": Pair(ops.residual_forward, ops.residual_backward, ("...C", "...C")),
+    "attention": Pair(*ATTENTION),
+    "attention, two tiles": Pair(*ATTENTION, sizes=TWO_TILES, entries=40),
     "head": Pair(*HEAD),
-    "head, frozen": Pair(*HEAD, _constant(frozen=True), ("wte",)),
+    "head, frozen": Pair(*HEAD, dropped=keep.WEIGHTS, frozen=("table",)),
     "cross-entropy": Pair(*CROSS_ENTROPY, _targets),
     "cross-entropy, targets ignored": Pair(*CROSS_ENTROPY, _some_targets),
     "cross-entropy, count given": Pair(
         *CROSS_ENTROPY, lambda rng, s: {**_some_targets(rng, s), "count": 7}
     ),
-    "head and loss": Pair(*HEAD_LOSS, lambda rng, s: {**_targets(rng, s), "chunk": 3}),
-    "head and loss, frozen": Pair(
-        *HEAD_LOSS,
-        lambda rng, s: {**_some_targets(rng, s), "chunk": 3, "frozen": True},
-        ("table",),
-    ),
+    "head and loss": Pair(*HEAD_LOSS),
+    "head and loss, two chunks": Pair(*HEAD_LOSS, sizes=TWO_CHUNKS, entries=20),
+    "head and loss, frozen": Pair(*FROZEN_HEAD_LOSS),
+    "head and loss, frozen, two chunks": Pair(*FROZEN_HEAD_LOSS, sizes=TWO_CHUNKS),
     "dropout": Pair(ops.dropout_forward, ops.dropout_backward, ("...C",), _mask),
-    "lora": Pair(*LORA, lambda rng, s: {"scale": 8.0 / s.R}),
-    "lora, no dx": Pair(*LORA, lambda rng, s: {"scale": 8.0 / s.R, "needs_dx": False}, ("x",)),
-    "lora, input computed again": Pair(
-        _given_again(lora_forward), *LORA[1:], lambda rng, s: {"scale": 8.0 / s.R}
-    ),
+    "lora": Pair(*LORA, _scaled),
+    "lora, frozen": Pair(*LORA, _scaled, dropped=keep.FACTORS, frozen=("A", "B")),
+    "lora, no dx": Pair(*LORA, _scaled, dropped=keep.INPUTS, frozen=("x",)),
     "lora, rank-stabilised": Pair(*LORA, lambda rng, s: {"scale": 8.0 / math.sqrt(s.R)}),
-    "lora, dropout": Pair(*LORA, lambda rng, s: {"scale": 8.0 / s.R, **_mask(rng, s)}),
-    "lora, embedding": Pair(
-        lora_embedding_forward,
-        lora_embedding_backward,
-        ("VR", "RC"),
-        lambda rng, s: {"scale": 8.0 / s.R, **_index(rng, s)},
-    ),
+    "lora, embedding": Pair(*LORA_EMBEDDING),
+    "lora, embedding, frozen": Pair(*LORA_EMBEDDING, dropped=keep.FACTORS, frozen=("A", "B")),
 }
 
 
 # The pages whose names are not those of the pairs.
 PAGES = {
     "position": "embedding",
+    "normalise": "layer_norm",
+    "affine": "layer_norm",
     "softmax": "attention",
-    "residual": "model",
+    "attend": "attention",
     "cross-entropy": "head",
     "head and loss": "head",
 }
@@ -185,20 +209,16 @@ def page_of(name: str) -> str:
     return f"docs/derivations/{PAGES.get(first, first.replace(' ', '_'))}.md"
 
 
-class Case(NamedTuple):
-    """A whole model with adapters and one batch: what `loss_and_grads` takes, in its names."""
+class Batch(NamedTuple):
+    """What `loss_and_grads` takes beside a net and a plan, in its names."""
 
-    base: Tree
-    lora: Tree
     tokens: Array
     targets: Array
-    config: GPTConfig
-    lora_config: LoRAConfig
     masks: Mapping[str, Array] | None
 
 
-def tiny_model(*, seed: int = 0) -> Case:
-    """Two small blocks with an adapter on every target, none of them at its start (B is not 0)."""
+def tiny_model(*, seed: int = 0) -> tuple[Net, Batch]:
+    """Two small blocks with an adapter on every target, B not being 0."""
     rng = np.random.default_rng(seed)
     config = GPTConfig(7, 5, n_embd=4, n_layer=2, n_head=2, n_inner=6, layer_norm_epsilon=0.1)
     lora_config = LoRAConfig(
@@ -214,13 +234,14 @@ def tiny_model(*, seed: int = 0) -> Case:
     targets = rng.integers(config.vocab_size, size=(2, 4))
     targets[1, 0] = -100
     masks = dropout_masks(lora, lora_config, rng=rng, shape=(2, 4))
-    return Case(base, lora, tokens, targets, config, lora_config, masks)
+    return Net(base, config, lora, lora_config), Batch(tokens, targets, masks)
 
 
 def check_model(
-    model: Case,
+    net: Net,
+    batch: Batch,
+    plan: Plan,
     *,
-    wrt: Literal["lora", "base", "both"],
     seed: int = 0,
     entries: int | None = None,
     device: str = "cpu",
@@ -230,21 +251,19 @@ def check_model(
     The arrays are on the host, the trees float64; the model computes on the device. `entries`
     limits the entries compared per leaf.
     """
-    constants = _moved(model._asdict(), device)
-    base, lora, targets = (constants.pop(name) for name in ("base", "lora", "targets"))
-    _, *gradients = loss_and_grads(base, lora, targets=targets, **constants, wrt=wrt)
+    net, batch = net.on(device), Batch(*_moved(list(batch), device))
+    _, *gradients = loss_and_grads(net, **batch._asdict(), plan=plan)
     given = {name: g for name, g in zip(("base", "lora"), gradients, strict=True) if g is not None}
-    trees = {"base": base, "lora": lora}
-    trained = trees if wrt == "both" else {wrt: trees[wrt]}
+    trained = {name: getattr(net, name) for name in given}
 
-    def loss(flat: dict[str, Array]) -> float:
+    def loss_of(flat: dict[str, Array]) -> float:
         leaves = iter(flat.values())
         moved = map_leaves(lambda _: to_device(next(leaves), device), trained)
-        logits, _ = gpt_forward(**{**trees, **moved}, **constants)
-        return float(ops.cross_entropy_forward(logits, targets=targets)[0])
+        logits = net_logits(replace(net, **moved), tokens=batch.tokens, masks=batch.masks)
+        return float(loss.cross_entropy_forward(logits, targets=batch.targets)[0])
 
     return check_tree(
-        loss, flatten(to_host(trained)), flatten(to_host(given)), seed=seed, entries=entries
+        loss_of, flatten(to_host(trained)), flatten(to_host(given)), seed=seed, entries=entries
     )
 
 
@@ -265,10 +284,11 @@ def table(*, seed: int = 0, device: str = "cpu") -> Iterator[Row]:
     """
     options: dict[str, Any] = {"seed": seed, "device": device}
     model = tiny_model(seed=seed)
+    both, factors = Plan(base=True, lora=True), Plan(lora=True)
     for name, pair in PAIRS.items():
         yield _row(name, lambda pair=pair: _check(pair, **options))  # type: ignore[misc]
-    yield _row("model, base and LoRA", lambda: check_model(model, wrt="both", **options))
-    yield _row("model, LoRA factors", lambda: check_model(model, wrt="lora", **options))
+    yield _row("model, base and LoRA", lambda: check_model(*model, both, **options))
+    yield _row("model, LoRA factors", lambda: check_model(*model, factors, **options))
 
 
 def _check(pair: Pair, seed: int, device: str) -> list[Check]:
@@ -276,8 +296,9 @@ def _check(pair: Pair, seed: int, device: str) -> list[Check]:
     if device != "cpu":
         pair = _computing_on(device, pair)
     return check_pair(
-        pair.forward, pair.backward, arguments, constants, seed=seed, frozen=pair.frozen
-    )
+        pair.forward, pair.backward, arguments, constants,
+        seed=seed, entries=pair.entries, frozen=pair.frozen, thin=pair.thin,
+    )  # fmt: skip
 
 
 def _computing_on(device: str, pair: Pair) -> Pair:

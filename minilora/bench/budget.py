@@ -16,10 +16,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minilora.adapters import ATTENTION_TARGETS, LoRAConfig, adapted_paths, weight_of
 from minilora.errors import MiniloraError
-from minilora.gpt import GPTConfig
-from minilora.lora import ATTENTION_TARGETS, LoRAConfig, adapted_paths, weight_of
-from minilora.ops import BLOCK, QUERIES, VOCABULARY, causal_blocks
+from minilora.gpt2 import GPTConfig
+from minilora.loss import VOCAB_CHUNK
+from minilora.ops import QUERY_TILE, query_tiles
+from minilora.tiles import TILE
 from minilora.workers import Workers, cores
 
 SHAPES = {
@@ -170,12 +172,12 @@ class Step:
     @property
     def queries(self) -> int:
         """How many queries an attention has at a time."""
-        return min(QUERIES, self.context) if self.device == "cpu" else self.context
+        return min(QUERY_TILE, self.context) if self.device == "cpu" else self.context
 
     @property
     def pairs(self) -> int:
         """How many weights P_ts a head computes for a sequence: somewhat more than have s ≤ t."""
-        blocks = causal_blocks(self.context, self.queries)
+        blocks = query_tiles(self.context, self.queries)
         return sum((t.stop - t.start) * s.stop for t, s in blocks)
 
     @property
@@ -329,9 +331,9 @@ def temporary(step: Step) -> dict[str, int]:
     """
     full, blocks_above = step.trains_base, step.config.n_layer - 1
     sizes = step.sizes
-    sizes["Y"] = min(sizes["V"], VOCABULARY)  # logits at a time; those before are still there
-    sizes["Z"] = min(sizes["V"], 2 * VOCABULARY)
-    sizes["E"] = min(BLOCK, sizes["N"] * sizes["F"])  # entries of a GELU at a time
+    sizes["Y"] = min(sizes["V"], VOCAB_CHUNK)  # logits at a time; those before are still there
+    sizes["Z"] = min(sizes["V"], 2 * VOCAB_CHUNK)
+    sizes["E"] = min(TILE, sizes["N"] * sizes["F"])  # entries of a GELU at a time
     sizes["Q"] = step.queries
 
     def count(formula: str, gradients: str = "0") -> int:

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from minilora.adapters import LoRAConfig
 from minilora.errors import MiniloraError
-from minilora.gpt import GPTConfig
-from minilora.lora import LoRAConfig
+from minilora.gpt2 import GPTConfig
 
 PROMPT = 8  # tokens that a generation starts from
 CLIP = 1.0

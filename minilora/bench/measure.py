@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from minilora.adapters import lora_init
 from minilora.backend import to_device, to_host
 from minilora.bench.case import CLIP, LEARNING_RATE, PROMPT, Case
 from minilora.bench.products import (
@@ -30,8 +31,9 @@ from minilora.bench.profile import profiling
 from minilora.data import draw_batch
 from minilora.evaluation import sum_nats
 from minilora.generate import generate
-from minilora.gpt import gpt_init
-from minilora.lora import lora_init
+from minilora.gpt2 import gpt_init
+from minilora.keep import Plan
+from minilora.network import Net
 from minilora.optim import adamw, adamw_init, clip_by_global_norm
 from minilora.training.loop import batch_loss_and_grads
 from minilora.tree import Tree
@@ -160,22 +162,17 @@ def step(case: Case, model: Tree, workers: Workers) -> Callable[[], None]:
     """A training step, of the parts that the loop of `train` makes it of."""
     text, rng = case.text(), np.random.default_rng(0)
     trees = {"base": model["base"], "lora": model.get("lora")}
-    trained: Literal["lora", "base"] = "lora" if case.method == "lora" else "base"
+    lora = case.method == "lora"
+    plan = Plan(base=not lora, lora=lora, recompute=case.recompute)
+    trained = "lora" if lora else "base"
     moments = adamw_init(trees[trained])
 
     def run() -> None:
         nonlocal moments
+        net = Net(config=case.config, lora_config=case.lora_config, **trees)
         tokens, targets = draw_batch(text, batch=case.batch, context=case.context, rng=rng)
         _, grads = batch_loss_and_grads(
-            workers,
-            **trees,
-            tokens=tokens,
-            targets=targets,
-            wrt=trained,
-            config=case.config,
-            lora_config=case.lora_config,
-            device=case.device,
-            recompute=case.recompute,
+            workers, net, tokens, targets, plan=plan, device=case.device
         )
         grads, norm = clip_by_global_norm(grads, CLIP)
         trees[trained], moments = adamw(trees[trained], grads, moments, step=1, lr=LEARNING_RATE)
@@ -192,23 +189,17 @@ def evaluate(case: Case, model: Tree, workers: Workers) -> Callable[[], None]:
     batches = [(inputs[rows], targets[rows]) for rows in shards]
 
     def run() -> None:
-        sum_nats(workers, model["base"], None, batches, case.config, None, case.device)
+        sum_nats(workers, Net(model["base"], case.config), batches, case.device)
 
     return run
 
 
 def generation(case: Case, model: Tree, workers: Workers) -> Callable[[], None]:
     """The likeliest continuation of a prompt."""
-    prompt = case.text()[:PROMPT]
+    net, prompt = Net(model["base"], case.config), case.text()[:PROMPT]
 
     def run() -> None:
-        for _ in generate(
-            model["base"],
-            prompt_ids=prompt,
-            config=case.config,
-            max_tokens=case.context,
-            temperature=0.0,
-        ):
+        for _ in generate(net, prompt_ids=prompt, max_tokens=case.context, temperature=0.0):
             pass
 
     return run

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from minilora import tree
+from minilora.adapters import LoRAConfig
 from minilora.backend import to_host
 from minilora.cli.report import ProgressBar
 from minilora.data import load_corpus
 from minilora.gradcheck import TOLERANCE, max_error
-from minilora.lora import LoRAConfig
 from minilora.model import Model, complete, load_model
 from minilora.training.loop import TrainConfig
 from minilora.training.runs import adapt_in_folder
@@ -87,25 +87,21 @@ def merge_difference(adapted: Model) -> float:
 def check_factors(adapted: Model, *, seed: int, device: str = "cpu") -> float:
     """The largest relative error of the factors' gradients, two entries each, all in float64.
 
-    The gradients written by hand are held against central differences of the loss.
+    The gradients written by hand are compared with central differences of the loss.
     """
-    from minilora.pairs import Case, check_model
+    from minilora.keep import Plan
+    from minilora.network import Net
+    from minilora.pairs import Batch, check_model
 
     def float64(leaf: np.ndarray) -> np.ndarray:
         return leaf.astype(np.float64)
 
     text = adapted.tokenizer.encode("for key, value in")
-    assert adapted.lora_config is not None  # it was just adapted
-    case = Case(
-        base=tree.map_leaves(float64, to_host(adapted.base)),
-        lora=tree.map_leaves(float64, to_host(adapted.lora)),
-        tokens=text[None, :-1],
-        targets=text[None, 1:],
-        config=adapted.config,
-        lora_config=adapted.lora_config,
-        masks=None,
-    )
-    return max_error(check_model(case, wrt="lora", seed=seed, entries=2, device=device))
+    base, lora = tree.map_leaves(float64, to_host([adapted.base, adapted.lora]))
+    net = Net(base, adapted.config, lora, adapted.lora_config)
+    batch = Batch(tokens=text[None, :-1], targets=text[None, 1:], masks=None)
+    plan = Plan(lora=True)
+    return max_error(check_model(net, batch, plan, seed=seed, entries=2, device=device))
 
 
 def indented(text: str) -> str:

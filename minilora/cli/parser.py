@@ -312,8 +312,8 @@ def add_bench(group: Any) -> None:
 
 
 def add_budget(group: Any) -> None:
+    from minilora.adapters import TARGETS
     from minilora.bench.budget import SHAPES
-    from minilora.lora import TARGETS
 
     sub = add_command(
         group,
@@ -450,7 +450,7 @@ def add_adapters(sub: Options, *, required: bool = False) -> None:
 
 
 def add_lora(sub: argparse.ArgumentParser) -> None:
-    from minilora.lora import TARGETS
+    from minilora.adapters import TARGETS
 
     group = sub.add_argument_group("adapters (method lora)")
     group.add_argument("--rank", type=int, default=2, help="rank R of A and B")

@@ -28,7 +28,7 @@ from minilora.formats.tensors import (
     shown,
     write_tensors,
 )
-from minilora.gpt import GPTConfig
+from minilora.gpt2 import GPTConfig
 from minilora.tree import Tree, flatten, unflatten
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from minilora.adapters import TARGETS, LoRAConfig, adapter_tree, adapters, weight_of
 from minilora.backend import Array, to_host
 from minilora.errors import MiniloraError
 from minilora.formats.files import field, make_folder, read_json, write_json
@@ -32,9 +33,8 @@ from minilora.formats.tensors import (
     shown,
     write_tensors,
 )
-from minilora.gpt import GPTConfig
-from minilora.lora import TARGETS, LoRAConfig, adapters, weight_of
-from minilora.tree import Tree, flatten, unflatten
+from minilora.gpt2 import GPTConfig
+from minilora.tree import Tree, flatten
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
@@ -306,10 +306,7 @@ def load_adapter(
             flat[f"{paths[name]}.{factor}"] = np.ascontiguousarray(
                 read_weight(entries[key], dtype).T
             )
-    lora = unflatten(flat)
-    blocks = lora.get("blocks", [])
-    lora["blocks"] = blocks + [{} for _ in range(config.n_layer - len(blocks))]
-    return lora, lora_config
+    return adapter_tree(flat, config.n_layer), lora_config
 
 
 def _refuse_unknown(document: Mapping[str, Any], path: Path) -> None:

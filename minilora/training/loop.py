@@ -21,12 +21,13 @@ from typing import Any, Literal
 import numpy as np
 
 from minilora import tree
+from minilora.adapters import dropout_masks
 from minilora.backend import Array, Half, namespace, to_device, to_host
 from minilora.data import Corpus, check_ids, check_length, draw_batch
 from minilora.errors import MiniloraError
 from minilora.evaluation import held_out_batches, sum_nats
-from minilora.gpt import GPTConfig, loss_and_grads
-from minilora.lora import LoRAConfig, dropout_masks
+from minilora.keep import Plan
+from minilora.network import Net, loss_and_grads
 from minilora.optim import adamw, adamw_init, clip_by_global_norm, warmup_cosine
 from minilora.training.checkpoint import (
     History,
@@ -122,38 +123,31 @@ class Interrupted(KeyboardInterrupt):
 
 def batch_loss_and_grads(
     workers: Workers,
-    base: Tree,
-    lora: Tree | None,
+    net: Net,
     tokens: np.ndarray,
     targets: np.ndarray,
     *,
+    plan: Plan,
     masks: Mapping[str, np.ndarray] | None = None,
-    wrt: Literal["lora", "base"],
-    config: GPTConfig,
-    lora_config: LoRAConfig | None,
     device: str = "cpu",
     count: int | None = None,
-    recompute: bool = False,
 ) -> tuple[Array, Tree]:
     """The mean loss of a batch (B, T) and the gradients of the trained tree, shard by shard.
 
-    Where the batch is part of a larger one, `count` is the number of tokens in the whole.
+    The plan wants those of one tree. Where the batch is part of a larger one, `count` is the number
+    of tokens in the whole.
     """
 
     def of_shard(rows: slice) -> tuple[Array, Tree]:
         loss, dbase, dlora = loss_and_grads(
-            base,
-            lora,
+            net,
             tokens=to_device(tokens[rows], device),
             targets=to_device(targets[rows], device),
+            plan=plan,
             masks=masks and {p: to_device(mask[rows], device) for p, mask in masks.items()},
-            config=config,
-            lora_config=lora_config,
-            wrt=wrt,
             count=count or tokens.size,
-            recompute=recompute,
         )
-        return loss, dlora if wrt == "lora" else dbase
+        return loss, dlora if plan.lora else dbase
 
     total: tuple[Array, Tree] | None = None
     for loss, grads in workers.map(of_shard, workers.shards(*tokens.shape)):
@@ -199,12 +193,9 @@ class Trained:
 
 
 def train(
-    base: Tree,
-    lora: Tree | None,
+    net: Net,
     corpus: Corpus,
     *,
-    config: GPTConfig,
-    lora_config: LoRAConfig | None = None,
     settings: TrainConfig,
     folder: Path | None = None,
     fingerprint: Mapping[str, Any] | None = None,
@@ -213,12 +204,12 @@ def train(
     report: Callable[[Progress], None] = lambda progress: None,
     ranks: Ranks | None = None,
 ) -> Trained:
-    """Train `lora` on a frozen `base` (method `lora`), or `base` itself (method `full`).
+    """Train the adapters on a frozen base (method `lora`), or the base without them (`full`).
 
     With a `folder`, the state is saved there every `checkpoint_every` steps, and `resume` goes on
     from it, or starts afresh where there is none; `fingerprint` is `run_fingerprint`'s, where the
     caller has it already. Several `ranks` share each batch and each evaluation; the first alone
-    writes and reports. Neither tree is changed. Raises MiniloraError for text that is too short or
+    writes and reports. The net is not changed. Raises MiniloraError for text that is too short or
     of another vocabulary, a context beyond the base's, a batch with fewer rows than there are
     ranks, or a loss that is not finite (the last checkpoint stays); Interrupted after Ctrl-C, the
     state being saved.
@@ -228,25 +219,21 @@ def train(
         raise MiniloraError(
             f"batch {settings.batch} is too small for {ranks.size} processes; each needs a sequence"
         )
-    if settings.context > config.n_positions:
+    if settings.context > net.config.n_positions:
         raise MiniloraError(
-            f"context {settings.context} exceeds the base's context of {config.n_positions}"
+            f"context {settings.context} exceeds the base's context of {net.config.n_positions}"
         )
     check_length(corpus.train, context=settings.context, name=f"the training part of {corpus.name}")
-    if settings.method == "full" and isinstance(base["wte"], Half):
+    if settings.method == "full" and isinstance(net.base["wte"], Half):
         raise MiniloraError("method 'full' trains the base, but a base in float16 stays frozen")
-    if settings.method == "lora" and lora is None:
+    if settings.method == "lora" and net.lora is None:
         raise MiniloraError("method 'lora' needs an adapter tree; lora_init makes one")
     if len(corpus.held_out) < 2:
         raise MiniloraError(f"{corpus.name} is too short: nothing of it can be held out")
     for tokens in (corpus.train, corpus.held_out):
-        check_ids(tokens, config.vocab_size)
+        check_ids(tokens, net.config.vocab_size)
     if fingerprint is None:
-        fingerprint = (
-            run_fingerprint(base, config, lora_config, settings, corpus, device, ranks)
-            if folder
-            else {}
-        )
+        fingerprint = run_fingerprint(net, settings, corpus, device, ranks) if folder else {}
     is_first = ranks.rank == 0
     with (
         output_folder(folder) if folder and is_first else nullcontext(),
@@ -254,37 +241,31 @@ def train(
         ctrl_c_sets_flag() as stop,
         np.errstate(all="ignore"),  # as in Workers
     ):
-        base = to_device(base, device)
-        params = to_device(lora, device) if settings.method == "lora" else base
+        net = net.on(device)
+        params = net.lora if settings.method == "lora" else net.base
         state = None
         if folder and resume:
             state = ranks.of_first(lambda: load_checkpoint(folder, fingerprint, params, device))
         if state is None:
             state = State(0, params, adamw_init(params), History())
-        loop = Loop(base, corpus, config, lora_config, settings, device, workers, ranks)
+        loop = Loop(net, corpus, settings, device, workers, ranks)
         return loop.run(state, folder, fingerprint, stop, report)
 
 
 def run_fingerprint(
-    base: Tree,
-    config: GPTConfig,
-    lora_config: LoRAConfig | None,
-    settings: TrainConfig,
-    corpus: Corpus,
-    device: str,
-    ranks: Ranks,
+    net: Net, settings: TrainConfig, corpus: Corpus, device: str, ranks: Ranks
 ) -> dict[str, Any]:
     """What must be equal for a run to go on: settings, device, checksums of base and text.
 
     Raises MiniloraError where it is not equal on all ranks.
     """
-    parts = dataclasses.asdict(config) | dataclasses.asdict(settings)
-    if lora_config is not None and settings.method == "lora":
-        parts |= dataclasses.asdict(lora_config)
+    parts = dataclasses.asdict(net.config) | dataclasses.asdict(settings)
+    if net.lora_config is not None and settings.method == "lora":
+        parts |= dataclasses.asdict(net.lora_config)
     parts["threads"] = settings.threads or ranks.threads()
     parts["processes"] = ranks.size
     parts["device"] = device
-    parts["checksum of the base"] = checksum(tree.flatten(to_host(base)).values())
+    parts["checksum of the base"] = checksum(tree.flatten(to_host(net.base)).values())
     parts["checksum of the text"] = checksum([corpus.train, corpus.held_out])
     ranks.check_equal(parts)
     return parts
@@ -294,10 +275,8 @@ def run_fingerprint(
 class Loop:
     """The constants of one training run; `run` is the loop over its steps."""
 
-    base: Tree
+    net: Net
     corpus: Corpus
-    config: GPTConfig
-    lora_config: LoRAConfig | None
     settings: TrainConfig
     device: str
     workers: Workers
@@ -358,9 +337,11 @@ class Loop:
             self.ranks.check_equal({f"the checksum of the weights at step {state.step}": weights})
         self.ranks.of_first(lambda: save_checkpoint(folder, state, fingerprint))
 
-    def trees(self, params: Tree) -> tuple[Tree, Tree | None]:
-        """(base, lora) with the trained tree in its place."""
-        return (self.base, params) if self.settings.method == "lora" else (params, None)
+    def with_params(self, params: Tree) -> Net:
+        """The net with the trained tree in its place; full training has no adapters."""
+        if self.settings.method == "lora":
+            return dataclasses.replace(self.net, lora=params)
+        return Net(params, self.net.config)
 
     def step(self, state: State) -> tuple[State, Array]:
         """The state after one more step, and its loss and gradient norm as an array (2,)."""
@@ -368,24 +349,20 @@ class Loop:
         rng = np.random.default_rng([settings.seed, step])
         batch, context = settings.shape(step)
         tokens, targets = draw_batch(self.corpus.train, batch=batch, context=context, rng=rng)
-        base, lora = self.trees(state.params)
+        net, lora = self.with_params(state.params), settings.method == "lora"
         masks = None
-        if lora is not None and self.lora_config is not None:
-            masks = dropout_masks(lora, self.lora_config, rng=rng, shape=(batch, context))
+        if net.lora_config is not None:
+            masks = dropout_masks(net.lora, net.lora_config, rng=rng, shape=(batch, context))
         rows = self.ranks.share(batch)
         loss, grads = batch_loss_and_grads(
             self.workers,
-            base,
-            lora,
+            net,
             tokens[rows],
             targets[rows],
+            plan=Plan(base=not lora, lora=lora, recompute=settings.recompute),
             masks=masks and {path: mask[rows] for path, mask in masks.items()},
-            wrt="lora" if lora is not None else "base",
-            config=self.config,
-            lora_config=self.lora_config,
             device=self.device,
             count=tokens.size,
-            recompute=settings.recompute,
         )
         loss, grads = self.ranks.sum([loss, grads])
         grads, norm = clip_by_global_norm(grads, settings.clip)
@@ -411,10 +388,8 @@ class Loop:
         )
         nats_and_tokens = sum_nats(
             self.workers,
-            *self.trees(state.params),
+            self.with_params(state.params),
             batches[self.ranks.share(len(batches))],
-            self.config,
-            self.lora_config,
             self.device,
         )
         total, predicted = map(sum, zip(*self.ranks.gather(nats_and_tokens), strict=True))

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from minilora import tree
+from minilora.adapters import LoRAConfig, lora_init
 from minilora.data import ByteTokenizer, Corpus
 from minilora.errors import MiniloraError
 from minilora.formats import save_adapter, save_base
 from minilora.formats.files import read_json, write_bytes, write_json
-from minilora.gpt import GPTConfig, gpt_init
-from minilora.lora import LoRAConfig, lora_init
+from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.model import Model
 from minilora.training.checkpoint import CHECKPOINT, History, check_same_run
 from minilora.training.loop import Progress, TrainConfig, Trained, run_fingerprint, train
@@ -72,15 +72,9 @@ def adapt(
     The given model stays as it is. Raises MiniloraError as `lora_init` and `train` do.
     """
     settings = settings or TrainConfig()
-    lora_config = lora_config or LoRAConfig()
-    lora = None
-    if settings.method == "lora":
-        lora = lora_init(model.base, lora_config, seed=settings.seed)
-    trained = train(
-        model.base, lora, corpus, config=model.config, lora_config=lora_config,
-        settings=settings, device=device, report=report, ranks=ranks,
-    )  # fmt: skip
-    return _with_trained(model, lora_config, settings, trained.params), trained
+    fresh = _fresh(model, lora_config or LoRAConfig(), settings)
+    trained = train(fresh, corpus, settings=settings, device=device, report=report, ranks=ranks)
+    return _with_trained(fresh, settings, trained.params), trained
 
 
 def adapt_in_folder(
@@ -105,22 +99,17 @@ def adapt_in_folder(
     """
     folder, ranks = Path(folder), ranks or Ranks()
     finished = ranks.of_first(lambda: claim_folder(folder, resume=resume))
-    fingerprint = run_fingerprint(
-        model.base, model.config, lora_config, settings, corpus, device, ranks
-    )
+    fresh = _fresh(model, lora_config, settings)
+    fingerprint = run_fingerprint(fresh, settings, corpus, device, ranks)
     if finished is not None:
         return ranks.of_first(lambda: _finished_run(folder, finished, fingerprint))
-    lora = None
-    if settings.method == "lora":
-        lora = lora_init(model.base, lora_config, seed=settings.seed)
     trained = train(
-        model.base, lora, corpus, config=model.config, lora_config=lora_config, settings=settings,
-        folder=folder, fingerprint=fingerprint, resume=resume, device=device, report=report,
-        ranks=ranks,
+        fresh, corpus, settings=settings, folder=folder, fingerprint=fingerprint, resume=resume,
+        device=device, report=report, ranks=ranks,
     )  # fmt: skip
 
     def save() -> Run:
-        adapted = _with_trained(model, lora_config, settings, trained.params)
+        adapted = _with_trained(fresh, settings, trained.params)
         if adapted.lora is not None:
             save_adapter(folder, adapted.lora, lora_config, model.config, base_name=model.base_name)
         else:
@@ -166,17 +155,23 @@ def pretrain_in_folder(
 
     The options are those of `adapt_in_folder`.
     """
-    fresh = Model(gpt_init(config, seed=settings.seed), config, ByteTokenizer(), Path(folder))
+    base = gpt_init(config, seed=settings.seed)
+    fresh = Model(base, config, tokenizer=ByteTokenizer(), folder=Path(folder))
     settings = dataclasses.replace(settings, method="full")
     return adapt_in_folder(fresh, corpus, LoRAConfig(), settings, folder, **options)
 
 
-def _with_trained(
-    model: Model, lora_config: LoRAConfig, settings: TrainConfig, params: Tree
-) -> Model:
+def _fresh(model: Model, lora_config: LoRAConfig, settings: TrainConfig) -> Model:
+    """The model with fresh adapters, or with none for full training."""
     if settings.method == "lora":
-        return model.with_adapter(params, lora_config)
-    return dataclasses.replace(model, base=params)
+        lora = lora_init(model.base, lora_config, seed=settings.seed)
+        return model.with_adapter(lora, lora_config)
+    return dataclasses.replace(model, lora=None, lora_config=None)
+
+
+def _with_trained(model: Model, settings: TrainConfig, params: Tree) -> Model:
+    trained = {"lora" if settings.method == "lora" else "base": params}
+    return dataclasses.replace(model, **trained)
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

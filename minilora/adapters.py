@@ -1,0 +1,222 @@
+"""Adapters as data: which weights have one, and how; their tree, initialisation, dropout masks.
+
+The adapters are a tree beside the base's, sparse over the same places. What is computed with them
+is in `lora`.
+
+A LoRA path names one adapter: `embedding`, `blocks.{i}.attn.{qkv,q,k,v,o}` or
+`blocks.{i}.mlp.{up,down}`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from minilora.backend import Array, namespace
+from minilora.errors import MiniloraError
+from minilora.ops import dropout_mask
+from minilora.tree import Tree, flatten, unflatten
+
+ATTENTION_TARGETS = ("qkv", "q", "k", "v", "o")
+MLP_TARGETS = ("up", "down")
+TARGETS = (*ATTENTION_TARGETS, *MLP_TARGETS, "embedding")
+
+
+# --- configuration -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Which weights are adapted, and how.
+
+    `targets` are names of TARGETS or regular expressions over LoRA paths; a pattern matches a
+    whole path or its end after a dot, so `down` is every `mlp.down` and `0.attn.qkv` is one weight.
+    The keys of `rank_pattern` and `alpha_pattern` match in the same way and the first that matches
+    replaces `rank` or `alpha`. `dropout` is the probability of dropping an entry of x.
+    """
+
+    rank: int = 8
+    alpha: float = 8.0
+    targets: tuple[str, ...] = ("qkv",)
+    dropout: float = 0.0
+    rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.targets, str):
+            raise MiniloraError(f"targets is the text {self.targets!r}; expected a tuple of names")
+        if not self.targets:
+            raise MiniloraError(f"targets is empty; it names some of {', '.join(TARGETS)}")
+        for rank in (self.rank, *self.rank_pattern.values()):
+            if not isinstance(rank, int) or rank < 1:
+                raise MiniloraError(f"rank {rank} is not a whole number of at least 1")
+        for alpha in (self.alpha, *self.alpha_pattern.values()):
+            if not (math.isfinite(alpha) and alpha > 0):
+                raise MiniloraError(f"alpha {alpha} is not a positive number")
+        if not 0.0 <= self.dropout < 1.0:
+            raise MiniloraError(f"dropout {self.dropout} is not in [0, 1)")
+
+    def rank_of(self, path: str) -> int:
+        """R of the adapter at a LoRA path."""
+        return next((r for key, r in self.rank_pattern.items() if matches(key, path)), self.rank)
+
+    def alpha_of(self, path: str) -> float:
+        """α of the adapter at a LoRA path."""
+        return next((a for key, a in self.alpha_pattern.items() if matches(key, path)), self.alpha)
+
+    def scale_of(self, path: str) -> float:
+        """s = α / R (Hu et al. 2021, §4.1), or α / √R for rsLoRA (Kalajdzievski 2023)."""
+        rank = self.rank_of(path)
+        return self.alpha_of(path) / (math.sqrt(rank) if self.rslora else rank)
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a target or pattern key names a LoRA path: all of it, or its end after a dot.
+
+    Raises MiniloraError for a pattern that is not a regular expression.
+    """
+    try:
+        return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", path) is not None
+    except (re.error, OverflowError, RecursionError) as error:
+        raise MiniloraError(
+            f"the pattern {pattern!r} is not a regular expression: {error}"
+        ) from None
+
+
+def lora_paths(n_layer: int) -> list[str]:
+    """Every LoRA path of a model of `n_layer` blocks, in the order of the forward pass."""
+    block = [f"attn.{name}" for name in ATTENTION_TARGETS] + [f"mlp.{name}" for name in MLP_TARGETS]
+    return ["embedding"] + [f"blocks.{i}.{name}" for i in range(n_layer) for name in block]
+
+
+def adapted_paths(config: LoRAConfig, n_layer: int) -> list[str]:
+    """The LoRA paths that the configuration's targets name, in the order of the forward pass.
+
+    Raises MiniloraError for an unknown name, and for a pattern (a target's or a pattern key) that
+    matches nothing.
+    """
+    paths = lora_paths(n_layer)
+    for target in config.targets:
+        if not any(matches(target, path) for path in paths):
+            what = "unknown target" if target.isidentifier() else "no weight matches the target"
+            raise MiniloraError(f"{what} {target!r}; the targets are {', '.join(TARGETS)}")
+    adapted = [path for path in paths if any(matches(t, path) for t in config.targets)]
+    for key in (*config.rank_pattern, *config.alpha_pattern):
+        if not any(matches(key, path) for path in adapted):
+            raise MiniloraError(
+                f"the pattern {key!r} matches no adapted weight; these are {', '.join(adapted)}"
+            )
+    return adapted
+
+
+def weight_of(path: str, width: int) -> tuple[str, slice]:
+    """Where the adapter at a LoRA path acts: the path of a base weight, and columns of it.
+
+    q, k and v are the three thirds, `width` columns each, of the fused weight qkv.
+    """
+    if path == "embedding":
+        return "wte", slice(None)
+    parent, _, name = path.rpartition(".")
+    if name in ("q", "k", "v"):
+        third = "qkv".index(name)
+        return f"{parent}.qkv.w", slice(third * width, (third + 1) * width)
+    return f"{path}.w", slice(None)
+
+
+# --- the adapter tree --------------------------------------------------------------------------
+
+
+def lora_init(base: Tree, config: LoRAConfig, *, seed: int) -> Tree:
+    """A fresh adapter tree for `base`: A random, B zero, so that training starts from the base.
+
+    A ~ U(-1/√in, 1/√in), as PEFT and loralib have it; for the embedding, as there, A is zero and
+    B ~ N(0, 1). Drawn on the host from `seed`; of the base's dtype. Raises MiniloraError for a
+    target that names nothing and for a rank above the smaller side of its weight.
+    """
+    rng = np.random.default_rng(seed)
+    weights, width = flatten(base), base["wte"].shape[1]
+    flat: dict[str, Array] = {}
+    for path in adapted_paths(config, len(base["blocks"])):
+        weight_path, columns = weight_of(path, width)
+        weight, rank = weights[weight_path][:, columns], config.rank_of(path)
+        n_in, n_out = weight.shape
+        if rank > min(n_in, n_out):
+            raise MiniloraError(
+                f"rank {rank} is above the smaller side of {path}, a weight of {n_in} × {n_out}"
+            )
+        if path == "embedding":
+            A, B = np.zeros((n_in, rank)), rng.normal(size=(rank, n_out))
+        else:
+            bound = 1.0 / math.sqrt(n_in)
+            A, B = rng.uniform(-bound, bound, size=(n_in, rank)), np.zeros((rank, n_out))
+        xp = namespace(weight)
+        flat[f"{path}.A"] = xp.asarray(A.astype(weight.dtype))
+        flat[f"{path}.B"] = xp.asarray(B.astype(weight.dtype))
+    return adapter_tree(flat, len(base["blocks"]))
+
+
+def adapter_tree(flat: Mapping[str, Array], n_layer: int) -> Tree:
+    """The tree of factors given by path, in which every one of `n_layer` blocks has its place."""
+    tree = unflatten(flat)
+    blocks = tree.get("blocks", [])
+    return {**tree, "blocks": blocks + [{} for _ in range(n_layer - len(blocks))]}
+
+
+def adapters(lora: Tree) -> dict[str, dict[str, Array]]:
+    """The adapters of a tree, {"A": (in, R), "B": (R, out)} by LoRA path."""
+    found: dict[str, dict[str, Array]] = {}
+    for path, factor in flatten(lora).items():
+        adapter, _, name = path.rpartition(".")
+        found.setdefault(adapter, {})[name] = factor
+    return found
+
+
+def dropout_masks(
+    lora: Tree, config: LoRAConfig, *, rng: np.random.Generator, shape: tuple[int, int]
+) -> dict[str, Array] | None:
+    """A dropout mask (B, T, in) for the input of every adapter, by LoRA path; host.
+
+    `shape` is (B, T). The embedding has none: its input is an index. None if nothing is dropped.
+    """
+    if config.dropout == 0.0:
+        return None
+    return {
+        path: dropout_mask(rng, (*shape, len(ab["A"])), config.dropout, ab["A"].dtype)
+        for path, ab in adapters(lora).items()
+        if path != "embedding"
+    }
+
+
+# --- adapters ready for use --------------------------------------------------------------------
+
+
+class Adapter(NamedTuple):
+    """One adapter ready for use: its factors, its constants, and its columns of the weight."""
+
+    A: Array
+    B: Array
+    scale: float
+    mask: Array | None
+    columns: slice
+
+
+def placed_adapters(
+    lora: Tree, config: LoRAConfig, *, width: int, masks: Mapping[str, Array] | None = None
+) -> dict[str, dict[str, Adapter]]:
+    """Every adapter by the path of its base weight and by target: q, k and v lie on qkv.w.
+
+    `masks` are the dropout masks by LoRA path; `width` is the base's.
+    """
+    placed: dict[str, dict[str, Adapter]] = {}
+    for path, factors in adapters(lora).items():
+        weight, columns = weight_of(path, width)
+        mask = None if masks is None else masks.get(path)
+        adapter = Adapter(**factors, scale=config.scale_of(path), mask=mask, columns=columns)
+        placed.setdefault(weight, {})[path.rpartition(".")[2]] = adapter
+    return placed
