@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from minilora.backend import Array, namespace
 from minilora.errors import MiniloraError
-from minilora.ops import dropout_mask
 from minilora.tree import Tree, flatten, unflatten
 
 ATTENTION_TARGETS = ("qkv", "q", "k", "v", "o")
@@ -193,6 +193,12 @@ def dropout_masks(
     }
 
 
+def dropout_mask(rng: np.random.Generator, shape: tuple[int, ...], p: float, dtype: Any) -> Array:
+    """A host array that is 0 with probability p and 1 / (1 - p) otherwise, so its mean is 1."""
+    keep = rng.random(shape, dtype=np.float32) >= p
+    return keep.astype(dtype) * np.asarray(1.0 / (1.0 - p), dtype=dtype)
+
+
 # --- adapters ready for use --------------------------------------------------------------------
 
 
@@ -206,17 +212,22 @@ class Adapter(NamedTuple):
     columns: slice
 
 
+Adapters: TypeAlias = Mapping[str, dict[str, Adapter]]
+"""The adapters of a block by linear map and by target: q, k and v lie on the map qkv."""
+
+
 def placed_adapters(
     lora: Tree, config: LoRAConfig, *, width: int, masks: Mapping[str, Array] | None = None
-) -> dict[str, dict[str, Adapter]]:
-    """Every adapter by the path of its base weight and by target: q, k and v lie on qkv.w.
+) -> dict[str, Adapters]:
+    """The adapters of each block by its path `blocks.{i}`; that of wte is outside, at "".
 
     `masks` are the dropout masks by LoRA path; `width` is the base's.
     """
-    placed: dict[str, dict[str, Adapter]] = {}
+    placed: dict[str, Any] = defaultdict(lambda: defaultdict(dict))
     for path, factors in adapters(lora).items():
         weight, columns = weight_of(path, width)
         mask = None if masks is None else masks.get(path)
         adapter = Adapter(**factors, scale=config.scale_of(path), mask=mask, columns=columns)
-        placed.setdefault(weight, {})[path.rpartition(".")[2]] = adapter
+        sublayer, _, linear = weight.removesuffix(".w").rpartition(".")
+        placed[sublayer.rpartition(".")[0]][linear][path.rpartition(".")[2]] = adapter
     return placed

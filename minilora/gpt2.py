@@ -10,17 +10,16 @@ The base holds every weight under the name of the argument that takes it, and th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from minilora import ops
-from minilora.adapters import Adapter
+from minilora.adapters import Adapter, Adapters
 from minilora.backend import Array
 from minilora.errors import MiniloraError
-from minilora.keep import Layout
 from minilora.lora import (
     AdaptedLinearCache,
     LoRAEmbeddingCache,
@@ -159,8 +158,6 @@ def norm_backward(dy: Array, cache: ops.LayerNormCache) -> tuple[Array, Tree]:
 
 # --- block -------------------------------------------------------------------------------------
 
-Adapters = Mapping[str, Mapping[str, Adapter]]  # by linear map, then by target: q, k, v lie on qkv
-
 
 class BlockCache(NamedTuple):
     """The caches of a block's parts, in the order of the forward pass."""
@@ -175,10 +172,8 @@ class BlockCache(NamedTuple):
     down: AdaptedLinearCache
 
 
-LAYOUT = Layout(
-    reads={"qkv": "ln_1", "o": "attention", "up": "ln_2", "down": "gelu"},
-    ends={"qkv": "qkv", "o": "qkv", "up": "up", "down": "up"},
-)
+READS = {"qkv": "ln_1", "o": "attention", "up": "ln_2", "down": "gelu"}  # see `keep`
+ENDS = {"qkv": "qkv", "o": "qkv", "up": "up", "down": "up"}
 
 
 def block_forward(

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 from minilora import gpt2, loss
-from minilora.adapters import Adapter, LoRAConfig, placed_adapters
+from minilora.adapters import Adapters, LoRAConfig, placed_adapters
 from minilora.backend import Array, to_device
 from minilora.errors import MiniloraError
-from minilora.keep import Layout, Plan, Restored, thin, wanted, without_output
+from minilora.keep import Plan, Restored, thin, wanted, without_output
 from minilora.lora import AdaptedLinearCache
 from minilora.ops import attention_forward, head_forward
 from minilora.tree import Tree
@@ -52,12 +52,10 @@ class Net:
         lora = None if self.lora is None else to_device(self.lora, device)
         return replace(self, base=to_device(self.base, device), lora=lora)
 
-    def adapters(self, masks: Mapping[str, Array] | None) -> dict[str, dict[str, Adapter]]:
-        """Every adapter, with its dropout mask, by the path of its weight and by target."""
-        if self.lora is None or self.lora_config is None:
-            return {}
-        width = self.config.n_embd
-        return placed_adapters(self.lora, self.lora_config, width=width, masks=masks)
+    def adapters(self, masks: Mapping[str, Array] | None) -> dict[str, Adapters]:
+        """Every adapter at its place (see `placed_adapters`), each with its dropout mask."""
+        lora, lora_config = self.lora or {}, self.lora_config or LoRAConfig()
+        return placed_adapters(lora, lora_config, width=self.config.n_embd, masks=masks)
 
     @property
     def architecture(self) -> Any:
@@ -68,23 +66,12 @@ class Net:
 # --- the trunk: all that lies below the head ---------------------------------------------------
 
 
-def block_adapters(
-    placed: Mapping[str, dict[str, Adapter]], i: int, layout: Layout
-) -> dict[str, dict[str, Adapter]]:
-    """The adapters of block i by its linear maps, each with those of its targets."""
-    found: dict[str, dict[str, Adapter]] = {name: {} for name in layout.reads}
-    for path, targets in placed.items():
-        if path.startswith(f"blocks.{i}."):
-            found[path.split(".")[-2]] = targets
-    return found
-
-
 class Checkpoint(NamedTuple):
     """What is kept of a block with recompute: its arguments, and the cache of its last map."""
 
     x: Array
     block: Tree
-    adapters: Mapping[str, Mapping[str, Adapter]]
+    adapters: Adapters
     last: AdaptedLinearCache
 
 
@@ -116,13 +103,13 @@ def trunk_forward(
     if end > net.config.n_positions:
         raise MiniloraError(f"{end} tokens exceed the model's context of {net.config.n_positions}")
     placed = net.adapters(masks)
-    adapter = placed.get("wte", {}).get("embedding")
+    adapter = placed[""]["wte"].get("embedding")
     x, embedding = net.architecture.embed_forward(net.base, adapter, tokens=tokens, offset=offset)
     plan = plan._replace(below=plan.base or (plan.lora and adapter is not None))
-    blocks, layout = [], net.architecture.LAYOUT
+    blocks = []
     for i in range(net.config.n_layer):
         attend = attention_forward if attends is None else attends[i]
-        x, kept = _block_forward(x, net, i, block_adapters(placed, i, layout), plan, attend)
+        x, kept = _block_forward(x, net, i, placed[f"blocks.{i}"], plan, attend)
         blocks.append((kept, plan))
         plan = plan._replace(below=kept is not None)
     x, norm = net.architecture.norm_forward(x, net.base, config=net.config)
@@ -150,28 +137,28 @@ def trunk_backward(dx: Array, cache: TrunkCache) -> tuple[Tree, Tree]:
 
 
 def _block_forward(
-    x: Array, net: Net, i: int, adapters: Mapping[str, Any], plan: Plan, attend: Attend
+    x: Array, net: Net, i: int, adapters: Adapters, plan: Plan, attend: Attend
 ) -> tuple[Array, Any]:
     """y of block i, and what is kept of it; its whole cache is gone on return."""
-    layout, block = net.architecture.LAYOUT, net.base["blocks"][i]
-    y, cache = net.architecture.block_forward(x, block, adapters, config=net.config, attend=attend)
-    kept = thin(cache, plan, layout)
+    block, architecture = net.base["blocks"][i], net.architecture
+    y, cache = architecture.block_forward(x, block, adapters, config=net.config, attend=attend)
+    kept = thin(cache, plan, architecture)
     if plan.recompute and kept is not None:
-        kept = Checkpoint(x, block, adapters, getattr(kept, layout.last))
+        kept = Checkpoint(x, block, adapters, getattr(kept, list(architecture.READS)[-1]))
     return y, kept
 
 
 def _block_backward(dy: Array, net: Net, kept: Any, plan: Plan) -> tuple[Any, Tree, Tree]:
     """dx, dblock and dadapters of a block, from what was kept of it."""
-    layout = net.architecture.LAYOUT
+    architecture, name = net.architecture, list(net.architecture.READS)[-1]
     if isinstance(kept, Checkpoint):
         x, block, adapters, last = kept
-        block, adapters = without_output(block, layout.last), {**adapters, layout.last: {}}
-        _, cache = net.architecture.block_forward(
+        block, adapters = without_output(block, name), {**adapters, name: {}}
+        _, cache = architecture.block_forward(
             x, block, adapters, config=net.config, attend=attention_forward
         )
-        kept = thin(cache._replace(**{layout.last: last}), plan, layout)
-    return net.architecture.block_backward(dy, Restored(kept, plan, layout))
+        kept = thin(cache._replace(**{name: last}), plan, architecture)
+    return architecture.block_backward(dy, Restored(kept, plan, architecture))
 
 
 # --- the whole model ---------------------------------------------------------------------------

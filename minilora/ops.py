@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -407,12 +407,6 @@ def head_backward(dy: Array, cache: HeadCache) -> tuple[Array, Array | None]:
 # --- dropout -----------------------------------------------------------------------------------
 
 
-def dropout_mask(rng: np.random.Generator, shape: tuple[int, ...], p: float, dtype: Any) -> Array:
-    """A host array that is 0 with probability p and 1 / (1 - p) otherwise, so its mean is 1."""
-    keep = rng.random(shape, dtype=np.float32) >= p
-    return keep.astype(dtype) * np.asarray(1.0 / (1.0 - p), dtype=dtype)
-
-
 class DropoutCache(NamedTuple):
     mask: Array | None
 
@@ -420,7 +414,7 @@ class DropoutCache(NamedTuple):
 def dropout_forward(x: Array, *, mask: Array | None) -> tuple[Array, DropoutCache]:
     """y = x ∘ mask [DROP.1] (Srivastava et al. 2014, §4, scaled in training).  (...) -> (...)
 
-    The mask is drawn outside (see `dropout_mask`): the pair is deterministic. None drops nothing.
+    The mask is drawn outside (see `adapters`): the pair is deterministic. None drops nothing.
     """
     return x if mask is None else x * mask, DropoutCache(mask)  # [DROP.1]
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minilora import keep, loss, ops
-from minilora.adapters import TARGETS, LoRAConfig, dropout_masks, lora_init
+from minilora.adapters import TARGETS, LoRAConfig, dropout_mask, dropout_masks, lora_init
 from minilora.backend import Array, to_device, to_host
 from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.gradcheck import Check, check_pair, check_tree, max_error
@@ -99,7 +99,7 @@ def _index(rng: np.random.Generator, s: Sizes) -> dict[str, Any]:
 
 
 def _mask(rng: np.random.Generator, s: Sizes) -> dict[str, Any]:
-    return {"mask": ops.dropout_mask(rng, s.shape("...C"), 0.4, np.float64)}
+    return {"mask": dropout_mask(rng, s.shape("...C"), 0.4, np.float64)}
 
 
 def _targets(rng: np.random.Generator, s: Sizes) -> dict[str, Any]:
@@ -148,17 +148,17 @@ TWO_CHUNKS = Sizes(lead=(3,), C=2, V=loss.VOCAB_CHUNK + 2)
 
 PAIRS: dict[str, Pair] = {
     "linear": Pair(*LINEAR),
-    "linear, frozen": Pair(*LINEAR, dropped=keep.WEIGHTS, frozen=("w", "b")),
-    "linear, no dx": Pair(*LINEAR, dropped=keep.INPUTS, frozen=("x",)),
+    "linear, frozen": Pair(*LINEAR, dropped=keep.OF_WEIGHTS, frozen=("w", "b")),
+    "linear, no dx": Pair(*LINEAR, dropped=keep.OF_INPUTS, frozen=("x",)),
     "embedding": Pair(*EMBEDDING),
-    "embedding, frozen": Pair(*EMBEDDING, dropped=keep.WEIGHTS, frozen=("table",)),
+    "embedding, frozen": Pair(*EMBEDDING, dropped=keep.OF_WEIGHTS, frozen=("table",)),
     "position": Pair(*POSITION),
-    "position, frozen": Pair(*POSITION, dropped=keep.WEIGHTS, frozen=("wpe",)),
+    "position, frozen": Pair(*POSITION, dropped=keep.OF_WEIGHTS, frozen=("wpe",)),
     "normalise": Pair(*NORMALISE),
     "affine": Pair(*AFFINE),
-    "affine, frozen": Pair(*AFFINE, dropped=keep.WEIGHTS, frozen=("w", "b")),
+    "affine, frozen": Pair(*AFFINE, dropped=keep.OF_WEIGHTS, frozen=("w", "b")),
     "layer norm": Pair(*LAYER_NORM),
-    "layer norm, frozen": Pair(*LAYER_NORM, dropped=keep.WEIGHTS, frozen=("w", "b")),
+    "layer norm, frozen": Pair(*LAYER_NORM, dropped=keep.OF_WEIGHTS, frozen=("w", "b")),
     "gelu": Pair(*GELU),
     "gelu, two tiles": Pair(*GELU, sizes=Sizes(lead=(TILE + 2,), C=1), entries=20),
     "softmax": Pair(ops.softmax_forward, ops.softmax_backward, ("...C",)),
@@ -171,7 +171,7 @@ PAIRS: dict[str, Pair] = {
     "attention": Pair(*ATTENTION),
     "attention, two tiles": Pair(*ATTENTION, sizes=TWO_TILES, entries=40),
     "head": Pair(*HEAD),
-    "head, frozen": Pair(*HEAD, dropped=keep.WEIGHTS, frozen=("table",)),
+    "head, frozen": Pair(*HEAD, dropped=keep.OF_WEIGHTS, frozen=("table",)),
     "cross-entropy": Pair(*CROSS_ENTROPY, _targets),
     "cross-entropy, targets ignored": Pair(*CROSS_ENTROPY, _some_targets),
     "cross-entropy, count given": Pair(
@@ -183,11 +183,11 @@ PAIRS: dict[str, Pair] = {
     "head and loss, frozen, two chunks": Pair(*FROZEN_HEAD_LOSS, sizes=TWO_CHUNKS),
     "dropout": Pair(ops.dropout_forward, ops.dropout_backward, ("...C",), _mask),
     "lora": Pair(*LORA, _scaled),
-    "lora, frozen": Pair(*LORA, _scaled, dropped=keep.FACTORS, frozen=("A", "B")),
-    "lora, no dx": Pair(*LORA, _scaled, dropped=keep.INPUTS, frozen=("x",)),
+    "lora, frozen": Pair(*LORA, _scaled, dropped=keep.OF_FACTORS, frozen=("A", "B")),
+    "lora, no dx": Pair(*LORA, _scaled, dropped=keep.OF_INPUTS, frozen=("x",)),
     "lora, rank-stabilised": Pair(*LORA, lambda rng, s: {"scale": 8.0 / math.sqrt(s.R)}),
     "lora, embedding": Pair(*LORA_EMBEDDING),
-    "lora, embedding, frozen": Pair(*LORA_EMBEDDING, dropped=keep.FACTORS, frozen=("A", "B")),
+    "lora, embedding, frozen": Pair(*LORA_EMBEDDING, dropped=keep.OF_FACTORS, frozen=("A", "B")),
 }
 
 

@@ -28,8 +28,8 @@ def demo_command(args: argparse.Namespace) -> int:
 
 
 def adapt_command(args: argparse.Namespace) -> int:
-    from minilora.data import load_corpus
     from minilora.adapters import LoRAConfig, adapted_paths
+    from minilora.data import load_corpus
     from minilora.model import load_model
     from minilora.training.ranks import find_ranks
     from minilora.training.runs import adapt_in_folder
@@ -263,8 +263,8 @@ def bench_command(args: argparse.Namespace) -> int:
 def budget_command(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
-    from minilora.bench.budget import SHAPES, Step, figures, read_shape, report, resized
     from minilora.adapters import LoRAConfig
+    from minilora.bench.budget import SHAPES, Step, figures, read_shape, report, resized
 
     name, config, tied = args.model, SHAPES[args.model], True
     if args.base is not None:

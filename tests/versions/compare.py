@@ -44,10 +44,11 @@ def results() -> dict[str, np.ndarray]:
     try:
         from minilora.adapters import LoRAConfig, dropout_masks, lora_init
         from minilora.gpt2 import GPTConfig, gpt_init
-        from minilora.network import Net, loss_and_grads
         from minilora.keep import Plan
+        from minilora.network import Net, loss_and_grads
     except ImportError:  # before 2026-11-25
         from minilora.gpt import GPTConfig, gpt_init, loss_and_grads
+
         from minilora.lora import LoRAConfig, dropout_masks, lora_init
 
         Net = None
