@@ -87,7 +87,7 @@ def merge_difference(adapted: Model) -> float:
 def check_factors(adapted: Model, *, seed: int, device: str = "cpu") -> float:
     """The largest relative error of the factors' gradients, two entries each, all in float64.
 
-    The gradients written by hand are held against central differences of the loss.
+    The gradients written by hand are compared with central differences of the loss.
     """
     from minilora.pairs import Case, check_model
 
