@@ -6,8 +6,19 @@ from pathlib import Path
 import pytest
 
 from minilora.bench import budget
-from minilora.cli.table import COMMANDS, DATA, SEED, Command, Figure, Option, figures, listed
+from minilora.cli.table import (
+    ADAPTER,
+    COMMANDS,
+    DATA,
+    SEED,
+    Command,
+    Figure,
+    Option,
+    figures,
+    listed,
+)
 from minilora.errors import MiniloraError
+from minilora.training import ranks
 
 README = Path(__file__).parents[2] / "README.md"
 ABRIDGED = "bench"  # the row of README that names the first of many figures
@@ -83,6 +94,18 @@ def test_a_command_that_writes_other_figures_writes_no_file(cli, tmp_path, monke
     assert len(result.lines) == 1
     assert re.search("--json: expected .* for budget; .* them: surplus$", result.lines[0])
     assert not (tmp_path / "x.json").exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_several_processes_may_run_the_commands_of_which_the_row_says_so(cli, monkeypatch, command):
+    monkeypatch.setattr(ranks, "launched", lambda: (0, 2))
+    monkeypatch.setattr(ranks, "as_one", lambda run: run())
+    words = ["missing.txt"] if DATA in command.options else []
+    words += ["--adapter", "missing"] if ADAPTER.but(required=True) in command.options else []
+    result = cli(command.name, *words)
+    assert result.status == 2
+    parallel = " and ".join(command.name for command in COMMANDS if command.parallel)
+    assert (f"only {parallel} share their work" in result.err) == (not command.parallel)
 
 
 def test_neighbours_share_a_note():
