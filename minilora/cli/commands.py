@@ -1,7 +1,8 @@
 """What each command does: options in, files and figures out, the exit status returned.
 
-A command is one function here and one in `cli`, which makes its parser. Imports are inside the
-functions, so that `minilora --help` and a mistake in the options are answered at once.
+A command is one function here and one row of `table`, which names its options and its figures.
+Imports are inside the functions, so that `minilora --help` and a mistake in the options are
+answered at once.
 """
 
 from __future__ import annotations
@@ -405,8 +406,9 @@ def check_writable(path: Path, option: str) -> None:
 
 
 def write_figures(args: argparse.Namespace, figures: dict[str, Any]) -> None:
-    """Write the figures as one flat JSON object, where --json asks for it."""
+    """Write the figures, where --json asks for it: those that the table names, and no others."""
     if args.json is not None:
         from minilora.formats.files import write_json
 
+        args.command.check(figures)
         write_json(args.json, figures)

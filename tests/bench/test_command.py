@@ -1,21 +1,17 @@
-"""`minilora budget`: what it prints and writes, and what it refuses."""
+"""`minilora budget`: what it prints and writes, and what it refuses; the figures of `bench`."""
 
-import argparse
 import json
 
 import pytest
 
-from minilora.bench.budget import SHAPES, scaled
+from minilora.bench import command, peft
+from minilora.bench.budget import scaled
 from minilora.cli import main
-from minilora.cli.parser import parser
+from minilora.cli.table import COMMANDS
 from minilora.formats import save_base
 from minilora.gpt import GPTConfig, gpt_init
 
-FIELDS = {
-    *("trainable_parameters", "base_parameters", "adapter_bytes", "weights_bytes"),
-    *("gradients_bytes", "optimizer_bytes", "activations_bytes", "peak_bytes"),
-    *("forward_flops", "backward_flops"),
-}
+ROWS = {row.name: row for row in COMMANDS}
 
 
 @pytest.fixture
@@ -35,7 +31,7 @@ def test_gpt3_with_rank_4_on_q_and_v_is_the_paper_s(budget):
     _, figures = budget(
         "--model", "gpt3", "--rank", 4, "--targets", "q,v", "--dtype", "float16"
     )  # fmt: skip
-    assert set(figures) == FIELDS
+    assert set(figures) == {figure.name for figure in ROWS["budget"].figures}
     assert figures["trainable_parameters"] == 18_874_368
     assert figures["adapter_bytes"] == 37_748_736
     assert figures["gradients_bytes"] == figures["adapter_bytes"]
@@ -82,7 +78,10 @@ def test_a_folder_s_shape_is_read_without_its_weights(budget, tmp_path):
 
 def test_sizes_given_replace_the_shape_s(budget):
     words = ("--layers", 48, "--width", 1536, "--heads", 24, "--rank", 16, "--targets", "q,v")
-    assert budget(*words)[1]["trainable_parameters"] == 4_718_592
+    figures = budget(*words)[1]
+    assert figures["trainable_parameters"] == 4_718_592
+    other = budget(*words, "--vocabulary", 50258)[1]  # gpt2 has 50257 tokens
+    assert other["base_parameters"] == figures["base_parameters"] + 1536
 
 
 def test_dropout_keeps_masks_and_threads_share_the_batch(budget):
@@ -119,12 +118,6 @@ def test_bad_options_are_refused_in_a_sentence(capsys, words, message):
     assert message in printed.err
 
 
-def test_the_parser_offers_every_shape():
-    (commands,) = (a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
-    options = {action.dest: action for action in commands.choices["budget"]._actions}
-    assert list(options["model"].choices) == list(SHAPES)
-
-
 @pytest.mark.parametrize(
     ("value", "text"),
     [
@@ -139,3 +132,20 @@ def test_the_parser_offers_every_shape():
 )
 def test_numbers_are_shown_with_four_digits(value, text):
     assert scaled(value, "B") == text
+
+
+# --- bench -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("versus", ["peft", "1", "recompute"])
+def test_bench_writes_the_figures_of_its_options(tmp_path, monkeypatch, capsys, versus):
+    """Those that are always there, and of the others the one that the option asks for."""
+    monkeypatch.setattr(peft, "check", lambda case: None)
+    monkeypatch.setattr(command, "versus_peft", lambda *args: {})
+    monkeypatch.setattr(command, "versus_ours", lambda *args: {})
+    words = "bench --batch 1 --context 2 --rank 1 --threads 1 --steps 1 --versus"
+    assert main([*words.split(), versus, "--json", str(tmp_path / "x.json")]) == 0
+    found = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))
+    row, note = ROWS["bench"].figures, f"only with --versus {versus}"
+    assert set(found) == {figure.name for figure in row if figure.always or figure.note == note}
+    assert len(found) == 1 + sum(figure.always for figure in row)

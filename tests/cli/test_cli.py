@@ -12,66 +12,30 @@ import pytest
 
 from minilora import complete, load_adapter, load_base, load_corpus, load_model
 from minilora.cli import main
+from minilora.cli.parser import json_option
+from minilora.cli.table import COMMANDS, DATA, SEED, Option
 from minilora.data import load_text
 from minilora.formats import save_base
 from minilora.gpt import GPTConfig, gpt_init
 from minilora.model import evaluate_stream
+from minilora.training.ranks import Ranks
 
-ADAPT = {
-    "loss_before": float,
-    "loss_after": float,
-    "trainable_parameters": int,
-    "base_parameters": int,
-    "adapter_bytes": int,
-    "seconds": float,
-    "tokens_per_second": float,
-}
-DEMO = {
-    **ADAPT,
-    "bits_per_byte_before": float,
-    "bits_per_byte_after": float,
-    "merge_max_abs_difference": float,
-    "gradcheck_max_relative_error": float,
-}
-COMMANDS = {
-    "demo": DEMO,
-    "adapt": ADAPT,
-    "pretrain": ADAPT,
-    "evaluate": {"loss": float, "bits_per_byte": float, "tokens": int},
-    "generate": {"text": str, "token_ids": list},
-    "merge": {
-        "merge_max_abs_difference": float,
-        "unmerge_max_abs_difference": float,
-        "parameters": int,
-        "bytes": int,
-    },
-    "mix": {"mix_max_abs_difference": float, "parameters": int, "bytes": int},
-    "gradcheck": {"max_relative_error": float, "pairs": dict},
-}
-OPTIONS = {
-    "demo": "--seed --threads --device --json",
-    "adapt": "--base --method --rank --alpha --targets --rslora --dropout --rank-pattern "
-    "--alpha-pattern --steps --lr --batch --context --warmup --weight-decay --beta2 --clip "
-    "--eval-every --eval-tokens --checkpoint-every --log-every --seed --threads --device --out "
-    "--resume --plot --json",
-    "pretrain": "--layers --width --heads --dtype --steps --lr --batch --context --short-context "
-    "--short-steps --seed --threads --device --out --resume --plot --json",
-    "evaluate": "--base --adapter --weight --held-out --threads --device --json",
-    "generate": "--base --adapter --weight --prompt --tokens --temperature --top-k --top-p --seed "
-    "--device --json",
-    "merge": "--base --adapter --weight --dtype --device --out --json",
-    "mix": "--base --adapter --weight --out --json",
-    "gradcheck": "--seed --device --json",
-}
+ROWS = {row.name: row for row in COMMANDS}
+KINDS = {"text": str, "token_ids": list, "pairs": dict}
+
+
+def kind(name):
+    """The type of a figure: most are counts or measurements, as their names say."""
+    counted = name.endswith(("parameters", "bytes", "tokens"))
+    return KINDS.get(name, int if counted else float)
 
 
 def figures(path, command):
-    """The figures in a JSON file, once they are what the command documents."""
+    """The figures in a JSON file, once they are those of the command's row in the table."""
     found = json.loads(path.read_text(encoding="utf-8"))
-    kinds = COMMANDS[command]
-    assert found.keys() == kinds.keys()
-    for name, kind in kinds.items():
-        assert type(found[name]) is kind, f"{name} is {found[name]!r}"
+    assert found.keys() == {figure.name for figure in ROWS[command].figures if figure.always}
+    for name, value in found.items():
+        assert type(value) is kind(name), f"{name} is {value!r}"
     return found
 
 
@@ -87,25 +51,34 @@ def helped(capsys, *words):
     return " ".join(out.split())
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+def options(row):
+    """The options of a row, those in groups among them."""
+    for entry in row.options:
+        yield from [entry] if isinstance(entry, Option) else entry.options
+
+
+@pytest.mark.parametrize("command", ROWS)
 def test_the_help_names_every_option_and_every_figure(capsys, command):
-    text = helped(capsys, command)
-    for option in OPTIONS[command].split():
-        assert re.search(rf"(?<!-){option}\b", text), f"{command} --help does not mention {option}"
-    if command == "demo":
-        assert "those of adapt" in text
-    for name in COMMANDS[command].keys() - (ADAPT.keys() if command == "demo" else set()):
-        assert re.search(rf"\b{name}\b", text), f"{command} --help does not mention {name}"
+    text, row = helped(capsys, command), ROWS[command]
+    assert row.summary[1:] in text
+    for option in [*options(row), json_option(row)]:
+        name = option.keywords["metavar"] if option == DATA else option.flag
+        assert re.search(rf"(?<!-){name}\b", text), f"{command} --help does not mention {name}"
+        default = option.keywords.get("default")
+        assert default in (None, []) or f"(default: {default})" in text
+    for figure in row.figures:
+        assert re.search(rf"\b{figure.name}\b", text), f"{command} --help: no {figure.name}"
+        assert figure.note in text
     for absent in ("default: None", "default: False", "default: []", "SUPPRESS"):
         assert absent not in text
-    if "--seed" in OPTIONS[command]:
+    if SEED.flag in text:
         assert re.search(r"--seed N [a-z ]+ \(default: 0\)", text)
 
 
 def test_the_help_lists_the_commands(capsys):
     text = helped(capsys)
-    for command in COMMANDS:
-        assert command in text
+    for row in COMMANDS:
+        assert f" {row.name} {row.summary}" in text
 
 
 def test_the_version(capsys):
@@ -138,6 +111,26 @@ def test_adapt_writes_an_adapter_its_figures_and_plain_lines(cli, quick, tmp_pat
     assert "\r" not in result.err
     assert "saved in out" in result.out
     assert f"next: minilora generate --base {base} --adapter out\n" in result.out.replace('"', "")
+
+
+def test_several_processes_write_their_figures_too(cli, quick, tmp_path, monkeypatch):
+    class Two(Ranks):
+        """The first of two processes that both do all the work."""
+
+        size = 2
+
+        def share(self, items):
+            return slice(items)
+
+        def gather(self, value):
+            return [value, value]
+
+    monkeypatch.setattr("minilora.training.ranks.find_ranks", Two)
+    result = cli(*quick, "--json", "x.json")
+    assert result.status == 0, result.err
+    found = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))
+    assert found.keys() == {figure.name for figure in ROWS["adapt"].figures}
+    assert found["processes"] == 2
 
 
 def flat(tree):
