@@ -1,12 +1,15 @@
-"""The witness itself: it accepts right gradients and names the entry of a wrong one."""
+"""The checker itself: it accepts right gradients and names the entry of a wrong one."""
 
 import re
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
 from minilora.gradcheck import (
     DIRECTION,
+    PAIR_TOLERANCE,
+    TOLERANCE,
     GradientError,
     assert_close,
     check_pair,
@@ -59,6 +62,20 @@ def test_a_right_pair_passes_far_below_the_tolerance():
     assert [c.name for c in checks] == ["x", "w", DIRECTION]
     assert [c.entries for c in checks] == [12, 6, 1]
     assert max_error(checks) < 1e-9
+
+
+def test_a_pair_s_tolerance_is_tighter_than_a_tree_s_and_another_can_be_given():
+    pair = check(spoiled("w", lambda gradient: (1 + 1e-7) * gradient))
+    tree, gradients = tree_and_gradients()
+    leaves = check_tree(tree_loss, tree, {p: (1 + 1e-7) * g for p, g in gradients.items()})
+    assert {c.tolerance for c in pair} == {PAIR_TOLERANCE}
+    assert {c.tolerance for c in leaves} == {TOLERANCE}
+    with pytest.raises(GradientError, match="relative error 1.0e-07, .*tolerance 1e-08"):
+        assert_close(pair)
+    assert_close(pair, 1e-6)
+    assert_close(leaves)
+    with pytest.raises(GradientError, match="tolerance 1e-08"):
+        assert_close(leaves, 1e-8)
 
 
 def test_entries_limits_the_entries_and_the_seed_chooses_them():
@@ -129,6 +146,50 @@ def test_a_frozen_argument_has_no_gradient():
     assert_close(checks)
     with pytest.raises(GradientError, match="dw must be None"):
         check(affine_backward, frozen=("w",))
+
+
+class AffineCache(NamedTuple):
+    x: Any
+    w: Any
+
+
+def affine_with_names(x, w, *, shift=0.5):
+    y, cache = affine_forward(x, w, shift=shift)
+    return y, AffineCache(*cache)
+
+
+def without_dx(cache):
+    return cache._replace(w=None)
+
+
+def backward_of_thin(dy, cache):
+    """dx is None where the cache has no w."""
+    if cache.w is None:
+        return None, np.sin(cache.x).T @ dy
+    return affine_backward(dy, cache)
+
+
+def test_a_cache_that_was_thinned_makes_fewer_gradients():
+    assert_close(check(backward_of_thin, affine_with_names))
+    checks = check(backward_of_thin, affine_with_names, thin=without_dx, frozen=("x",))
+    assert [c.name for c in checks] == ["w", DIRECTION]
+    assert_close(checks)
+    with pytest.raises(GradientError, match="dx must be None"):
+        check(backward_of_thin, affine_with_names, frozen=("x",))
+    with pytest.raises(GradientError, match="dx is None, but x is not frozen"):
+        check(backward_of_thin, affine_with_names, thin=without_dx)
+
+
+def test_a_thinned_cache_is_not_changed_either():
+    def backward_changes_cache(dy, cache):
+        np.sin(cache.x, out=cache.x)
+        return None, cache.x.T @ dy
+
+    def with_its_own_x(cache):
+        return AffineCache(cache.x.copy(), None)
+
+    with pytest.raises(GradientError, match="its cache"):
+        check(backward_changes_cache, affine_with_names, thin=with_its_own_x, frozen=("x",))
 
 
 def test_a_gradient_too_few_and_a_list_are_refused():
