@@ -12,10 +12,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minilora.adapters import TARGETS as TARGET_NAMES
 from minilora.bench.budget import SHAPES
 from minilora.cli import commands
 from minilora.errors import MiniloraError
-from minilora.adapters import TARGETS as TARGET_NAMES
 
 
 class Option(NamedTuple):
