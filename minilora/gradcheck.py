@@ -259,13 +259,14 @@ def _central(f: Callable[[float], np.ndarray], dy: np.ndarray) -> tuple[float, f
 
     Truncation is O(h⁴). The outputs are subtracted before they are weighted with dy and summed, so
     those which do not depend on t cancel exactly. The others are each rounded to about ε|y|, which
-    the division by h magnifies; as dy is random, the squares of these errors add. The 1 stands for
-    what is rounded on the way to an output that is itself small.
+    the division by h magnifies; as dy is random, the squares of these errors add. One output of
+    size 4 is counted besides, for what is rounded on the way to a small output: the logits of a
+    loss near 0, say.
     """
     h, y = STEP, f(STEP)
     change = 8.0 * (y - f(-h)) - (f(2 * h) - f(-2 * h))
     derivative = float(np.sum(dy * change)) / (12.0 * h)
-    size = np.hypot(1.0, np.linalg.norm((dy * y)[change != 0.0]))
+    size = np.hypot(4.0 * np.max(np.abs(dy)), np.linalg.norm((dy * y)[change != 0.0]))
     return derivative, float(size) * ROUNDING / h
 
 
