@@ -10,7 +10,7 @@ import strict_cupy
 from minilora.backend import load_cupy
 from minilora.data import ByteTokenizer, Corpus
 from minilora.errors import MiniloraError
-from minilora.gpt import GPTConfig, gpt_init
+from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.model import Model
 
 CONFIG = GPTConfig(vocab_size=256, n_positions=32, n_embd=16, n_layer=2, n_head=2)
@@ -61,7 +61,8 @@ def model(tmp_path_factory):
     """A tiny byte-level model whose logits differ from token to token."""
     base = gpt_init(CONFIG, seed=0)
     base["wte"] *= 10.0
-    return Model(base, CONFIG, ByteTokenizer(), tmp_path_factory.mktemp("nowhere"))
+    folder = tmp_path_factory.mktemp("nowhere")
+    return Model(base, CONFIG, tokenizer=ByteTokenizer(), folder=folder)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import pytest
 
 from minilora.bench.case import Case
 from minilora.bench.measure import measure
-from minilora.gpt import GPTConfig
+from minilora.gpt2 import GPTConfig
 
 CONFIG = GPTConfig(vocab_size=32, n_positions=16, n_embd=8, n_layer=2, n_head=2)
 

@@ -8,7 +8,7 @@ import pytest
 from minilora import pairs
 from minilora.cli import demo, main
 from minilora.formats import save_base
-from minilora.gpt import gpt_init
+from minilora.gpt2 import gpt_init
 
 QUICK = [
     *("--steps", "4", "--batch", "2", "--context", "16", "--warmup", "2", "--threads", "1"),

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 from minilora import tree
+from minilora.adapters import LoRAConfig, lora_init
 from minilora.backend import Half, to_device, to_device_in_half, to_host
 from minilora.errors import MiniloraError
-from minilora.gpt import loss_and_grads
-from minilora.lora import LoRAConfig, lora_init
+from minilora.keep import OF_WEIGHTS, without
 from minilora.model import complete, evaluate_stream
+from minilora.network import Net, loss_and_grads
 from minilora.ops import head_forward, linear_backward, linear_forward
 from minilora.training.loop import TrainConfig
 from minilora.training.runs import adapt
@@ -30,10 +31,12 @@ def halved(w, device):
 def test_a_product_keeps_three_digits_at_any_scale(device, scale):
     """float16 alone would give 0, 0, the product, and infinity."""
     w, b, x, dy = draw(64, 32), draw(32), draw(5, 3, 64), draw(5, 3, 32)
-    y, cache = linear_forward(to_device(x * scale, device), halved(w, device),
-                              to_device(b * scale, device), frozen=True)  # fmt: skip
-    expected, host_cache = linear_forward(x * scale, w, b * scale, frozen=True)
-    dx, dw, db = linear_backward(to_device(dy * scale, device), cache)
+    y, cache = linear_forward(
+        to_device(x * scale, device), halved(w, device), to_device(b * scale, device)
+    )
+    expected, host_cache = linear_forward(x * scale, w, b * scale)
+    frozen = without(cache, OF_WEIGHTS)
+    dx, dw, db = linear_backward(to_device(dy * scale, device), frozen)
     pairs = ((y, expected), (dx, linear_backward(dy * scale, host_cache)[0]))
     for actual, host in pairs:
         error = np.abs(to_host(actual) - host).max() / np.abs(host).max()
@@ -45,7 +48,7 @@ def test_a_product_keeps_three_digits_at_any_scale(device, scale):
 
 def test_rows_of_zeros_give_zeros(device):
     x = np.zeros((2, 4), np.float32)
-    y, _ = head_forward(to_device(x, device), halved(draw(7, 4), device), frozen=True)
+    y, _ = head_forward(to_device(x, device), halved(draw(7, 4), device))
     np.testing.assert_array_equal(to_host(y), np.zeros((2, 7), np.float32), strict=True)
 
 
@@ -70,12 +73,10 @@ def test_the_loss_and_its_gradients_are_those_of_the_rounded_base(device, model,
     half = to_device_in_half(model.base, device)
     lora = tree.map_leaves(lambda x: 0.1 * draw(*x.shape),
                            lora_init(model.base, LORA_CONFIG, seed=0))  # fmt: skip
-    options = {"config": model.config, "lora_config": LORA_CONFIG}
     batch = {"tokens": corpus.train[None, :32], "targets": corpus.train[None, 1:33]}
-    expected, _, host = loss_and_grads(to_host(half), lora, **batch, **options)
-    loss, dbase, dlora = loss_and_grads(
-        half, to_device(lora, device), **to_device(batch, device), **options
-    )
+    expected, _, host = loss_and_grads(Net(to_host(half), model.config, lora, LORA_CONFIG), **batch)
+    net = Net(half, model.config, to_device(lora, device), LORA_CONFIG)
+    loss, dbase, dlora = loss_and_grads(net, **to_device(batch, device))
     assert float(loss) == pytest.approx(float(expected), rel=4 * ROUNDING)
     assert dbase is None
     actual = tree.flatten(to_host(dlora))

@@ -1,12 +1,14 @@
-"""A fused kernel computes what the plain code of the same name does."""
+"""Every form of a formula computes the same: as it is printed, in place, and as a kernel."""
 
 import numpy as np
 import pytest
 
-from minilora import kernels, ops, optim
+from minilora import fused, kernels, ops, optim
 from minilora.backend import to_device, to_host
 
 TOLERANCES = {np.float32: 2e-6, np.float64: 1e-13}
+CONSTANTS = {"scale": ops.GELU_SCALE, "cubic": ops.GELU_CUBIC}
+ENTRYWISE = {"gelu": 1, "gelu_gradient": 2}  # arrays that each takes
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCES)
 each_shape = pytest.mark.parametrize("shape", [(1,), (3, 5), (2, 3, 70)])
 
@@ -16,34 +18,55 @@ def draw(shape, dtype, count, scale=1.0):
     return [np.asarray(scale * rng.standard_normal(shape), dtype) for _ in range(count)]
 
 
-def assert_close(actual, expected):
+def assert_close(actual, expected, name=""):
     tolerance = TOLERANCES[expected.dtype.type]
     scale = np.abs(expected).max()
     np.testing.assert_allclose(
-        to_host(actual), expected, rtol=tolerance, atol=tolerance * scale, strict=True
+        to_host(actual), expected, rtol=tolerance, atol=tolerance * scale, err_msg=name, strict=True
     )
+
+
+def assert_forms_agree(name, xs, device):
+    """`ops` has the formula, `fused` and `kernels` functions of its name."""
+    formula = getattr(ops, name).__wrapped__
+    on_device = [to_device(x, device) for x in xs]
+    before = [x.copy() for x in xs]
+    expected = formula(*xs, **CONSTANTS)
+    assert_close(getattr(fused, name)(*xs, **CONSTANTS), expected, "fused")
+    assert_close(getattr(ops, name)(*xs, **CONSTANTS), expected, "by tiles")
+    assert_close(formula(*on_device, **CONSTANTS), expected, "the formula on the device")
+    assert_close(getattr(kernels, name)(*on_device, **CONSTANTS), expected, "kernel")
+    assert_close(getattr(ops, name)(*on_device, **CONSTANTS), expected, "on the device")
+    for x, then, there in zip(xs, before, on_device, strict=True):
+        np.testing.assert_array_equal(x, then, err_msg="an argument was changed")
+        np.testing.assert_array_equal(to_host(there), then, err_msg="an argument was changed")
 
 
 @each_dtype
 @each_shape
-def test_gelu(device, dtype, shape):
-    x, dy = draw(shape, dtype, 2, scale=3.0)
-    constants = (ops.GELU_SCALE, ops.GELU_CUBIC)
-    y = kernels.gelu_forward(to_device(x, device), *constants)
-    assert_close(y, ops.gelu_forward(x)[0])
-    dx = kernels.gelu_backward(to_device(dy, device), to_device(x, device), *constants)
-    assert_close(dx, ops.gelu_backward(dy, (x,))[0])
+@pytest.mark.parametrize("name", ENTRYWISE)
+def test_all_forms_of_a_formula_agree(device, name, dtype, shape):
+    assert_forms_agree(name, draw(shape, dtype, ENTRYWISE[name], scale=3.0), device)
 
 
 @each_dtype
-def test_gelu_far_from_zero(device, dtype):
+@pytest.mark.parametrize("name", ENTRYWISE)
+def test_they_agree_far_from_zero(device, name, dtype):
     """Where tanh is ±1: neither overflow nor a difference of large numbers."""
     x = np.array([-1e4, -30.0, -6.0, 0.0, 6.0, 30.0, 1e4], dtype)
-    dy = np.ones_like(x)
-    constants = (ops.GELU_SCALE, ops.GELU_CUBIC)
-    assert_close(kernels.gelu_forward(to_device(x, device), *constants), ops.gelu_forward(x)[0])
-    dx = kernels.gelu_backward(to_device(dy, device), to_device(x, device), *constants)
-    assert_close(dx, ops.gelu_backward(dy, (x,))[0])
+    assert_forms_agree(name, [np.ones_like(x), x][-ENTRYWISE[name] :], device)
+
+
+def test_every_entrywise_formula_is_compared():
+    formulas = {name for name, f in vars(ops).items() if hasattr(f, "__wrapped__")}
+    assert formulas == set(ENTRYWISE)
+    public = {
+        name
+        for name, f in vars(fused).items()
+        if getattr(f, "__module__", "") == fused.__name__ and name[0] != "_"
+    }
+    assert public <= formulas
+    assert set(kernels.SOURCES) - {"adamw"} <= formulas
 
 
 @each_dtype
@@ -68,10 +91,10 @@ def test_adamw(device, dtype, shape, step):
 def test_arrays_of_two_dtypes_are_refused(device):
     x = to_device(np.ones(3, np.float32), device)
     with pytest.raises(TypeError, match="Type is mismatched"):
-        kernels.gelu_backward(to_device(np.ones(3), device), x, 1.0, 1.0)
+        kernels.gelu_gradient(to_device(np.ones(3), device), x, scale=1.0, cubic=1.0)
 
 
 def test_a_host_array_is_refused(device):
     x = to_device(np.ones(3, np.float32), device)
     with pytest.raises(TypeError, match="Unsupported type"):
-        kernels.kernel(kernels.namespace(x), "gelu_backward")(np.ones(3, np.float32), x, 1.0, 1.0)
+        kernels.kernel(kernels.namespace(x), "gelu_gradient")(np.ones(3, np.float32), x, 1.0, 1.0)

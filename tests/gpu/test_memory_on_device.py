@@ -5,10 +5,11 @@ import gc
 import numpy as np
 import pytest
 
-from minilora.backend import to_device
+from minilora.adapters import LoRAConfig, lora_init
 from minilora.bench.budget import Step, figures
-from minilora.gpt import GPTConfig, gpt_init
-from minilora.lora import LoRAConfig, lora_init
+from minilora.gpt2 import GPTConfig, gpt_init
+from minilora.keep import Plan
+from minilora.network import Net
 from minilora.optim import adamw, adamw_init, clip_by_global_norm
 from minilora.training.loop import batch_loss_and_grads
 from minilora.workers import Workers
@@ -35,19 +36,16 @@ def test_the_peak_of_a_step_is_predicted(counters, shape, method):
     device, before = "cuda", counters()["live_bytes"]
     config, batch, context = SHAPES[shape]
     step = Step(config, METHODS[method], batch, context, device=device)
-    base = to_device(gpt_init(config, seed=0), device)
-    lora = (
-        None if step.trains_base else to_device(lora_init(base, step.lora_config, seed=0), device)
-    )
-    params = base if lora is None else lora
+    base, is_lora = gpt_init(config, seed=0), not step.trains_base
+    lora = lora_init(base, step.lora_config, seed=0) if is_lora else None
+    net = Net(base, config, lora, step.lora_config).on(device)
+    params = net.lora if is_lora else net.base
     state = adamw_init(params)
     rng = np.random.default_rng(0)
     tokens, targets = rng.integers(config.vocab_size, size=(2, batch, context))
     with Workers(1, device) as workers:
-        _, grads = batch_loss_and_grads(
-            workers, base, lora, tokens, targets, wrt="base" if lora is None else "lora",
-            config=config, lora_config=step.lora_config, device=device,
-        )  # fmt: skip
+        plan = Plan(base=not is_lora, lora=is_lora)
+        _, grads = batch_loss_and_grads(workers, net, tokens, targets, plan=plan, device=device)
     grads, _ = clip_by_global_norm(grads, 1.0)
     adamw(params, grads, state, step=1, lr=1e-3)
     share = (counters()["peak_bytes"] - before) / figures(step)["peak_bytes"]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from minilora import tree
+from minilora.adapters import LoRAConfig, lora_init
 from minilora.backend import namespace, to_device, to_host
 from minilora.formats import load_adapter, load_base
-from minilora.lora import LoRAConfig, lora_init
 from minilora.model import evaluate_stream
 from minilora.optim import adamw, adamw_init
 from minilora.training.checkpoint import (
