@@ -5,10 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minilora.adapters import LoRAConfig, lora_init
 from minilora.errors import MiniloraError
 from minilora.generate import distribution, generate, new_cache, next_logits
-from minilora.gpt import GPTConfig, gpt_init, gpt_logits
-from minilora.lora import LoRAConfig, lora_init, merge
+from minilora.gpt2 import GPTConfig, gpt_init
+from minilora.lora import merge
+from minilora.network import Net, net_logits
 from minilora.tree import map_leaves
 
 CONFIG = GPTConfig(vocab_size=23, n_positions=16, n_embd=12, n_layer=3, n_head=3)
@@ -22,18 +24,23 @@ def random_tree(tree, seed):
     return map_leaves(lambda x: 0.4 * rng.standard_normal(x.shape).astype(x.dtype), tree)
 
 
-BASE = random_tree(gpt_init(CONFIG, seed=0, dtype=np.float64), 0)
+NET = Net(random_tree(gpt_init(CONFIG, seed=0, dtype=np.float64), 0), CONFIG)
 
 
-def adapter(*targets):
+def adapted(*targets):
+    """The net with adapters on these targets; without any it has none."""
+    if not targets:
+        return NET
     lora_config = LoRAConfig(rank=2, alpha=4.0, targets=targets)
-    return random_tree(lora_init(BASE, lora_config, seed=1), 1), lora_config
+    return Net(
+        NET.base, CONFIG, random_tree(lora_init(NET.base, lora_config, seed=1), 1), lora_config
+    )
 
 
-def run(base=BASE, lora=None, **options):
+def run(net=NET, **options):
     """The ids of a greedy continuation, unless the options say otherwise."""
-    defaults = {"prompt_ids": PROMPT, "config": CONFIG, "max_tokens": 8, "temperature": 0.0}
-    return list(generate(base, lora, **defaults | options))
+    defaults = {"prompt_ids": PROMPT, "max_tokens": 8, "temperature": 0.0}
+    return list(generate(net, **defaults | options))
 
 
 # --- the cache ---------------------------------------------------------------------------------
@@ -46,25 +53,17 @@ def run(base=BASE, lora=None, **options):
     seed=st.integers(0, 99),
 )
 def test_logits_with_the_cache_are_those_without(pieces, batch, targets, seed):
-    lora, lora_config = adapter(*sorted(targets)) if targets else (None, None)
+    net = adapted(*sorted(targets))
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, CONFIG.vocab_size, size=(batch, CONFIG.n_positions))
-    expected = gpt_logits(BASE, lora, tokens=tokens, config=CONFIG, lora_config=lora_config)
-    cache = new_cache(BASE, CONFIG, length=CONFIG.n_positions, batch=batch)
+    expected = net_logits(net, tokens=tokens)
+    cache = new_cache(net, length=CONFIG.n_positions, batch=batch)
     position = 0
     for size in pieces:
         piece = tokens[:, position : position + size]
         if not piece.size:
             break
-        logits = next_logits(
-            BASE,
-            lora,
-            tokens=piece,
-            cache=cache,
-            position=position,
-            config=CONFIG,
-            lora_config=lora_config,
-        )
+        logits = next_logits(net, tokens=piece, cache=cache, position=position)
         position += piece.shape[1]
         np.testing.assert_allclose(
             logits, expected[:, position - 1], rtol=1e-12, atol=1e-12, err_msg=f"at {position}"
@@ -72,40 +71,31 @@ def test_logits_with_the_cache_are_those_without(pieces, batch, targets, seed):
 
 
 def test_the_cache_keeps_the_dtype_of_the_base():
-    base = map_leaves(lambda x: x.astype(np.float32), BASE)
-    cache = new_cache(base, CONFIG, length=4)
-    logits = next_logits(
-        base, tokens=np.array([PROMPT[:4]]), cache=cache, position=0, config=CONFIG
-    )
+    net = Net(map_leaves(lambda x: x.astype(np.float32), NET.base), CONFIG)
+    cache = new_cache(net, length=4)
+    logits = next_logits(net, tokens=np.array([PROMPT[:4]]), cache=cache, position=0)
     assert cache[0].keys.dtype == logits.dtype == np.float32
-
-
-def test_adapters_without_their_configuration_are_an_error():
-    with pytest.raises(MiniloraError, match="adapters need their lora_config"):
-        run(lora=adapter("qkv")[0])
 
 
 # --- the text ----------------------------------------------------------------------------------
 
 
-def reference_greedy(base, lora, lora_config, length):
+def reference_greedy(net, length):
     """The likeliest tokens by the whole model, read again from the last half when it is full."""
     window, new = list(PROMPT), []
     for _ in range(length):
         if len(window) > CONFIG.n_positions:
             window = (PROMPT + new)[-CONFIG.n_positions // 2 :]
         tokens = np.array([window])
-        logits = gpt_logits(base, lora, tokens=tokens, config=CONFIG, lora_config=lora_config)
-        new.append(int(logits[0, -1].argmax()))
+        new.append(int(net_logits(net, tokens=tokens)[0, -1].argmax()))
         window.append(new[-1])
     return new
 
 
 @pytest.mark.parametrize("targets", [(), *((target,) for target in TARGETS), ("embedding",)])
 def test_greedy_is_the_likeliest_token_each_time(targets):
-    lora, lora_config = adapter(*targets) if targets else (None, None)
-    text = run(lora=lora, lora_config=lora_config)
-    assert text == reference_greedy(BASE, lora, lora_config, 8)
+    text = run(adapted(*targets))
+    assert text == reference_greedy(adapted(*targets), 8)
     assert all(type(token) is int for token in text)
     assert (text != run()) == bool(targets), "an adapter has to show in this text"
 
@@ -113,30 +103,30 @@ def test_greedy_is_the_likeliest_token_each_time(targets):
 @pytest.mark.parametrize("positions", [1, 2, 7, 16])
 def test_text_goes_on_beyond_the_context(positions):
     config = GPTConfig(**vars(CONFIG) | {"n_positions": positions})
-    base = BASE | {"wpe": BASE["wpe"][:positions]}
+    net = Net(NET.base | {"wpe": NET.base["wpe"][:positions]}, config)
     text = [PROMPT[0]]
     first = len(text)
     for _ in range(3 * positions + 2):
         if len(text) - first + 1 > positions:
             first = len(text) - max(1, positions // 2) + 1
-        logits = gpt_logits(base, tokens=np.array([text[first - 1 :]]), config=config)
+        logits = net_logits(net, tokens=np.array([text[first - 1 :]]))
         text.append(int(logits[0, -1].argmax()))
-    ids = run(base, prompt_ids=PROMPT[:1], config=config, max_tokens=3 * positions + 2)
+    ids = run(net, prompt_ids=PROMPT[:1], max_tokens=3 * positions + 2)
     assert ids == text[1:]
 
 
 def test_a_prompt_as_long_as_the_context_is_read_whole():
     prompt = list(range(CONFIG.n_positions))
-    expected = gpt_logits(BASE, tokens=np.array([prompt]), config=CONFIG)[0, -1].argmax()
+    expected = net_logits(NET, tokens=np.array([prompt]))[0, -1].argmax()
     assert run(prompt_ids=prompt, max_tokens=1) == [expected]
     assert len(run(prompt_ids=prompt, max_tokens=20)) == 20
 
 
 def test_merged_and_unmerged_adapters_write_the_same_text():
-    lora, lora_config = adapter(*TARGETS)
+    net = adapted(*TARGETS)
+    merged = Net(merge(net.base, net.lora, net.lora_config), CONFIG)
     options = {"temperature": 1.0, "max_tokens": 40, "seed": 5}
-    merged = run(merge(BASE, lora, lora_config), **options)
-    assert run(lora=lora, lora_config=lora_config, **options) == merged
+    assert run(net, **options) == run(merged, **options)
 
 
 def test_the_seed_decides_the_text():
@@ -147,18 +137,18 @@ def test_the_seed_decides_the_text():
 
 
 def test_tokens_come_one_at_a_time_and_no_more_than_asked():
-    stream = generate(BASE, prompt_ids=np.array(PROMPT), config=CONFIG, max_tokens=3)
+    stream = generate(NET, prompt_ids=np.array(PROMPT), max_tokens=3)
     assert len([next(stream), next(stream), next(stream)]) == 3
     assert next(stream, None) is None
     assert run(max_tokens=0) == []
 
 
 def test_neither_the_model_nor_the_prompt_changes():
-    lora, lora_config = adapter(*TARGETS, "embedding")
-    before = map_leaves(np.copy, [BASE, lora])
+    net = adapted(*TARGETS, "embedding")
+    before = map_leaves(np.copy, [net.base, net.lora])
     prompt = np.array(PROMPT)
-    run(lora=lora, lora_config=lora_config, prompt_ids=prompt)
-    map_leaves(np.testing.assert_array_equal, [BASE, lora], before)
+    run(net, prompt_ids=prompt)
+    map_leaves(np.testing.assert_array_equal, [net.base, net.lora], before)
     assert prompt.tolist() == PROMPT
 
 
@@ -180,9 +170,9 @@ def test_neither_the_model_nor_the_prompt_changes():
     ],
 )
 def test_a_bad_option_is_named_before_anything_is_computed(options, message):
-    defaults = {"prompt_ids": PROMPT, "config": CONFIG, "max_tokens": 8}
+    defaults = {"prompt_ids": PROMPT, "max_tokens": 8}
     with pytest.raises(MiniloraError, match=message):
-        generate(BASE, **defaults | options)  # not even the first token is asked for
+        generate(NET, **defaults | options)  # not even the first token is asked for
 
 
 # --- the distribution --------------------------------------------------------------------------
@@ -249,17 +239,31 @@ def test_top_k_and_top_p_by_hand():
     assert kept(top_k=2, top_p=0.5) == [0, 1, 0, 0]
 
 
+def test_a_set_whose_probability_equals_p_is_enough():
+    logits = np.log([0.5, 0.25, 0.25])
+    assert distribution(logits, temperature=1.0, top_p=0.5).tolist() == [1, 0, 0]
+
+
 def test_equal_logits_keep_exactly_k():
     assert distribution(np.zeros(5), temperature=1.0, top_k=2).tolist() == [0.5, 0.5, 0, 0, 0]
 
 
 def test_the_drawn_tokens_follow_the_distribution():
     config = GPTConfig(vocab_size=5, n_positions=2, n_embd=4, n_layer=1, n_head=1)
-    base = random_tree(gpt_init(config, seed=0, dtype=np.float64), 3)
-    logits = gpt_logits(base, tokens=np.array([[2]]), config=config)[0, -1]
-    expected = distribution(logits, temperature=0.5, top_k=3)
-    options = {"prompt_ids": [2], "config": config, "max_tokens": 1}
-    drawn = [run(base, **options, temperature=0.5, top_k=3, seed=i)[0] for i in range(1000)]
+    net = Net(random_tree(gpt_init(config, seed=0, dtype=np.float64), 3), config)
+    options = {"temperature": 0.5, "top_k": 3}
+    expected = distribution(net_logits(net, tokens=np.array([[2]]))[0, -1], **options)
+    options |= {"prompt_ids": [2], "max_tokens": 1}
+    drawn = [run(net, **options, seed=i)[0] for i in range(1000)]
     counts = np.bincount(drawn, minlength=5)
     deviation = np.sqrt(1000 * expected * (1 - expected))
     assert (np.abs(counts - 1000 * expected) <= 4 * deviation).all(), (counts, 1000 * expected)
+
+
+def test_the_tokens_of_one_text_are_drawn_independently():
+    """Of a model that sees nothing but two equal logits, which is a fair coin."""
+    config = GPTConfig(vocab_size=2, n_positions=1, n_embd=4, n_layer=1, n_head=1)
+    coin = Net(map_leaves(np.zeros_like, gpt_init(config, seed=0)), config)
+    text = run(coin, prompt_ids=[0], max_tokens=400, temperature=1.0, seed=3)
+    assert 150 < sum(text) < 250
+    assert 150 < np.count_nonzero(np.diff(text)) < 250
