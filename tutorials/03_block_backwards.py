@@ -2,9 +2,9 @@
 # # A transformer block, backwards
 #
 # A block of GPT-2 is ten lines forwards. Backwards it is the same ten lines, read from the bottom
-# to the top. On this page we write both with minilora's pairs, hold every intermediate gradient
-# against finite differences, and then send the gradient of a real loss through all blocks of the
-# built-in model to see where it goes.
+# to the top. On this page we write both with minilora's pairs, compare every intermediate gradient
+# with finite differences and the whole with minilora's own block, and then send the gradient of a
+# real loss through all blocks of the built-in model to see where it goes.
 #
 # Shapes: B sequences of T tokens, C numbers for each token (the width), H attention heads, F
 # numbers inside the MLP.
@@ -16,8 +16,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import minilora
-from minilora import gradcheck, ops, tree
-from minilora.gpt import GPTConfig, gpt_init
+from minilora import gpt2, gradcheck, ops, tree
+from minilora.gpt2 import GPTConfig, gpt_init
+from minilora.loss import cross_entropy_backward, cross_entropy_forward
 
 SMALL = os.environ.get("MINILORA_SMALL") == "1"  # smaller, for the tests
 plt.rcParams.update({"figure.facecolor": "white", "figure.constrained_layout.use": True})
@@ -35,9 +36,10 @@ rng = np.random.default_rng(0)
 # LN is a layer norm. Attn is a linear map to queries, keys and values, the attention itself, and a
 # linear map back. MLP is a linear map up to width F, the GELU, and a linear map down.
 #
-# Each line below makes one value with one `…_forward` of [minilora/ops.py](../minilora/ops.py).
-# What that forward keeps for its backward, its **cache**, we store under the name of the value.
-# The argument `nudge` is for the check later: it moves a value by a little.
+# Each line below makes one value, eight of them with one `…_forward` of
+# [minilora/ops.py](../minilora/ops.py), and two with a plus sign. What a forward keeps for its
+# backward, its **cache**, we store under the name of the value; a sum needs none. The argument
+# `nudge` is for the check later: it moves a value by a little.
 
 
 # %%
@@ -54,13 +56,13 @@ def block_forward(x, p, *, heads, nudge=None):
     qkv = line("qkv", ops.linear_forward(n1, **p["attn"]["qkv"]))
     att = line("att", ops.attention_forward(qkv, heads=heads))
     o = line("o", ops.linear_forward(att, **p["attn"]["o"]))
-    mid = line("mid", ops.residual_forward(x, o))
+    mid = line("mid", (x + o, None))
 
     n2 = line("n2", ops.layer_norm_forward(mid, **p["ln_2"]))
     up = line("up", ops.linear_forward(n2, **p["mlp"]["up"]))
     act = line("act", ops.gelu_forward(up))
     down = line("down", ops.linear_forward(act, **p["mlp"]["down"]))
-    line("y", ops.residual_forward(mid, down))
+    line("y", (mid + down, None))
     return values, caches
 
 
@@ -105,7 +107,7 @@ def attn_backward(do, caches):
 # Now the block. Two rules are new, and they are all that there is to it:
 #
 # - **Where two paths meet** in a sum, such as $y = \mathrm{mid} + \mathrm{down}$, each of them
-#   gets the gradient as it is [RES.2].
+#   gets the gradient as it is: $\delta y = \delta\mathrm{mid} + \delta\mathrm{down}$.
 # - **Where one value is used twice**, the gradients of its two uses are added. `mid` is used by
 #   the sum *and* by the branch [BLOCK.3]. So is `x` [BLOCK.4].
 #
@@ -115,13 +117,11 @@ def attn_backward(do, caches):
 # %%
 def block_backward(dy, caches):
     """The gradients of every value and of every parameter, by name."""
-    road, ddown = ops.residual_backward(dy, caches["y"])
-    branch, mlp_values, mlp_parameters = mlp_backward(ddown, caches)
-    dmid = road + branch
+    branch, mlp_values, mlp_parameters = mlp_backward(dy, caches)
+    dmid = dy + branch  # dy is the road
 
-    road, do = ops.residual_backward(dmid, caches["mid"])
-    branch, attn_values, attn_parameters = attn_backward(do, caches)
-    dx = road + branch
+    branch, attn_values, attn_parameters = attn_backward(dmid, caches)
+    dx = dmid + branch  # dmid is the road
     values = {"y": dy, **mlp_values, "mid": dmid, **attn_values, "x": dx}
     return values, {**attn_parameters, **mlp_parameters}
 
@@ -176,6 +176,26 @@ def loss_of_parameters(flat):
 checks = gradcheck.check_tree(loss_of_parameters, tree.flatten(block), tree.flatten(dparameters))
 for check in checks:
     print(f"{check.name:12s} {check.entries:4d} entries, largest relative error {check.error:.0e}")
+
+# %% [markdown]
+# minilora's own block has the same lines, in [minilora/gpt2.py](../minilora/gpt2.py). It takes
+# adapters besides, of which we give it none. As the very same operations run, its numbers are equal
+# to ours bit for bit.
+
+# %%
+no_adapters = {name: {} for name in gpt2.READS}
+y, cache = gpt2.block_forward(x, block, no_adapters, config=sizes, attend=ops.attention_forward)
+dx, dblock, _ = gpt2.block_backward(dy, cache)
+values, _ = block_forward(x, block, heads=2)
+same_bits = {
+    "y": np.array_equal(y, values["y"]),
+    "dx": np.array_equal(dx, dvalues["x"]),
+    **{
+        f"d({path})": np.array_equal(gradient, tree.flatten(dparameters)[path])
+        for path, gradient in tree.flatten(dblock).items()
+    },
+}
+print(f"of {len(same_bits)} arrays, {sum(same_bits.values())} have the same bits as minilora's")
 
 # %% [markdown]
 # ## What a forgotten line does
@@ -238,11 +258,11 @@ for p in base["blocks"]:
     caches_of.append(caches)
 x, ln_f_cache = ops.layer_norm_forward(stream[-1], **base["ln_f"])
 logits, head_cache = ops.head_forward(x, base["wte"])
-loss_value, loss_cache = ops.cross_entropy_forward(logits, targets=targets)
+loss_value, loss_cache = cross_entropy_forward(logits, targets=targets)
 print(f"{tokens.size} bytes, loss {loss_value:.4f} nats per byte")
 
 # %%
-(dlogits,) = ops.cross_entropy_backward(1.0, loss_cache)
+(dlogits,) = cross_entropy_backward(1.0, loss_cache)
 dx, dwte_head = ops.head_backward(dlogits, head_cache)
 dx, dw_f, db_f = ops.layer_norm_backward(dx, ln_f_cache)
 dstream, dblocks, dvalues_of = [dx], [], []
@@ -256,8 +276,8 @@ dx, dwpe = ops.position_backward(dstream[0], wpe_cache)
 dwte = dwte + dwte_head  # the table was used twice [GPT.1]
 ours = {"wte": dwte, "wpe": dwpe, "blocks": dblocks, "ln_f": {"w": dw_f, "b": db_f}}
 
-loss_again, theirs, _ = minilora.loss_and_grads(
-    base, tokens=tokens, targets=targets, config=model.config, wrt="base"
+their_loss, theirs, _ = minilora.loss_and_grads(
+    model, tokens=tokens, targets=targets, plan=minilora.Plan(base=True)
 )
 ours, theirs = tree.flatten(ours), tree.flatten(theirs)
 differences = {
@@ -386,9 +406,10 @@ _ = fig.colorbar(picture, label="|dW| / |W|")
 # %%
 assert max(errors.values()) < 1e-7, "a gradient of a value disagrees with the differences"
 assert gradcheck.max_error(checks) < gradcheck.TOLERANCE, "a parameter's gradient is wrong"
+assert len(same_bits) == 14 and all(same_bits.values()), "minilora's block is another"
 assert min(distance.values()) > 0.1, "a forgotten summand would hardly matter"
 assert max(differences.values()) < 1e-3, "our gradients are not those of loss_and_grads"
-assert abs(float(loss_again) - float(loss_value)) < 1e-5, "the losses differ"
+assert abs(float(their_loss) - float(loss_value)) < 1e-5, "the losses differ"
 assert branches_only[0] < 0.1 * branches_only[-1], "the branches alone keep the gradient"
 assert with_road[0] > with_road[-1], "the road does not keep the gradient"
 assert gain[0][0] == max(g for g, _ in gain), "the stream is not shortest at the start"
@@ -397,10 +418,10 @@ assert relative.max() < 100 * relative.min(), "some weights hardly get a gradien
 # %% [markdown]
 # ## Exercises
 #
-# 1. In `minilora/gpt.py`, in `block_backward`, replace the second `dx = dx + dh` by `dx = dh`. Run
-#    `python -m pytest tests/gpt`. The test is
-#    `tests/gpt/test_gpt.py::test_the_model_s_gradients_agree_with_central_differences`. Which
-#    parameters does its message name, and why are those of the last block not among them?
+# 1. In `minilora/gpt2.py`, at the end of `block_backward`, return `dh` in place of `dx + dh`. Run
+#    `python -m pytest tests/network`. The test is
+#    `tests/network/test_network.py::test_the_model_s_gradients_agree_with_central_differences`.
+#    Which parameters does its message name, and why are those of the last block not among them?
 # 2. GPT-2's layer norms stand at the entrance of the branches. The first transformers had them on
 #    the road: $y = \operatorname{LN}(x + \mathrm{branch}(x))$. Change `block_forward` and the two
 #    rules accordingly, check with the table, and look at the picture again with random weights

@@ -21,7 +21,7 @@ import minilora
 from minilora import tree
 from minilora.data import draw_batch
 from minilora.evaluation import held_out_batches
-from minilora.ops import cross_entropy_forward
+from minilora.loss import cross_entropy_forward
 from minilora.optim import adamw, adamw_init, clip_by_global_norm, warmup_cosine
 
 SMALL = os.environ.get("MINILORA_SMALL") == "1"  # a quick run, for the tests
@@ -114,15 +114,8 @@ def train(method, peak):
             notes.append((step - 1, mean_loss(now, new_text), mean_loss(now, old_text)))
         rng = np.random.default_rng([0, step])  # the same batches for both methods
         tokens, targets = draw_batch(corpus.train, batch=BATCH, context=CONTEXT, rng=rng)
-        loss, dbase, dlora = minilora.loss_and_grads(
-            now.base,
-            now.lora,
-            tokens=tokens,
-            targets=targets,
-            config=model.config,
-            lora_config=now.lora_config,
-            wrt="lora" if method == "lora" else "base",
-        )
+        plan = minilora.Plan(lora=method == "lora", base=method == "full")
+        loss, dbase, dlora = minilora.loss_and_grads(now, tokens=tokens, targets=targets, plan=plan)
         gradients, _ = clip_by_global_norm(dlora if method == "lora" else dbase, 1.0)
         rate = warmup_cosine(step, steps=STEPS, peak=peak, warmup=STEPS // 6)
         parameters, moments = adamw(parameters, gradients, moments, step=step, lr=rate)
@@ -278,7 +271,7 @@ if not SMALL:
 #    further along the same one?
 # 3. Use text of your own: `minilora.load_corpus("my_file.txt", model.tokenizer)`. The same from
 #    the command line is `minilora adapt my_file.txt --out my-adapter`.
-# 4. Freezing that is none: ask for `wrt="both"` and let AdamW change both trees. What does
-#    `untouched` say then, and how do the paths look? In minilora the test
+# 4. Freezing that is none: ask for `Plan(base=True, lora=True)` and let AdamW change both trees.
+#    What does `untouched` say then, and how do the paths look? In minilora the test
 #    `test_adapters_train_and_the_base_keeps_its_bits` in `tests/training/test_train.py` notices
 #    such a mistake.

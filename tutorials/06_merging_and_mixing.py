@@ -10,6 +10,7 @@
 # $A$ is (I, R), $B$ is (R, O), $R$ is the rank and $s$ a constant, the scale.
 
 # %%
+import dataclasses
 import os
 import pydoc_data.topics
 
@@ -17,10 +18,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import minilora
+from minilora.adapters import adapters
 from minilora.data import draw_batch
-from minilora.lora import adapters
+from minilora.loss import cross_entropy_forward
 from minilora.mix import mix
-from minilora.ops import cross_entropy_forward
 from minilora.tree import flatten, map_leaves, nbytes
 
 SMALL = os.environ.get("MINILORA_SMALL") == "1"  # a quick run, for the tests
@@ -117,9 +118,7 @@ def cast(tree, dtype):
 def logits(weights, lora=None):
     """Logits on a little text, computed in float64 whatever the weights are kept in."""
     lora = lora and cast(lora, np.float64)
-    model = minilora.Model(
-        cast(weights, np.float64), base.config, base.tokenizer, base.folder, lora, LORA
-    )
+    model = dataclasses.replace(base, base=cast(weights, np.float64), lora=lora, lora_config=LORA)
     return model.logits(TEXTS["source"][0][:2])
 
 
@@ -206,7 +205,7 @@ for dtype, (share, worst) in unmerged.items():
 # $$\begin{pmatrix} A_1 & A_2 \end{pmatrix}
 # \begin{pmatrix} w_1 s B_1 \\ w_2 s B_2 \end{pmatrix} = w_1 s A_1 B_1 + w_2 s A_2 B_2 .$$
 #
-# That is one adapter again, of rank $2R$. `minilora.mix.mix` does it, for any number of adapters
+# That is one adapter, of rank $2R$. `minilora.mix.mix` does it, for any number of adapters
 # (`docs/mixing.md`).
 
 

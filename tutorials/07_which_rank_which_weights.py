@@ -15,9 +15,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import minilora
+from minilora.adapters import adapters, weight_of
 from minilora.data import draw_batch
-from minilora.lora import adapters, weight_of
-from minilora.ops import cross_entropy_forward
+from minilora.loss import cross_entropy_forward
 from minilora.tree import count, flatten
 
 SMALL = os.environ.get("MINILORA_SMALL") == "1"  # a quick run, for the tests

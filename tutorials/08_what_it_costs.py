@@ -17,10 +17,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from minilora.adapters import LoRAConfig, lora_init
 from minilora.bench.budget import SHAPES, Step, figures, flops, ledger, moments
 from minilora.bench.profile import profiling
-from minilora.gpt import gpt_init, loss_and_grads
-from minilora.lora import LoRAConfig, lora_init
+from minilora.gpt2 import gpt_init
+from minilora.keep import Plan
+from minilora.network import Net, loss_and_grads
 from minilora.tree import count
 
 SMALL = os.environ.get("MINILORA_SMALL") == "1"  # a quick run, for the tests
@@ -108,7 +110,7 @@ _ = axes.set(xlabel="TB", title="GPT-3, activations aside")
 # %% [markdown]
 # The 350 GB are the weights alone, and LoRA's own share hardly shows. The adapter's "35 MB" is
 # right. The 1.2 TB fit no simple recipe: three copies in float16 are less, four are more. Such
-# figures are worth calculating again before you quote them.
+# figures are worth recalculating before you quote them.
 #
 # ## Memory, the part that comes and goes
 #
@@ -139,10 +141,10 @@ print(f"{'in all':28} " + "".join(f"{total[name] / 1e6:7.0f} MB" for name in GPT
 # $\mathrm{d}W = x^\top \mathrm{d}y$, and if $W$ is frozen nobody needs it. (Unless it has an
 # adapter: $\mathrm{d}A$ is made of the same $x$.) The line is short: of a block's four maps only
 # the attention's output projection has its input kept. The inputs of the others come out of a layer
-# norm or a GELU, which keep for themselves what they can be computed again from, and that is
-# cheap. What attention, GELU and layer norm keep is for $\mathrm{d}x$, which has to flow through
-# every block whether its weights are trained or not. So LoRA removes the optimiser's memory, not
-# the activations'. The more tokens a step reads, the less that helps.
+# norm or a GELU, which keep for themselves what they can be recomputed from, and that is cheap.
+# What attention, GELU and layer norm keep is for $\mathrm{d}x$, which has to flow through every
+# block whether its weights are trained or not. So LoRA removes the optimiser's memory, not the
+# activations'. The more tokens a step reads, the less that helps.
 
 # %%
 BATCHES = [1, 2, 4, 8, 16, 32]
@@ -183,19 +185,14 @@ def inputs(batch, context, adapted):
         tiny.vocab_size, size=(2, batch, context), dtype=np.int32
     )
     lora = None if adapted is None else lora_init(base, adapted, seed=0)
-    return (base, lora), {
-        "tokens": tokens,
-        "targets": targets,
-        "config": tiny,
-        "lora_config": adapted,
-        "wrt": "base" if adapted is None else "lora",
-    }
+    plan = Plan(base=adapted is None, lora=adapted is not None)
+    return Net(base, tiny, lora, adapted), {"tokens": tokens, "targets": targets, "plan": plan}
 
 
 def measured_peak(batch, context, adapted):
-    trees, options = inputs(batch, context, adapted)
+    net, options = inputs(batch, context, adapted)
     tracemalloc.start()
-    result = loss_and_grads(*trees, **options)  # kept until the peak is read
+    result = loss_and_grads(net, **options)  # kept until the peak is read
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     del result
@@ -252,10 +249,14 @@ print(f"adapters in the last block only: {ratio_top:.1%}")
 GROUPS = {
     "linear": "linear maps",
     "attention": "attention",
+    "attend": "attention",
     "softmax": "attention",
     "gelu": "GELU",
     "layer_norm": "layer norm",
+    "normalise": "layer norm",
+    "affine": "layer norm",
     "head": "head, loss",
+    "frozen_head": "head, loss",
     "cross_entropy": "head, loss",
     "lora": "LoRA",
 }
@@ -263,12 +264,12 @@ GROUPS = {
 
 def seconds_by_group(adapted, rounds=1 if SMALL else 5):
     """Seconds of one step by kind of operation, the quickest of some rounds; and of all of it."""
-    trees, options = inputs(8, 128, adapted)
-    loss_and_grads(*trees, **options)  # the first is slower
+    net, options = inputs(8, 128, adapted)
+    loss_and_grads(net, **options)  # the first is slower
     best = None
     for _ in range(rounds):
         with profiling() as profile:
-            loss_and_grads(*trees, **options)
+            loss_and_grads(net, **options)
         groups = dict.fromkeys([*GROUPS.values(), "other"], 0.0)
         for operation, seconds in profile.by_operation(1).items():
             start = next((key for key in GROUPS if operation.startswith(key)), None)
@@ -342,7 +343,7 @@ for name, adapted in {"LoRA": PAPER, "full": None}.items():
 # 1. For which batch does LoRA save less than half of the memory of GPT-2 XL?
 # 2. Put adapters into the upper half of the blocks only. What happens to the activations and to the
 #    FLOPs? Calculate it first, then ask `figures` and `flops`.
-# 3. If the activations were not kept but calculated again in the backward pass (*checkpointing*),
+# 3. If the activations were not kept but recomputed in the backward pass (*checkpointing*),
 #    what would a step cost in FLOPs, full and with LoRA?
 
 # %%
