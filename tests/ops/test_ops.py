@@ -4,23 +4,13 @@ import math
 
 import numpy as np
 import pytest
+from helpers import normal
 
-from minilora import ops
-
-
-def normal(*shape, seed=0, dtype=np.float64):
-    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+from minilora import fused, ops, tiles
 
 
 def close(actual, expected, **tolerance):
     np.testing.assert_allclose(actual, expected, **{"rtol": 1e-12, "atol": 1e-13, **tolerance})
-
-
-def holds(cache, array):
-    """Whether a cache, nested or not, keeps an array or a view of it."""
-    if isinstance(cache, np.ndarray):
-        return np.shares_memory(cache, array)
-    return isinstance(cache, tuple) and any(holds(entry, array) for entry in cache)
 
 
 # --- linear, head, embedding, position -----------------------------------------------------------
@@ -34,38 +24,6 @@ def test_linear():
 def test_head_is_a_product_with_the_transposed_table():
     x, wte = normal(2, 3, 4), normal(7, 4)
     close(ops.head_forward(x, wte)[0], np.einsum("btc,vc->btv", x, wte))
-
-
-@pytest.mark.parametrize(
-    ("pair", "arguments"),
-    [
-        ((ops.linear_forward, ops.linear_backward), (normal(2, 3, 4), normal(4, 5), normal(5))),
-        ((ops.head_forward, ops.head_backward), (normal(2, 3, 4), normal(7, 4))),
-        ((ops.position_forward, ops.position_backward), (normal(2, 3, 4), normal(5, 4))),
-        (
-            (ops.layer_norm_forward, ops.layer_norm_backward),
-            (normal(2, 3, 4), normal(4), normal(4)),
-        ),
-    ],
-    ids=["linear", "head", "position", "layer norm"],
-)
-def test_a_frozen_parameter_costs_nothing_and_changes_nothing_else(pair, arguments):
-    forward, backward = pair
-    y, cache = forward(*arguments)
-    y_frozen, cache_frozen = forward(*arguments, frozen=True)
-    dy = normal(*y.shape, seed=1)
-    dx, *_ = backward(dy, cache)
-    dx_frozen, *gradients = backward(dy, cache_frozen)
-
-    assert np.array_equal(y_frozen, y)
-    assert np.array_equal(dx_frozen, dx)
-    assert gradients == [None] * (len(arguments) - 1)
-    assert not holds(cache_frozen, arguments[0]), "the input of a frozen parameter is kept"
-
-
-def test_holds_finds_what_an_unfrozen_linear_keeps():
-    x, w, b = normal(2, 4), normal(4, 5), normal(5)
-    assert holds(ops.linear_forward(x, w, b)[1], x)
 
 
 def test_embedding_is_a_product_with_one_hot_rows():
@@ -135,6 +93,43 @@ def test_gelu_far_out_is_the_identity_and_zero():
     assert dx.tolist() == [1, 0]
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", ["gelu", "gelu_gradient"])
+def test_a_fused_formula_equals_the_printed_one(name, dtype):
+    """Up to the rounding of another order of products: a few units in the last place."""
+    x, dy = 3 * normal(1000, dtype=dtype), normal(1000, seed=1, dtype=dtype)
+    x[:4] = [0.0, 12.0, -12.0, 1e3]
+    xs = [dy, x] if name == "gelu_gradient" else [x]
+    formula, constants = getattr(ops, name), {"scale": ops.GELU_SCALE, "cubic": ops.GELU_CUBIC}
+    printed = formula.__wrapped__(*xs, **constants)
+    in_place = getattr(fused, name)(*xs, **constants)
+    assert printed.dtype == in_place.dtype == dtype
+    ulp = np.finfo(dtype).eps
+    # 1 + tanh u and 1 - tanh² u cancel far out, so an error is one of the size of x, not of y.
+    np.testing.assert_allclose(in_place, printed, rtol=4 * ulp, atol=16 * ulp * np.abs(x[4:]).max())
+    assert np.array_equal(formula(*xs, **constants), in_place), "the fused form is not used"
+
+
+def test_a_formula_without_a_fused_form_is_computed_as_printed(monkeypatch):
+    x, cache = normal(3, 7), ops.GELUCache(normal(3, 7))
+    y, (dx,) = ops.gelu_forward(x)[0], ops.gelu_backward(normal(3, 7, seed=1), cache)
+    monkeypatch.delattr(fused, "gelu")
+    monkeypatch.delattr(fused, "gelu_gradient")
+    close(ops.gelu_forward(x)[0], y)
+    close(ops.gelu_backward(normal(3, 7, seed=1), cache)[0], dx)
+
+
+@pytest.mark.parametrize("size", [tiles.TILE, tiles.TILE + 1, 3 * tiles.TILE - 5])
+def test_gelu_beyond_a_tile_is_gelu_entry_by_entry(size):
+    """Each part written, and from its own entries; the parts here are none of the tiles."""
+    x, dy = normal(size), normal(size, seed=1)
+    y, cache = ops.gelu_forward(x)
+    (dx,) = ops.gelu_backward(dy, cache)
+    for part in np.array_split(np.arange(size), 7):
+        close(y[part], ops.gelu_forward(x[part])[0])
+        close(dx[part], ops.gelu_backward(dy[part], ops.GELUCache(x[part]))[0])
+
+
 # --- softmax, attention --------------------------------------------------------------------------
 
 
@@ -178,8 +173,9 @@ def test_attention_equals_the_plain_loops(B, T, heads, K):
     close(ops.attention_forward(qkv, heads=heads)[0], attention_by_loops(qkv, heads))
 
 
-@pytest.mark.parametrize("queries", [1, 2, 3, 6, 7, 8])
-def test_attention_by_blocks_of_queries_is_that_of_all_at_once(queries):
+@pytest.mark.parametrize("tile", [1, 2, 3, 6, 7, 8])
+def test_attention_by_tiles_of_queries_is_that_of_all_at_once(tile, monkeypatch):
+    monkeypatch.setattr(ops, "QUERY_TILE", tile)
     B, T, H, K = 2, 7, 3, 4
     qkv, dy = normal(B, T, 3 * H * K), normal(B, T, H * K, seed=1)
     q, k, v = np.moveaxis(qkv.reshape(B, T, 3, H, K), (2, 3), (0, 2))
@@ -191,24 +187,48 @@ def test_attention_by_blocks_of_queries_is_that_of_all_at_once(queries):
     dq, dk = np.einsum("bhts,bhsc->bhtc", dS, k), np.einsum("bhts,bhtc->bhsc", dS, q)
     dv = np.einsum("bhts,bhtc->bhsc", P, dy_heads)
 
-    y, cache = ops.attention_forward(qkv, heads=H, queries=queries)
+    y, cache = ops.attention_forward(qkv, heads=H)
     close(y, np.einsum("bhts,bhsc->bthc", P, v).reshape(y.shape))
     (dqkv,) = ops.attention_backward(dy, cache)
     close(dqkv, np.stack([dq, dk, dv]).transpose(1, 3, 0, 2, 4).reshape(qkv.shape))
 
 
-def test_blocks_of_queries_leave_out_what_none_of_them_sees():
-    assert [(t.start, t.stop, s.start, s.stop) for t, s in ops.causal_blocks(7, 3)] == [
+def test_tiles_of_queries_leave_out_what_none_of_them_sees():
+    assert [(t.start, t.stop, s.start, s.stop) for t, s in ops.query_tiles(7, 3)] == [
         (0, 3, 0, 3), (3, 6, 0, 6), (6, 7, 0, 7),
     ]  # fmt: skip
-    assert len(list(ops.causal_blocks(ops.QUERIES, ops.QUERIES))) == 1
+    assert len(list(ops.query_tiles(ops.QUERY_TILE, ops.QUERY_TILE))) == 1
 
 
-def test_what_is_computed_again_is_the_same_bit_for_bit():
+def test_attention_is_attend_in_every_head():
+    qkv, dy = normal(2, 5, 3 * 2 * 4), normal(2, 5, 2 * 4, seed=1)
+    q, k, v = ops.split_heads(qkv, 2)
+    y_heads, attend = ops.attend_forward(q, k, v, mask=ops.causal_mask(5, qkv))
+    dqkv = np.empty_like(qkv)
+    for gradient, part in zip(
+        ops.attend_backward(dy.reshape(2, 5, 2, 4).swapaxes(1, 2), attend),
+        ops.split_heads(dqkv, 2),
+        strict=True,
+    ):
+        part[:] = gradient
+    y, cache = ops.attention_forward(qkv, heads=2)
+    close(y, y_heads.swapaxes(1, 2).reshape(y.shape))
+    close(ops.attention_backward(dy, cache)[0], dqkv)
+
+
+def test_the_last_queries_see_every_earlier_key():
+    """With a past of m - n keys, which no mask of n times touches."""
+    q, k, v = (normal(2, 5, 4, seed=seed) for seed in range(3))
+    y, _ = ops.attend_forward(q, k, v, mask=ops.causal_mask(5, q))
+    last, _ = ops.attend_forward(q[:, 3:], k, v, mask=ops.causal_mask(9, q))
+    close(last, y[:, 3:])
+
+
+def test_recomputed_outputs_are_the_same_bit_for_bit():
     y, cache = ops.layer_norm_forward(normal(3, 4), normal(4, seed=1), normal(4, seed=2))
-    assert np.array_equal(ops.layer_norm_again(cache), y)
+    assert np.array_equal(cache.output(), y)
     y, cache = ops.gelu_forward(normal(3, 4))
-    assert np.array_equal(ops.gelu_again(cache), y)
+    assert np.array_equal(cache.output(), y)
 
 
 def test_attention_does_not_see_the_future():
@@ -226,98 +246,17 @@ def test_attention_does_not_see_the_future():
     close(dqkv_changed, dqkv)
 
 
+@pytest.mark.parametrize("tile", [2, 64])
+def test_no_score_however_large_reaches_the_past(tile, monkeypatch):
+    """The last key lies far out on the side of an earlier query, which must not see it."""
+    monkeypatch.setattr(ops, "QUERY_TILE", tile)
+    qkv = normal(1, 4, 12)
+    huge = qkv.copy()
+    huge[:, 3, 4:8] = 1e6 * np.sign(qkv[:, 2, :4])
+    y, y_huge = (ops.attention_forward(x, heads=1)[0] for x in (qkv, huge))
+    assert np.array_equal(y_huge[:, :3], y[:, :3])
+
+
 def test_heads_that_do_not_divide_the_width_raise():
     with pytest.raises(ValueError, match="reshape"):
         ops.attention_forward(normal(1, 2, 12), heads=3)
-
-
-# --- cross-entropy -------------------------------------------------------------------------------
-
-
-def cross_entropy(logits, targets, **constants):
-    loss, cache = ops.cross_entropy_forward(logits, targets=targets, **constants)
-    return loss, ops.cross_entropy_backward(1.0, cache)[0]
-
-
-def test_cross_entropy_is_the_mean_of_the_counted_rows():
-    logits, targets = normal(2, 3, 5), np.array([[4, -100, 0], [1, 1, -100]])
-    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    counted = [(b, t) for b, t in np.ndindex(2, 3) if targets[b, t] != -100]
-    loss, dlogits = cross_entropy(logits, targets)
-    close(loss, -sum(math.log(p[row][targets[row]]) for row in counted) / 4)
-    for row in np.ndindex(2, 3):
-        expected = (p[row] - np.eye(5)[targets[row]]) / 4 if row in counted else 0
-        close(dlogits[row], expected)
-
-
-def test_cross_entropy_of_equal_logits_is_log_v():
-    loss, _ = cross_entropy(np.zeros((3, 7)), np.array([0, 3, 6]))
-    close(loss, math.log(7))
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_cross_entropy_of_huge_logits_is_finite(dtype):
-    logits = np.array([[1e3, 0, -1e3], [-1e3, 1e3, 1e3]], dtype)
-    with np.errstate(over="raise", invalid="raise", divide="raise"):
-        loss, dlogits = cross_entropy(logits, np.array([1, 2]))
-    close(loss, (1e3 + math.log(2)) / 2, rtol=1e-6)
-    close(dlogits, [[0.5, -0.5, 0], [0, 0.25, -0.25]], rtol=1e-4)
-
-
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 100])
-def test_the_head_and_the_loss_in_one_are_those_one_after_the_other(chunk, frozen):
-    """For parts of every size, logits far apart, and targets in each part, some of them ignored."""
-    x, table = 10.0 * normal(2, 4, 3), normal(7, 3)
-    targets = np.array([[0, 6, -1, 3], [2, -1, 1, 5]])
-    constants = {"targets": targets, "ignore_index": -1, "count": 11}
-    logits, head = ops.head_forward(x, table)
-    expected_loss, loss_cache = ops.cross_entropy_forward(logits, **constants)
-    expected_dx, expected_dtable = ops.head_backward(
-        *ops.cross_entropy_backward(0.7, loss_cache), head
-    )
-    loss, cache = ops.head_loss_forward(x, table, **constants, chunk=chunk, frozen=frozen)
-    dx, dtable = ops.head_loss_backward(0.7, cache)
-    close(loss, expected_loss)
-    close(dx, expected_dx)
-    if frozen:
-        assert dtable is None
-    else:
-        close(dtable, expected_dtable)
-
-
-def test_cross_entropy_without_a_counted_target_is_zero():
-    loss, dlogits = cross_entropy(normal(2, 3), np.array([-100, -100]))
-    assert loss == 0
-    assert dlogits.shape == (2, 3)
-    assert not dlogits.any()
-
-
-def test_ignore_index_may_be_an_existing_token():
-    logits = normal(3, 4)
-    loss, dlogits = cross_entropy(logits, np.array([0, 2, 0]), ignore_index=0)
-    alone, dalone = cross_entropy(logits[1:2], np.array([2]))
-    close(loss, alone)
-    close(dlogits, np.stack([np.zeros(4), dalone[0], np.zeros(4)]))
-
-
-def test_with_the_whole_count_the_shards_of_a_batch_add_up():
-    logits, targets = normal(6, 5), np.array([1, -100, 2, 4, 0, -100])
-    loss, dlogits = cross_entropy(logits, targets)
-    halves = [cross_entropy(logits[s], targets[s], count=4) for s in (slice(0, 2), slice(2, 6))]
-    close(sum(loss for loss, _ in halves), loss)
-    close(np.concatenate([dlogits for _, dlogits in halves]), dlogits)
-
-
-# --- dropout -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("p", [0.0, 0.25, 0.9])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_dropout_mask(p, dtype):
-    mask = ops.dropout_mask(np.random.default_rng(0), (100, 100), p, dtype)
-    assert mask.dtype == dtype
-    assert set(np.unique(mask)) <= {dtype(0), dtype(1 / (1 - p))}
-    assert abs((mask == 0).mean() - p) < 0.02
-    again = ops.dropout_mask(np.random.default_rng(0), (100, 100), p, dtype)
-    assert np.array_equal(mask, again)

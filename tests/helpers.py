@@ -1,0 +1,145 @@
+"""What tests of several rooms need: random arrays and models, walks through caches, peaks."""
+
+import contextlib
+import tracemalloc
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from minilora import loss, ops, tiles
+from minilora.adapters import LoRAConfig, dropout_masks, lora_init
+from minilora.gpt2 import GPTConfig, gpt_init
+from minilora.network import Net
+from minilora.tree import Tree, flatten, map_leaves
+
+CONFIG = GPTConfig(vocab_size=11, n_positions=6, n_embd=8, n_layer=2, n_head=2, n_inner=12)
+
+
+# --- random arrays and models ------------------------------------------------------------------
+
+
+def normal(*shape: int, seed: int = 0, dtype: Any = np.float64) -> np.ndarray:
+    """Standard normal numbers."""
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def moved(tree: Tree, seed: int) -> Tree:
+    """The tree with every leaf moved, so that nothing is zero, one or as it was drawn."""
+    rng = np.random.default_rng(seed)
+    return map_leaves(lambda x: x + 0.3 * rng.standard_normal(x.shape), tree)
+
+
+def a_base(config: GPTConfig = CONFIG) -> Tree:
+    """A base in float64 in which no bias is 0 and no layer norm 1."""
+    return moved(gpt_init(config, seed=0, dtype=np.float64), 0)
+
+
+def a_net(
+    *targets: str, base: Tree | None = None, config: GPTConfig = CONFIG, is_trained: bool = True,
+    **options: Any,
+) -> Net:  # fmt: skip
+    """A base with an adapter on these targets, or none; B is not 0 where it is trained."""
+    base = a_base(config) if base is None else base
+    if not targets:
+        return Net(base, config)
+    lora_config = LoRAConfig(**{"rank": 2, "alpha": 3.0, "targets": targets, **options})
+    lora = lora_init(base, lora_config, seed=1)
+    return Net(base, config, moved(lora, 1) if is_trained else lora, lora_config)
+
+
+def a_batch(net: Net, B: int = 3, T: int = 5) -> dict[str, Any]:
+    """Random tokens, targets and, where the net's adapters have dropout, masks."""
+    rng = np.random.default_rng(2)
+    tokens, targets = rng.integers(net.config.vocab_size, size=(2, B, T))
+    masks = None
+    if net.lora is not None and net.lora_config is not None:
+        masks = dropout_masks(net.lora, net.lora_config, rng=rng, shape=(B, T))
+    return {"tokens": tokens, "targets": targets, "masks": masks}
+
+
+@contextlib.contextmanager
+def small_tiles() -> Iterator[None]:
+    """Several tiles of entries, of queries and of the vocabulary even at small sizes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "TILE", 5)
+        patch.setattr(ops, "QUERY_TILE", 2)
+        patch.setattr(loss, "VOCAB_CHUNK", 3)
+        yield
+
+
+# --- trees and caches --------------------------------------------------------------------------
+
+
+def assert_trees_equal(actual: Tree, expected: Tree) -> None:
+    """The same paths with the same bits."""
+    actual, expected = flatten(actual), flatten(expected)
+    assert actual.keys() == expected.keys()
+    for path, leaf in expected.items():
+        assert np.array_equal(actual[path], leaf), f"{path} differs"
+
+
+def assert_trees_close(actual: Tree, expected: Tree, rtol: float = 1e-9) -> None:
+    """The same paths with the same numbers up to rounding."""
+    actual, expected = flatten(actual), flatten(expected)
+    assert actual.keys() == expected.keys()
+    for path, leaf in expected.items():
+        np.testing.assert_allclose(actual[path], leaf, rtol=rtol, atol=1e-12, err_msg=path)
+
+
+def parts_of(value: Any, path: str = "") -> dict[str, Any]:
+    """Everything inside nested caches, tuples, lists and dicts, and they themselves, by path."""
+    if isinstance(value, Mapping):
+        inside = dict(value)
+    elif hasattr(value, "_fields"):
+        inside = value._asdict()
+    elif isinstance(value, tuple | list):
+        inside = dict(enumerate(value))
+    else:
+        inside = {}
+    found = {path: value}
+    for name, part in inside.items():
+        found |= parts_of(part, f"{path}.{name}" if path else str(name))
+    return found
+
+
+def arrays_in(cache: Any) -> dict[str, np.ndarray]:
+    """Every array inside nested caches, tuples, lists and dicts, by path."""
+    return {path: x for path, x in parts_of(cache).items() if isinstance(x, np.ndarray)}
+
+
+def owner_of(x: np.ndarray) -> np.ndarray:
+    """The array whose memory a view shows; the array itself where it is no view."""
+    while isinstance(x.base, np.ndarray):
+        x = x.base
+    return x
+
+
+def numbers_kept(cache: Any, *, of: Tree) -> dict[str, np.ndarray]:
+    """The arrays of real numbers that a cache keeps alive, by the first path of each.
+
+    A view counts as the array it shows. Those of the tree `of`, the parameters, are left out.
+    """
+    seen = {id(owner_of(leaf)) for leaf in flatten(of).values() if leaf is not None}
+    kept = {}
+    for path, x in arrays_in(cache).items():
+        x = owner_of(x)
+        if x.dtype.kind == "f" and id(x) not in seen:
+            seen.add(id(x))
+            kept[path] = x
+    return kept
+
+
+# --- memory ------------------------------------------------------------------------------------
+
+
+def peak_of(f: Callable[[], Any]) -> int:
+    """The most bytes that were allocated at a time during a call, above those before it."""
+    f()  # what is imported or made once and kept
+    tracemalloc.start()
+    try:
+        f()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
