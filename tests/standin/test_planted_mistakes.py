@@ -24,14 +24,18 @@ import pytest
 from strict_cupy import COPIES
 
 import minilora
-from minilora import gpt, model, ops, optim, tree
+from minilora import kernels, model, ops, optim, tree
+from minilora.adapters import LoRAConfig, lora_init
 from minilora.backend import load_cupy, to_device, to_device_in_half, to_host
 from minilora.data import ByteTokenizer, Corpus
 from minilora.formats import load_adapter
-from minilora.gpt import GPTConfig, gpt_init, loss_and_grads
-from minilora.lora import LoRAConfig, lora_init
+from minilora.gpt2 import GPTConfig, gpt_init
+from minilora.keep import Plan
+from minilora.kernels import gelu_gradient
 from minilora.mix import mix
 from minilora.model import Model, complete, evaluate_stream
+from minilora.network import loss_and_grads
+from minilora.ops import normalise_forward
 from minilora.pairs import PAIRS, tiny_model
 from minilora.training import loop
 from minilora.training.loop import TrainConfig
@@ -58,11 +62,12 @@ SETTINGS = TrainConfig(
     steps=5, batch=2, context=6, lr=0.1, warmup=1, threads=1, log_every=2, eval_every=5,
     eval_tokens=12, checkpoint_every=3,
 )  # fmt: skip
+PLANS = (Plan(lora=True), Plan(base=True, lora=True, recompute=True))
 
 
 def a_model() -> Model:
     base = tree.map_leaves(lambda x: 10 * x, gpt_init(CONFIG, seed=0))
-    return Model(base, CONFIG, ByteTokenizer(), Path())
+    return Model(base, CONFIG, tokenizer=ByteTokenizer(), folder=Path())
 
 
 def a_corpus() -> Corpus:
@@ -92,17 +97,17 @@ def everything(place: str, folder: Path) -> dict[str, np.ndarray]:
         if progress.step == 4:
             raise Stopped
 
-    case = tiny_model()._asdict()
-    on_device = {name: part if name.endswith("config") else to_device(part, place)
-                 for name, part in case.items()}  # fmt: skip
-    results = {f"{wrt} gradients": to_host([part for part in loss_and_grads(**on_device, wrt=wrt)
-                                            if part is not None])
-               for wrt in ("lora", "both")}  # fmt: skip
+    net, batch = tiny_model()
+    net, batch = net.on(place), to_device(batch._asdict(), place)
+    results = {}
+    for plan in PLANS:
+        parts = loss_and_grads(net, **batch, plan=plan)
+        results[f"gradients, {plan}"] = to_host([part for part in parts if part is not None])
 
     for name, pair in PAIRS.items():
         arguments, constants = on(place, pair.make(np.random.default_rng(0)))
         y, cache = pair.forward(*arguments, **constants)
-        gradients = [dx for dx in pair.backward(y, cache) if dx is not None]
+        gradients = [dx for dx in pair.backward(y, pair.thin(cache)) if dx is not None]
         results[name] = to_host([y, *gradients])
 
     model, corpus = a_model(), a_corpus()
@@ -284,20 +289,19 @@ def test_every_mistake_in_the_library_is_noticed(check, monkeypatch):
 # --- mistakes planted by hand --------------------------------------------------------------------
 
 
-def gelu_with_a_keyword_of_numpy(x):
-    y = ops.namespace(x).tanh(x, where=x > -math.inf)
-    return y, (x,)
+def gelu_with_a_keyword_of_numpy(x, *, scale, cubic):
+    return ops.namespace(x).tanh(x, where=x > -math.inf)
 
 
-def layer_norm_that_branches(x, w, b, *, eps=1e-5, frozen=False):
+def normalise_that_branches(x, *, eps=1e-5):
     """Reads a number from the device to choose what to do next."""
     if float((x * x).max()) > 0:
-        return ops.layer_norm_forward(x, w, b, eps=eps, frozen=frozen)
+        return normalise_forward(x, eps=eps)
     return x, None
 
 
-def residual_with_a_constant_of_the_host(x, branch):
-    return x + branch * np.array(1.0, x.dtype), ()
+def dropout_with_a_constant_of_the_host(x, *, mask):
+    return x * np.array(1.0, x.dtype), ops.DropoutCache(mask)
 
 
 def norm_in_a_loop(grads, max_norm):
@@ -309,9 +313,13 @@ def norm_in_a_loop(grads, max_norm):
     return tree.map_leaves(lambda g: g * scale, grads), norm
 
 
-def residual_in_float64(x, branch):
+def dropout_in_float64(x, *, mask):
     """A NumPy scalar where a Python float belongs: float32 becomes float64."""
-    return x + np.float64(1.0) * branch, ()
+    return np.float64(1.0) * x, ops.DropoutCache(mask)
+
+
+def gradient_of_the_wrong_argument(dy, x, **constants):
+    return gelu_gradient(x, dy, **constants)
 
 
 def moments_on_the_host(params):
@@ -320,11 +328,12 @@ def moments_on_the_host(params):
 
 
 BY_HAND = {
-    "a keyword that CuPy lacks": (gpt, "gelu_forward", gelu_with_a_keyword_of_numpy),
-    "a branch on a value": (gpt, "layer_norm_forward", layer_norm_that_branches),
-    "a host array": (gpt, "residual_forward", residual_with_a_constant_of_the_host),
+    "a keyword that CuPy lacks": (ops, "gelu", gelu_with_a_keyword_of_numpy),
+    "a branch on a value": (ops, "normalise_forward", normalise_that_branches),
+    "a host array": (ops, "dropout_forward", dropout_with_a_constant_of_the_host),
+    "a kernel's arguments swapped": (kernels, "gelu_gradient", gradient_of_the_wrong_argument),
     "a host scalar in a loop": (loop, "clip_by_global_norm", norm_in_a_loop),
-    "a scalar of NumPy": (gpt, "residual_forward", residual_in_float64),
+    "a scalar of NumPy": (ops, "dropout_forward", dropout_in_float64),
     "a tree on the host": (loop, "adamw_init", moments_on_the_host),
     "a model left on the host": (model, "to_device", lambda arrays, device: arrays),
 }
