@@ -34,6 +34,17 @@ def test_every_window_can_be_drawn():
     assert set(inputs[:, 0].tolist()) == set(range(6))
 
 
+def test_windows_are_drawn_evenly_and_each_on_its_own():
+    tokens = np.arange(104, dtype=np.int32)
+    inputs, _ = draw_batch(tokens, batch=100_000, context=4, rng=np.random.default_rng(0))
+    starts = inputs[:, 0]
+    counts = np.bincount(starts, minlength=100)
+    assert len(counts) == 100
+    assert np.abs(counts - 1000).max() < 5 * np.sqrt(1000)
+    for distance in (1, 2, 50_000):
+        assert np.mean(starts[distance:] == starts[:-distance]) < 0.02, distance
+
+
 def test_the_generator_decides_the_batch():
     tokens = np.arange(1000, dtype=np.int32)
 

@@ -10,11 +10,11 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from minilora.adapters import LoRAConfig, lora_init
 from minilora.errors import MiniloraError
 from minilora.formats import load_adapter, load_base, save_adapter, save_base
 from minilora.formats.tensors import read_tensors, write_tensors
-from minilora.gpt import GPTConfig, gpt_init
-from minilora.lora import LoRAConfig, lora_init
+from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.tree import flatten
 
 CONFIG = GPTConfig(vocab_size=5, n_positions=3, n_embd=4, n_layer=2, n_head=2, n_inner=6)

@@ -12,7 +12,8 @@ from minilora.errors import MiniloraError
 from minilora.formats import tensors as tensors_module
 from minilora.formats.gpt2 import load_base, read_config, save_base, tensor_table
 from minilora.formats.tensors import read_tensors, write_tensors
-from minilora.gpt import GPTConfig, gpt_init, gpt_logits
+from minilora.gpt2 import GPTConfig, gpt_init
+from minilora.network import Net, net_logits
 from minilora.tree import count, flatten, map_leaves
 
 CONFIG = GPTConfig(vocab_size=13, n_positions=7, n_embd=6, n_layer=2, n_head=3, n_inner=10)
@@ -103,10 +104,9 @@ def test_the_output_is_the_same(folder):
     tokens = np.random.default_rng(1).integers(0, CONFIG.vocab_size, (2, 7))
     base, config = load_base(folder, dtype=np.float64)
     assert all(leaf.dtype == np.float64 for leaf in flatten(base).values())
-    expected = gpt_logits(
-        map_leaves(lambda x: x.astype(np.float64), drawn(CONFIG)), tokens=tokens, config=CONFIG
-    )
-    assert np.array_equal(gpt_logits(base, tokens=tokens, config=config), expected)
+    saved = map_leaves(lambda x: x.astype(np.float64), drawn(CONFIG))
+    expected = net_logits(Net(saved, CONFIG), tokens=tokens)
+    assert np.array_equal(net_logits(Net(base, config), tokens=tokens), expected)
 
 
 def test_half_precision_files_load_as_float32(tmp_path):

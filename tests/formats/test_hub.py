@@ -15,7 +15,7 @@ import pytest
 from minilora.errors import MiniloraError
 from minilora.formats import hub, save_base
 from minilora.formats.hub import fetch_base, is_hub_id
-from minilora.gpt import GPTConfig, gpt_init
+from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.model import load_model
 
 CONFIG = GPTConfig(vocab_size=256, n_positions=16, n_embd=4, n_layer=1, n_head=2)

@@ -9,20 +9,21 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from minilora.errors import MiniloraError
-from minilora.formats.peft import fused_blocks, load_adapter, save_adapter
-from minilora.formats.tensors import read_tensors, write_tensors
-from minilora.gpt import GPTConfig, gpt_init, gpt_logits
-from minilora.lora import (
+from minilora.adapters import (
     TARGETS,
     LoRAConfig,
     adapted_paths,
     adapters,
     lora_init,
     lora_paths,
-    merge,
     weight_of,
 )
+from minilora.errors import MiniloraError
+from minilora.formats.peft import fused_blocks, load_adapter, save_adapter
+from minilora.formats.tensors import read_tensors, write_tensors
+from minilora.gpt2 import GPTConfig, gpt_init
+from minilora.lora import merge
+from minilora.network import Net, net_logits
 from minilora.tree import flatten, map_leaves
 
 CONFIG = GPTConfig(vocab_size=11, n_positions=6, n_embd=8, n_layer=3, n_head=2, n_inner=12)
@@ -191,8 +192,8 @@ def test_q_and_v_become_one_adapter_of_twice_the_rank(tmp_path):
     base = gpt_init(CONFIG, seed=3)
     tokens = np.random.default_rng(0).integers(0, 11, (2, 6))
     np.testing.assert_allclose(
-        gpt_logits(base, loaded, tokens=tokens, config=CONFIG, lora_config=loaded_config),
-        gpt_logits(base, lora, tokens=tokens, config=CONFIG, lora_config=lora_config),
+        net_logits(Net(base, CONFIG, loaded, loaded_config), tokens=tokens),
+        net_logits(Net(base, CONFIG, lora, lora_config), tokens=tokens),
         rtol=1e-5,
         atol=1e-6,
     )
@@ -280,6 +281,11 @@ def test_ways_to_say_the_same(adapter, fields):
     lora, lora_config = load_adapter(adapter, CONFIG)
     assert lora_config == LoRAConfig(rank=2, alpha=3.0, targets=("qkv",))
     assert flatten(lora).keys() == flatten(drawn(lora_config)).keys()
+
+
+def test_a_missing_alpha_is_that_of_peft(adapter):
+    edit(adapter, lora_alpha=...)
+    assert load_adapter(adapter, CONFIG)[1].alpha == 8.0
 
 
 @pytest.mark.parametrize(

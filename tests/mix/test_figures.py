@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import minilora
-from minilora.gpt import GPTConfig, gpt_init
-from minilora.lora import LoRAConfig, lora_init, merge
+from minilora.adapters import LoRAConfig, lora_init
+from minilora.gpt2 import GPTConfig, gpt_init
+from minilora.lora import merge
 from minilora.mix import mix
 from minilora.tree import map_leaves
 

@@ -11,19 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minilora
+from minilora.adapters import TARGETS, LoRAConfig, adapted_paths, adapters, lora_init, weight_of
 from minilora.errors import MiniloraError
 from minilora.formats import save_adapter, save_base
-from minilora.gpt import GPTConfig, gpt_init, gpt_logits
-from minilora.lora import (
-    TARGETS,
-    LoRAConfig,
-    adapted_paths,
-    adapters,
-    lora_init,
-    merge,
-    weight_of,
-)
+from minilora.gpt2 import GPTConfig, gpt_init
+from minilora.lora import merge
 from minilora.mix import mix
+from minilora.network import Net, net_logits
 from minilora.tree import flatten, map_leaves
 
 CONFIG = GPTConfig(vocab_size=11, n_positions=6, n_embd=8, n_layer=2, n_head=2, n_inner=12)
@@ -106,7 +100,7 @@ def test_ranks_alphas_and_patterns_of_each_adapter_are_kept():
 
 
 def logits(base, lora=None, lora_config=None):
-    return gpt_logits(base, lora, tokens=TOKENS, config=CONFIG, lora_config=lora_config)
+    return net_logits(Net(base, CONFIG, lora, lora_config), tokens=TOKENS)
 
 
 def test_a_mixture_computes_the_merged_sum():

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import minilora
+from minilora.adapters import LoRAConfig, lora_init
 from minilora.cli import main
-from minilora.lora import LoRAConfig, lora_init
 from minilora.tree import flatten, map_leaves
 
 PAGE = Path(minilora.__path__[0]).parent / "docs" / "mixing.md"

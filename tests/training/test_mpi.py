@@ -17,7 +17,7 @@ import pytest
 import minilora
 from minilora.formats import save_base
 from minilora.formats.tensors import read_tensors
-from minilora.gpt import GPTConfig, gpt_init
+from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.training.checkpoint import CHECKPOINT
 
 pytestmark = pytest.mark.mpi

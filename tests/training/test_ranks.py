@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 
 import minilora
 from minilora import tree
+from minilora.adapters import LoRAConfig, lora_init
 from minilora.data import ByteTokenizer, Corpus
 from minilora.errors import MiniloraError
-from minilora.gpt import GPTConfig, gpt_init
-from minilora.lora import LoRAConfig, lora_init
+from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.model import Model
+from minilora.network import Net
 from minilora.training.checkpoint import CHECKPOINT
 from minilora.training.loop import Interrupted, TrainConfig, train
 from minilora.training.ranks import LAUNCHERS, Ranks, as_one, check_alone, find_ranks, launched
@@ -90,12 +91,10 @@ def corpus(seed=0):
 
 
 def run(ranks=None, *, method="lora", base=BASE, text=0, folder=None, report=None, **changes):
+    lora = lora_init(base, LORA_CONFIG, seed=0) if method == "lora" else None
     return train(
-        base,
-        lora_init(base, LORA_CONFIG, seed=0) if method == "lora" else None,
+        Net(base, CONFIG, lora, LORA_CONFIG),
         corpus(text),
-        config=CONFIG,
-        lora_config=LORA_CONFIG,
         settings=dataclasses.replace(SETTINGS, method=method, **changes),
         folder=folder,
         resume=True,
@@ -153,9 +152,9 @@ def test_the_shares_cover_everything_once_and_evenly(items, size):
 def test_each_rank_computes_its_share_alone(monkeypatch):
     rows = []
 
-    def spy(base, lora, *, tokens, count, **constants):
+    def spy(net, *, tokens, count, **options):
         rows.append((len(tokens), count))
-        return minilora.loss_and_grads(base, lora, tokens=tokens, count=count, **constants)
+        return minilora.loss_and_grads(net, tokens=tokens, count=count, **options)
 
     monkeypatch.setattr("minilora.training.loop.loss_and_grads", spy)
     together(2, lambda ranks: run(ranks, steps=1, short_steps=0))
@@ -167,9 +166,9 @@ def test_an_evaluation_is_shared(monkeypatch):
 
     tokens = []
 
-    def spy(workers, base, lora, batches, *constants):
+    def spy(workers, net, batches, device):
         tokens.append(sum(targets.size for _, targets in batches))
-        return sum_nats(workers, base, lora, batches, *constants)
+        return sum_nats(workers, net, batches, device)
 
     monkeypatch.setattr("minilora.training.loop.sum_nats", spy)
     text = dataclasses.replace(corpus(), held_out=corpus().train)
@@ -197,7 +196,7 @@ def test_the_first_alone_writes_and_reports(tmp_path):
 
 
 def adapted_in(folder, base=BASE):
-    model = Model(base, CONFIG, ByteTokenizer(), folder / "no base")
+    model = Model(base, CONFIG, tokenizer=ByteTokenizer(), folder=folder / "no base")
 
     def of_rank(ranks):
         return adapt_in_folder(

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from minilora import tree
+from minilora.adapters import LoRAConfig, lora_init
 from minilora.data import Corpus
 from minilora.errors import MiniloraError
 from minilora.formats.tensors import read_tensors, write_tensors
-from minilora.gpt import GPTConfig, gpt_init
-from minilora.lora import LoRAConfig, lora_init
+from minilora.gpt2 import GPTConfig, gpt_init
+from minilora.network import Net
 from minilora.training.checkpoint import CHECKPOINT
 from minilora.training.loop import Interrupted, TrainConfig, ctrl_c_sets_flag, train
 
@@ -42,14 +43,13 @@ def corpus(seed=0):
 
 
 def run(kind="dropout", folder=None, base=BASE, text=0, report=None, resume=True, **changes):
-    lora_config = None if kind == "full" else LORA_CONFIGS[kind]
-    method = "full" if kind == "full" else "lora"
+    net, method = Net(base, CONFIG), "full"
+    if kind != "full":
+        lora_config, method = LORA_CONFIGS[kind], "lora"
+        net = Net(base, CONFIG, lora_init(base, lora_config, seed=0), lora_config)
     return train(
-        base,
-        None if kind == "full" else lora_init(base, lora_config, seed=0),
+        net,
         corpus(text),
-        config=CONFIG,
-        lora_config=lora_config,
         settings=dataclasses.replace(SETTINGS, method=method, **changes),
         folder=folder,
         resume=resume,

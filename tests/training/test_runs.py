@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from minilora import tree
+from minilora.adapters import LoRAConfig
 from minilora.data import ByteTokenizer, Corpus
 from minilora.errors import MiniloraError
 from minilora.formats import load_adapter, load_base, save_base
-from minilora.gpt import GPTConfig, gpt_init
-from minilora.lora import LoRAConfig
+from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.model import Model
 from minilora.training.checkpoint import CHECKPOINT, checksum
 from minilora.training.loop import TrainConfig
@@ -49,7 +49,7 @@ def corpus(seed=0):
 def model(tmp_path):
     base = gpt_init(CONFIG, seed=0)
     save_base(tmp_path / "base", base, CONFIG)
-    return Model(base, CONFIG, ByteTokenizer(), tmp_path / "base")
+    return Model(base, CONFIG, tokenizer=ByteTokenizer(), folder=tmp_path / "base")
 
 
 def run(model, folder, *, resume=False, report=lambda progress: None, text=0, **changes):
@@ -238,7 +238,7 @@ def test_a_run_that_fails_later_keeps_its_checkpoint(tmp_path, model):
 @pytest.mark.parametrize("finished", [False, True])
 def test_another_device_is_another_run(tmp_path, model, monkeypatch, finished):
     """Its rounding is another. The arrays stay on the host here, whatever the device is called."""
-    for module in ("training.loop", "training.checkpoint", "evaluation"):
+    for module in ("network", "training.loop", "training.checkpoint", "evaluation"):
         monkeypatch.setattr(f"minilora.{module}.to_device", lambda arrays, device: arrays)
 
     def on(device, resume=False, report=lambda progress: None):

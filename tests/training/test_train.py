@@ -9,11 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora import tree
+from minilora.adapters import LoRAConfig, dropout_masks, lora_init
 from minilora.data import Corpus, draw_batch
 from minilora.errors import MiniloraError
 from minilora.evaluation import evaluate_tokens, held_out_batches
-from minilora.gpt import GPTConfig, gpt_init, gpt_logits, loss_and_grads
-from minilora.lora import LoRAConfig, dropout_masks, lora_init
+from minilora.gpt2 import GPTConfig, gpt_init
+from minilora.keep import Plan
+from minilora.network import Net, loss_and_grads, net_logits
 from minilora.optim import adamw, adamw_init, clip_by_global_norm, warmup_cosine
 from minilora.training.loop import TrainConfig, batch_loss_and_grads, train
 from minilora.workers import SHARD_TOKENS, Workers
@@ -39,7 +41,7 @@ CORPUS = corpus_of()
 def run(base=BASE, lora_config=LORA_CONFIG, corpus=CORPUS, seed=0, **changes):
     settings = dataclasses.replace(SETTINGS, seed=seed, **changes)
     lora = lora_init(base, lora_config, seed=seed) if settings.method == "lora" else None
-    return train(base, lora, corpus, config=CONFIG, lora_config=lora_config, settings=settings)
+    return train(Net(base, CONFIG, lora, lora_config), corpus, settings=settings)
 
 
 def assert_same_bits(actual, expected):
@@ -78,9 +80,7 @@ def test_adapters_train_and_the_base_keeps_its_bits():
     base = copied(BASE)
     lora = lora_init(base, LORA_CONFIG, seed=0)
     start = copied(lora)
-    trained = train(
-        base, lora, CORPUS, config=CONFIG, lora_config=LORA_CONFIG, settings=SETTINGS
-    ).params
+    trained = train(Net(base, CONFIG, lora, LORA_CONFIG), CORPUS, settings=SETTINGS).params
     assert_same_bits(base, BASE)
     assert_same_bits(lora, start)
     for name, leaf in tree.flatten(trained).items():
@@ -90,9 +90,8 @@ def test_adapters_train_and_the_base_keeps_its_bits():
 
 def test_full_training_moves_every_weight_of_a_copy():
     base = copied(BASE)
-    trained = train(
-        base, None, CORPUS, config=CONFIG, settings=dataclasses.replace(SETTINGS, method="full")
-    ).params
+    settings = dataclasses.replace(SETTINGS, method="full")
+    trained = train(Net(base, CONFIG), CORPUS, settings=settings).params
     assert_same_bits(base, BASE)
     for name, leaf in tree.flatten(trained).items():
         assert not np.array_equal(leaf, tree.flatten(base)[name]), f"{name} was not trained"
@@ -109,11 +108,8 @@ def test_history_holds_every_step_once_and_the_evaluations_asked_for():
 def test_reports_come_at_every_step_that_has_news():
     reports = []
     train(
-        BASE,
-        lora_init(BASE, LORA_CONFIG, seed=0),
+        Net(BASE, CONFIG, lora_init(BASE, LORA_CONFIG, seed=0), LORA_CONFIG),
         CORPUS,
-        config=CONFIG,
-        lora_config=LORA_CONFIG,
         settings=dataclasses.replace(SETTINGS, steps=8, log_every=3, eval_every=4),
         report=reports.append,
     )
@@ -128,7 +124,7 @@ def test_the_first_loss_is_that_of_the_batch_drawn_from_seed_and_step():
     trained = run(lora_config=dataclasses.replace(LORA_CONFIG, dropout=0.0), seed=7, steps=1)
     rng = np.random.default_rng([7, 1])
     tokens, targets = draw_batch(CORPUS.train, batch=4, context=16, rng=rng)
-    loss, _, _ = loss_and_grads(BASE, tokens=tokens, targets=targets, config=CONFIG, wrt="base")
+    loss, _, _ = loss_and_grads(Net(BASE, CONFIG), tokens=tokens, targets=targets, plan=Plan())
     assert trained.history.train[0][1] == pytest.approx(float(loss), rel=1e-6)
 
 
@@ -138,17 +134,15 @@ def test_the_steps_are_adamw_with_all_that_the_settings_say():
     )
     lora_config = dataclasses.replace(LORA_CONFIG, dropout=0.0)
     start = lora_init(BASE, lora_config, seed=0)
-    trained = train(
-        BASE, start, CORPUS, config=CONFIG, lora_config=lora_config, settings=settings
-    ).params
+    net = Net(BASE, CONFIG, start, lora_config)
+    trained = train(net, CORPUS, settings=settings).params
 
     params, moments = start, adamw_init(start)
     for step in (1, 2, 3):
         rng = np.random.default_rng([settings.seed, step])
         tokens, targets = draw_batch(CORPUS.train, batch=4, context=16, rng=rng)
-        _, _, grads = loss_and_grads(
-            BASE, params, tokens=tokens, targets=targets, config=CONFIG, lora_config=lora_config
-        )
+        net = dataclasses.replace(net, lora=params)
+        _, _, grads = loss_and_grads(net, tokens=tokens, targets=targets)
         grads, norm = clip_by_global_norm(grads, 0.05)
         assert norm > 0.05  # or nothing would be clipped
         lr = warmup_cosine(step, steps=3, peak=0.03, warmup=2)
@@ -206,9 +200,9 @@ def test_one_and_two_threads_agree_up_to_rounding():
 def test_training_that_recomputes_gives_the_same_bits(monkeypatch):
     asked = []
 
-    def spy(*args, recompute, **kwargs):
-        asked.append(recompute)
-        return loss_and_grads(*args, recompute=recompute, **kwargs)
+    def spy(*args, plan, **kwargs):
+        asked.append(plan.recompute)
+        return loss_and_grads(*args, plan=plan, **kwargs)
 
     monkeypatch.setattr("minilora.training.loop.loss_and_grads", spy)
     assert_same_bits(run(steps=3, recompute=True).params, run(steps=3).params)
@@ -223,14 +217,12 @@ def test_the_shards_of_a_batch_add_up_to_the_batch():
     )
     tokens, targets = draw_batch(CORPUS.train, batch=5, context=16, rng=rng)
     masks = dropout_masks(lora, LORA_CONFIG, rng=rng, shape=tokens.shape)
-    constants = {"masks": masks, "config": CONFIG, "lora_config": LORA_CONFIG}
-    whole, _, dlora = loss_and_grads(
-        BASE, lora, tokens=tokens, targets=targets, wrt="lora", **constants
-    )
+    net, plan = Net(BASE, CONFIG, lora, LORA_CONFIG), Plan(lora=True)
+    whole, _, dlora = loss_and_grads(net, tokens=tokens, targets=targets, plan=plan, masks=masks)
     for threads in (1, 2, 3, 8):
         with Workers(threads) as workers:
             loss, grads = batch_loss_and_grads(
-                workers, BASE, lora, tokens, targets, wrt="lora", **constants
+                workers, net, tokens, targets, plan=plan, masks=masks
             )
         assert float(loss) == pytest.approx(float(whole), rel=1e-5)
         for name, leaf in tree.flatten(dlora).items():
@@ -286,12 +278,27 @@ def test_dropout_is_drawn_anew_at_every_step_and_alike_in_every_run(monkeypatch)
     monkeypatch.setattr("minilora.training.loop.dropout_masks", spy)
     run(steps=2)
     run(steps=2)
-    first, second, first_again, second_again = drawn
-    assert_same_bits(first, first_again)
-    assert_same_bits(second, second_again)
+    first, second, *other_run = drawn
+    assert_same_bits([first, second], other_run)
     assert any(not np.array_equal(first[path], second[path]) for path in first)
     for mask in first.values():
         assert set(np.unique(mask)) == {np.float32(0.0), np.float32(1 / 0.9)}
+
+
+def test_dropout_is_not_drawn_with_the_numbers_of_its_batch(monkeypatch):
+    """The masks are drawn after the windows: what is dropped does not depend on what is read."""
+    drawn = []
+
+    def spy(*args, **kwargs):
+        drawn.append(dropout_masks(*args, **kwargs))
+        return drawn[-1]
+
+    monkeypatch.setattr("minilora.training.loop.dropout_masks", spy)
+    run(steps=1, seed=7)
+    lora, rng = lora_init(BASE, LORA_CONFIG, seed=7), np.random.default_rng([7, 1])
+    masks_of_the_batch = dropout_masks(lora, LORA_CONFIG, rng=rng, shape=(4, 16))
+    for path, mask in masks_of_the_batch.items():
+        assert not np.array_equal(drawn[0][path], mask), path
 
 
 def test_dropout_reaches_the_adapters():
@@ -302,15 +309,13 @@ def test_dropout_reaches_the_adapters():
 # --- evaluation --------------------------------------------------------------------------------
 
 
-def loss_by_hand(base, tokens, lora=None, lora_config=None):
+def loss_by_hand(net, tokens):
     """Nats of every token but the first, each from float64 logits of its own window."""
     nats = []
     context = CONFIG.n_positions
     for start in range(0, len(tokens) - 1, context):
         window = tokens[start : start + context + 1]
-        logits = gpt_logits(
-            base, lora, tokens=window[None, :-1], config=CONFIG, lora_config=lora_config
-        )[0]
+        logits = net_logits(net, tokens=window[None, :-1])[0]
         for z, target in zip(logits, window[1:], strict=True):
             nats.append(-math.log(np.exp(z[target]) / np.exp(z).sum()))
     return nats
@@ -323,9 +328,9 @@ def test_evaluation_predicts_every_token_but_the_first_once(length):
         lambda x: (x + 0.2 * rng.standard_normal(x.shape)).astype(np.float64), BASE
     )
     tokens = rng.integers(0, 32, size=length).astype(np.int32)
-    nats = loss_by_hand(base, tokens)
+    nats = loss_by_hand(Net(base, CONFIG), tokens)
     assert len(nats) == length - 1
-    result = evaluate_tokens(base, None, tokens, text_bytes=100, config=CONFIG, threads=2)
+    result = evaluate_tokens(Net(base, CONFIG), tokens, text_bytes=100, threads=2)
     assert result.tokens == length - 1
     assert result.loss == pytest.approx(np.mean(nats), rel=1e-12)
     bits = np.mean(nats) / math.log(2)  # the first token is not predicted, nor are its bytes
@@ -339,23 +344,23 @@ def test_evaluation_sees_the_adapter():
         lora_init(BASE, LORA_CONFIG, seed=0),
     )
     tokens = CORPUS.held_out[:50]
-    options = {"text_bytes": 50, "config": CONFIG, "threads": 1}
-    result = evaluate_tokens(BASE, lora, tokens, lora_config=LORA_CONFIG, **options)
-    expected = np.mean(loss_by_hand(BASE, tokens, lora, LORA_CONFIG))
-    assert result.loss == pytest.approx(expected, rel=1e-5)
-    assert result.loss != evaluate_tokens(BASE, None, tokens, **options).loss
+    options = {"text_bytes": 50, "threads": 1}
+    net = Net(BASE, CONFIG, lora, LORA_CONFIG)
+    result = evaluate_tokens(net, tokens, **options)
+    assert result.loss == pytest.approx(np.mean(loss_by_hand(net, tokens)), rel=1e-5)
+    assert result.loss != evaluate_tokens(Net(BASE, CONFIG), tokens, **options).loss
 
 
 @pytest.mark.parametrize("tokens", [[], [1]])
 def test_evaluation_needs_two_tokens(tokens):
     with pytest.raises(MiniloraError, match=f"{len(tokens)} tokens"):
-        evaluate_tokens(BASE, None, np.array(tokens, np.int32), text_bytes=1, config=CONFIG)
+        evaluate_tokens(Net(BASE, CONFIG), np.array(tokens, np.int32), text_bytes=1)
 
 
 def test_tokens_of_another_vocabulary_are_refused():
     tokens = np.array([1, 2, 32], np.int32)
     with pytest.raises(MiniloraError, match="token id 32 is outside"):
-        evaluate_tokens(BASE, None, tokens, text_bytes=3, config=CONFIG)
+        evaluate_tokens(Net(BASE, CONFIG), tokens, text_bytes=3)
     corpus = dataclasses.replace(CORPUS, held_out=np.array([1, -1], np.int32))
     with pytest.raises(MiniloraError, match="token id -1 is outside"):
         run(corpus=corpus)
@@ -369,10 +374,10 @@ def test_tokens_of_another_vocabulary_are_refused():
 def test_held_out_windows_are_the_texts_own_and_within_the_limit(length, context, limit):
     tokens = np.arange(length, dtype=np.int32)
     batches = held_out_batches(tokens, context=context, limit=limit)
-    again = held_out_batches(tokens, context=context, limit=limit)
+    second_batches = held_out_batches(tokens, context=context, limit=limit)
     predicted = []
-    for (inputs, targets), (inputs_again, _) in zip(batches, again, strict=True):
-        np.testing.assert_array_equal(inputs, inputs_again)
+    for (inputs, targets), (second_inputs, _) in zip(batches, second_batches, strict=True):
+        np.testing.assert_array_equal(inputs, second_inputs)
         np.testing.assert_array_equal(inputs + 1, targets)  # each target is the next token
         assert inputs.ndim == 2
         assert inputs.shape[1] <= context
@@ -390,7 +395,7 @@ def test_held_out_windows_are_the_texts_own_and_within_the_limit(length, context
 
 def test_the_held_out_loss_is_that_of_an_evaluation_on_all_of_a_short_text():
     trained = run(steps=1, eval_tokens=10**6)
-    expected = evaluate_tokens(BASE, None, CORPUS.held_out, text_bytes=300, config=CONFIG)
+    expected = evaluate_tokens(Net(BASE, CONFIG), CORPUS.held_out, text_bytes=300)
     assert trained.history.held_out[0][1] == pytest.approx(expected.loss, rel=1e-6)
 
 
@@ -464,7 +469,7 @@ def test_the_shortest_text_that_fits_is_enough():
 
 def test_adapters_are_needed_to_train_adapters():
     with pytest.raises(MiniloraError, match="needs an adapter tree"):
-        train(BASE, None, CORPUS, config=CONFIG, settings=SETTINGS)
+        train(Net(BASE, CONFIG), CORPUS, settings=SETTINGS)
 
 
 # --- numbers that are not finite ---------------------------------------------------------------
@@ -484,7 +489,7 @@ def test_a_base_that_overflows_is_reported_before_training():
     with pytest.raises(MiniloraError, match="held-out loss is not finite at step 0"):
         run(base=poisoned)
     with pytest.raises(MiniloraError, match="the loss is not finite"):
-        evaluate_tokens(poisoned, None, CORPUS.held_out, text_bytes=300, config=CONFIG)
+        evaluate_tokens(Net(poisoned, CONFIG), CORPUS.held_out, text_bytes=300)
 
 
 def test_a_step_that_goes_wrong_between_two_reports_is_named(monkeypatch):
