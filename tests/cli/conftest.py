@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from minilora.adapters import LoRAConfig, lora_init
 from minilora.cli import main
 from minilora.formats import save_adapter, save_base
-from minilora.gpt import GPTConfig, gpt_init
-from minilora.lora import LoRAConfig, lora_init
+from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.tree import map_leaves
 
 CONFIG = GPTConfig(vocab_size=256, n_positions=32, n_embd=16, n_layer=2, n_head=2)

@@ -16,7 +16,7 @@ from minilora.cli.parser import json_option
 from minilora.cli.table import COMMANDS, DATA, SEED, Option
 from minilora.data import load_text
 from minilora.formats import save_base
-from minilora.gpt import GPTConfig, gpt_init
+from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.model import evaluate_stream
 from minilora.training.ranks import Ranks
 

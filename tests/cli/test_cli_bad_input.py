@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from minilora import tree
+from minilora.adapters import LoRAConfig, lora_init
 from minilora.formats import save_adapter, save_base
 from minilora.formats.tensors import write_tensors
-from minilora.gpt import GPTConfig, gpt_init
-from minilora.lora import LoRAConfig, lora_init
+from minilora.gpt2 import GPTConfig, gpt_init
 
 # --- text --------------------------------------------------------------------------------------
 

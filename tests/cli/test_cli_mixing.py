@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from minilora import load_adapter, load_base, load_model, mix, save_adapter, save_base, unmerge
-from minilora.gpt import GPTConfig, gpt_init
-from minilora.lora import LoRAConfig, adapters, lora_init, weight_of
+from minilora.adapters import LoRAConfig, adapters, lora_init, weight_of
+from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.tree import flatten
 
 WEIGHTS = (0.7, -0.4)
