@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from minilora.gpt import GPTConfig, gpt_init
-from minilora.lora import LoRAConfig, adapters, lora_init
+from minilora.adapters import LoRAConfig, adapters, lora_init
+from minilora.gpt2 import GPTConfig, gpt_init
+from minilora.network import Net
 from minilora.tree import Tree, flatten, map_leaves
 
 TORCH_WORDS = {
@@ -68,16 +69,11 @@ class Twin:
     `base` holds its parameters by our paths, `adapters` PEFT's A and B and the parts of each.
     """
 
-    def __init__(
-        self,
-        base: Tree,
-        config: GPTConfig,
-        lora: Tree | None = None,
-        lora_config: LoRAConfig | None = None,
-    ) -> None:
+    def __init__(self, net: Net) -> None:
         import torch
         from transformers import GPT2Config, GPT2LMHeadModel
 
+        base, config = net.base, net.config
         no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
         no_tokens = {"bos_token_id": None, "eos_token_id": None}
         model = GPT2LMHeadModel(
@@ -101,8 +97,8 @@ class Twin:
         self.adapters: list[tuple[Any, Any, list[Part]]] = []
         self.model: Any = model
         self.width = config.n_embd
-        if lora is not None:
-            self.add_adapter(lora, lora_config)
+        if net.lora is not None:
+            self.add_adapter(net.lora, net.lora_config)
         for parameter in self.model.parameters():
             parameter.requires_grad = True
 
@@ -211,7 +207,7 @@ def random_model(
     dtype: Any,
     spread: float = 0.2,
     tied: bool = True,
-) -> tuple[Tree, Tree | None]:
+) -> Net:
     """A base and adapters of which no entry is zero, one or as it was drawn."""
     rng = np.random.default_rng(seed)
 
@@ -222,9 +218,9 @@ def random_model(
     if not tied:
         base["head"] = move(np.zeros_like(base["wte"]))
     if lora_config is None:
-        return base, None
+        return Net(base, config)
     lora = map_leaves(move, lora_init(base, lora_config, seed=seed))
-    return base, lora
+    return Net(base, config, lora, lora_config)
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,8 @@ import warnings
 
 import pytest
 
+from minilora.adapters import LoRAConfig
 from minilora.bench.budget import SHAPES, Step
-from minilora.lora import LoRAConfig
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

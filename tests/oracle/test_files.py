@@ -9,11 +9,12 @@ import re
 import numpy as np
 import pytest
 
+from minilora.adapters import LoRAConfig, lora_init
 from minilora.errors import MiniloraError
 from minilora.formats import load_adapter, load_base, save_adapter, save_base
 from minilora.formats.tensors import read_tensors
-from minilora.gpt import GPTConfig, gpt_init, gpt_logits
-from minilora.lora import LoRAConfig, lora_init
+from minilora.gpt2 import GPTConfig, gpt_init
+from minilora.network import Net, net_logits
 from minilora.tree import map_leaves
 
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
@@ -80,6 +81,11 @@ def moved(tree, seed, scale=0.2):
     return map_leaves(lambda x: x + scale * rng.standard_normal(x.shape).astype(x.dtype), tree)
 
 
+def logits_of(*net):
+    """Ours of TOKENS."""
+    return net_logits(Net(*net), tokens=TOKENS)
+
+
 def close(ours, theirs):
     assert ours.shape == theirs.shape
     assert np.abs(theirs).max() > 0.5, "logits that small cannot differ"
@@ -95,7 +101,7 @@ def test_a_base_of_ours_opens_in_transformers(oracle, tmp_path, dtype, inner):
     config = GPTConfig(**{**CONFIG.__dict__, "n_inner": inner, "layer_norm_epsilon": 1e-3})
     save_base(tmp_path, moved(gpt_init(config, seed=0), 0), config, dtype=dtype)
     base, _ = load_base(tmp_path)
-    ours = gpt_logits(base, tokens=TOKENS, config=config)
+    ours = logits_of(base, config)
     close(ours, oracle.logits(oracle.open(tmp_path)))
 
 
@@ -113,7 +119,7 @@ def test_a_base_of_transformers_opens_here(oracle, tmp_path, part):
     assert (tmp_path / "model.safetensors").exists() == (part != "shards")
     base, config = load_base(tmp_path)
     assert (config.inner, config.n_head, config.layer_norm_epsilon) == (50, 3, 1e-2)
-    ours = gpt_logits(base, tokens=TOKENS, config=config)
+    ours = logits_of(base, config)
     close(ours, oracle.logits(model.float()))
 
 
@@ -174,10 +180,10 @@ def test_an_adapter_of_ours_loads_in_peft(oracle, tmp_path, name):
     lora = moved(lora_init(base, lora_config, seed=1), 1)
     save_base(tmp_path / "base", base, CONFIG)
     save_adapter(tmp_path / "adapter", lora, lora_config, CONFIG, base_name="nobody/nothing")
-    ours = gpt_logits(base, lora, tokens=TOKENS, config=CONFIG, lora_config=lora_config)
+    ours = logits_of(base, CONFIG, lora, lora_config)
     theirs = oracle.adapted(tmp_path / "base", tmp_path / "adapter")
     close(ours, oracle.logits(theirs))
-    assert np.abs(ours - gpt_logits(base, tokens=TOKENS, config=CONFIG)).max() > 1e-2
+    assert np.abs(ours - logits_of(base, CONFIG)).max() > 1e-2
 
     theirs.save_pretrained(tmp_path / "again")  # PEFT adapts these modules and no other
     mine, again = (
@@ -186,7 +192,7 @@ def test_an_adapter_of_ours_loads_in_peft(oracle, tmp_path, name):
     assert mine.keys() == again.keys()
     assert all(np.array_equal(mine[key], again[key]) for key in mine)
     back, back_config = load_adapter(tmp_path / "again", CONFIG)
-    close(gpt_logits(base, back, tokens=TOKENS, config=CONFIG, lora_config=back_config), ours)
+    close(logits_of(base, CONFIG, back, back_config), ours)
 
 
 THEIRS = {
@@ -228,9 +234,9 @@ def test_an_adapter_of_peft_loads_here(oracle, tmp_path, name, dtype):
     # be the first.
     model = oracle.adapted(tmp_path / "base", tmp_path / "adapter")
     lora, lora_config = load_adapter(tmp_path / "adapter", CONFIG)
-    ours = gpt_logits(base, lora, tokens=TOKENS, config=CONFIG, lora_config=lora_config)
+    ours = logits_of(base, CONFIG, lora, lora_config)
     close(ours, oracle.logits(model))
-    assert np.abs(ours - gpt_logits(base, tokens=TOKENS, config=CONFIG)).max() > 1e-2
+    assert np.abs(ours - logits_of(base, CONFIG)).max() > 1e-2
 
 
 def test_named_adapters_lie_in_folders_of_their_own(oracle, tmp_path):
@@ -244,7 +250,7 @@ def test_named_adapters_lie_in_folders_of_their_own(oracle, tmp_path):
     with pytest.raises(MiniloraError, match="name one of them: .*first, .*second"):
         load_adapter(tmp_path / "all", CONFIG)
     lora, lora_config = load_adapter(tmp_path / "all" / "second", CONFIG)
-    ours = gpt_logits(base, lora, tokens=TOKENS, config=CONFIG, lora_config=lora_config)
+    ours = logits_of(base, CONFIG, lora, lora_config)
     close(ours, oracle.logits(model))
 
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from minilora.adapters import LoRAConfig
 from minilora.generate import generate
-from minilora.gpt import GPTConfig
-from minilora.lora import LoRAConfig
+from minilora.gpt2 import GPTConfig
 
 pytestmark = pytest.mark.oracle
 
@@ -20,10 +20,8 @@ ADAPTERS = {
 }
 
 
-def greedy(base, lora, lora_config) -> list[int]:
-    constants = {"config": CONFIG, "lora_config": lora_config}
-    text = generate(base, lora, prompt_ids=PROMPT, max_tokens=STEPS, temperature=0.0, **constants)
-    return list(text)
+def greedy(net) -> list[int]:
+    return list(generate(net, prompt_ids=PROMPT, max_tokens=STEPS, temperature=0.0))
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
@@ -31,9 +29,8 @@ def greedy(base, lora, lora_config) -> list[int]:
 def test_greedy_text_is_transformers_own(twin, make_model, name, dtype):
     import torch
 
-    lora_config = ADAPTERS[name]
-    base, lora = make_model(CONFIG, lora_config, seed=0, dtype=dtype, spread=0.6)
-    model = twin(base, CONFIG, lora, lora_config)
+    net = make_model(CONFIG, ADAPTERS[name], seed=0, dtype=dtype, spread=0.6)
+    model = twin(net)
     prompt = torch.from_numpy(PROMPT[None])
     text = model.model.generate(
         input_ids=prompt,
@@ -51,7 +48,7 @@ def test_greedy_text_is_transformers_own(twin, make_model, name, dtype):
     margin = (top[:, -1] - top[:, -2]).min()
     assert margin > 1e-3, f"a near tie, {margin:.1e}: choose another seed"
 
-    ours = greedy(base, lora, lora_config)
+    ours = greedy(net)
     first = next((i for i, (a, b) in enumerate(zip(ours, expected, strict=True)) if a != b), None)
     assert first is None, f"step {first}: {ours[first]} here, {expected[first]} there"
 
@@ -59,7 +56,7 @@ def test_greedy_text_is_transformers_own(twin, make_model, name, dtype):
 def test_the_adapters_change_the_text(make_model):
     """Otherwise the cases above would compare the base with itself."""
     texts = [
-        greedy(*make_model(CONFIG, lora_config, seed=0, dtype=np.float64, spread=0.6), lora_config)
+        greedy(make_model(CONFIG, lora_config, seed=0, dtype=np.float64, spread=0.6))
         for lora_config in ADAPTERS.values()
     ]
     assert len({tuple(text) for text in texts}) == len(ADAPTERS)

@@ -5,19 +5,27 @@ seed. Errors are relative to the largest entry of each tensor.
 """
 
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora.gpt import GPTConfig, gpt_logits, loss_and_grads
-from minilora.lora import TARGETS, LoRAConfig, adapted_paths
+from minilora.adapters import TARGETS, LoRAConfig, adapted_paths
+from minilora.gpt2 import GPTConfig
+from minilora.keep import Plan
+from minilora.network import Net, loss_and_grads, net_logits
 
 pytestmark = pytest.mark.oracle
 
 TOLERANCE = {np.float64: 1e-9, np.float32: 1e-4}
+PLANS = (
+    Plan(lora=True),
+    Plan(base=True),
+    Plan(base=True, lora=True),
+    Plan(base=True, lora=True, recompute=True),
+)
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE)
 
 
@@ -34,8 +42,9 @@ class Case(NamedTuple):
     tied: bool
 
     @property
-    def constants(self) -> dict[str, Any]:
-        return {"config": self.config, "lora_config": self.lora_config}
+    def batch(self) -> dict[str, np.ndarray | int]:
+        """What `loss_and_grads` takes."""
+        return {"tokens": self.tokens, "targets": self.targets, "ignore_index": self.ignore_index}
 
 
 @st.composite
@@ -107,52 +116,48 @@ def oracle_loss_and_grads(model, case: Case):
     return loss.detach().numpy(), logits.detach().numpy(), *model.gradients()
 
 
-def check_loss_and_logits(case: Case, base, lora, loss, logits, dtype) -> None:
+def check_loss_and_logits(case: Case, net: Net, loss, logits, dtype) -> None:
     """Ours against the oracle's; the logits where a row is padded mean nothing."""
-    ours = gpt_logits(base, lora, tokens=case.tokens, **case.constants)
+    ours = net_logits(net, tokens=case.tokens)
     scale = np.abs(logits).max()
     np.testing.assert_allclose(
         ours[case.attended] / scale, logits[case.attended] / scale, rtol=0, atol=TOLERANCE[dtype]
     )
-    batch = {"tokens": case.tokens, "targets": case.targets, "ignore_index": case.ignore_index}
-    our_loss, _, _ = loss_and_grads(base, lora, wrt="base", **batch, **case.constants)
-    assert our_loss == pytest.approx(loss, rel=TOLERANCE[dtype])
+    for plan in (Plan(), Plan(base=True)):
+        our_loss, _, _ = loss_and_grads(net, **case.batch, plan=plan)
+        assert our_loss == pytest.approx(loss, rel=TOLERANCE[dtype]), plan
 
 
-def check_gradients(case: Case, base, lora, dbase, dlora, wrt, worst, tolerance) -> None:
-    batch = {"tokens": case.tokens, "targets": case.targets, "ignore_index": case.ignore_index}
-    _, our_dbase, our_dlora = loss_and_grads(base, lora, wrt=wrt, **batch, **case.constants)
-    assert (our_dbase is None) == (wrt == "lora")
-    assert (our_dlora is None) == (wrt == "base")
+def check_gradients(case: Case, net: Net, dbase, dlora, plan: Plan, worst, tolerance) -> None:
+    _, our_dbase, our_dlora = loss_and_grads(net, **case.batch, plan=plan)
+    assert (our_dbase is not None) == plan.base
+    assert (our_dlora is not None) == plan.lora
     for ours, theirs in ((our_dbase, dbase), (our_dlora, dlora)):
         if ours is not None:
             found = worst(ours, theirs)
-            assert found.error < tolerance, f"wrt {wrt}: {found}"
+            assert found.error < tolerance, f"{plan}: {found}"
 
 
 @each_dtype
 @settings(max_examples=150)
 @given(case=cases())
 def test_an_adapted_model_agrees_with_autograd(twin, make_model, worst, dtype, case):
-    base, lora = make_model(
-        case.config, case.lora_config, seed=case.seed, dtype=dtype, tied=case.tied
-    )
-    model = twin(base, case.config, lora, case.lora_config)
-    loss, logits, dbase, dlora = oracle_loss_and_grads(model, case)
-    check_loss_and_logits(case, base, lora, loss, logits, dtype)
-    for wrt in ("lora", "base", "both"):
-        check_gradients(case, base, lora, dbase, dlora, wrt, worst, TOLERANCE[dtype])
+    net = make_model(case.config, case.lora_config, seed=case.seed, dtype=dtype, tied=case.tied)
+    loss, logits, dbase, dlora = oracle_loss_and_grads(twin(net), case)
+    check_loss_and_logits(case, net, loss, logits, dtype)
+    for plan in PLANS:
+        check_gradients(case, net, dbase, dlora, plan, worst, TOLERANCE[dtype])
 
 
 @each_dtype
 @settings(max_examples=50)
 @given(case=cases(adapted=False))
 def test_a_base_alone_agrees_with_autograd(twin, make_model, worst, dtype, case):
-    base, _ = make_model(case.config, None, seed=case.seed, dtype=dtype, tied=case.tied)
-    loss, logits, dbase, dlora = oracle_loss_and_grads(twin(base, case.config), case)
+    net = make_model(case.config, None, seed=case.seed, dtype=dtype, tied=case.tied)
+    loss, logits, dbase, dlora = oracle_loss_and_grads(twin(net), case)
     assert dlora == {}
-    check_loss_and_logits(case, base, None, loss, logits, dtype)
-    check_gradients(case, base, None, dbase, dlora, "base", worst, TOLERANCE[dtype])
+    check_loss_and_logits(case, net, loss, logits, dtype)
+    check_gradients(case, net, dbase, dlora, Plan(base=True), worst, TOLERANCE[dtype])
 
 
 def test_every_target_alone_agrees_with_autograd(twin, make_model, worst):
@@ -161,10 +166,10 @@ def test_every_target_alone_agrees_with_autograd(twin, make_model, worst):
     for seed, target in enumerate(TARGETS):
         lora_config = LoRAConfig(rank=2, alpha=3.0, targets=(target,))
         case = Case(config, lora_config, tokens, targets, np.ones((2, 6), bool), -100, seed, True)
-        base, lora = make_model(config, lora_config, seed=seed, dtype=np.float64)
-        _, _, dbase, dlora = oracle_loss_and_grads(twin(base, config, lora, lora_config), case)
+        net = make_model(config, lora_config, seed=seed, dtype=np.float64)
+        _, _, dbase, dlora = oracle_loss_and_grads(twin(net), case)
         assert all(np.abs(gradient).max() > 1e-6 for gradient in dlora.values()), target
-        check_gradients(case, base, lora, dbase, dlora, "both", worst, 1e-9)
+        check_gradients(case, net, dbase, dlora, Plan(base=True, lora=True), worst, 1e-9)
 
 
 def test_transformers_own_loss_is_ours_of_the_next_token(twin, make_model):
@@ -172,15 +177,11 @@ def test_transformers_own_loss_is_ours_of_the_next_token(twin, make_model):
     import torch
 
     config = GPTConfig(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2)
-    base, _ = make_model(config, None, seed=0, dtype=np.float32)
+    net = make_model(config, None, seed=0, dtype=np.float32)
     text = np.random.default_rng(0).integers(config.vocab_size, size=(3, 8))
     labels = np.where(np.arange(8) < np.array([[8], [5], [2]]), text, -100)
-    expected = twin(base, config).model(
-        input_ids=torch.from_numpy(text), labels=torch.from_numpy(labels)
-    )
-    loss, _, _ = loss_and_grads(
-        base, tokens=text[:, :-1], targets=labels[:, 1:], config=config, wrt="base"
-    )
+    expected = twin(net).model(input_ids=torch.from_numpy(text), labels=torch.from_numpy(labels))
+    loss, _, _ = loss_and_grads(net, tokens=text[:, :-1], targets=labels[:, 1:], plan=Plan())
     assert float(loss) == pytest.approx(expected.loss.item(), rel=1e-5)
 
 
@@ -188,10 +189,10 @@ def test_an_adapted_embedding_leaves_the_tied_head_as_it_is(twin, make_model):
     """In PEFT as here: wte's adapter changes what goes in, not the head that shares its table."""
     config = GPTConfig(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2)
     lora_config = LoRAConfig(rank=2, targets=("embedding",))
-    base, lora = make_model(config, lora_config, seed=0, dtype=np.float64)
-    model = twin(base, config, lora, lora_config).model
+    net = make_model(config, lora_config, seed=0, dtype=np.float64)
+    model = twin(net).model
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert type(embedding).__module__.startswith("peft"), "wte is not adapted"
     assert not type(head).__module__.startswith("peft"), "lm_head is adapted"
     assert head.weight is embedding.base_layer.weight
-    assert np.array_equal(head.weight.detach().numpy(), base["wte"])
+    assert np.array_equal(head.weight.detach().numpy(), net.base["wte"])

@@ -8,13 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minilora.adapters import TARGETS, LoRAConfig
 from minilora.cli import main
 from minilora.errors import MiniloraError
 from minilora.formats import save_base
-from minilora.gpt import GPTConfig, gpt_logits
-from minilora.lora import TARGETS, LoRAConfig, merge, unmerge
+from minilora.gpt2 import GPTConfig
+from minilora.lora import merge, unmerge
 from minilora.mix import mix
 from minilora.model import load_model
+from minilora.network import Net, net_logits
 from minilora.tree import flatten
 
 pytestmark = pytest.mark.oracle
@@ -43,21 +45,22 @@ lora_configs = st.builds(
 @settings(max_examples=15)
 @given(lora_config=lora_configs, seed=st.integers(0, 2**32 - 1))
 def test_merged_weights_are_peft_s(twin, make_model, worst, dtype, lora_config, seed):
-    base, lora = make_model(CONFIG, lora_config, seed=seed, dtype=dtype)
-    theirs = twin(base, CONFIG, lora, lora_config).merged()
-    found = worst(merge(base, lora, lora_config), theirs)
+    net = make_model(CONFIG, lora_config, seed=seed, dtype=dtype)
+    theirs = twin(net).merged()
+    found = worst(merge(net.base, net.lora, lora_config), theirs)
     assert found.error < TOLERANCE[dtype], found
-    assert worst(base, theirs).error > 1e-3, "the adapters do nothing"
+    assert worst(net.base, theirs).error > 1e-3, "the adapters do nothing"
 
 
 @each_dtype
 def test_unmerged_weights_differ_from_the_base_by_rounding_alone(twin, make_model, dtype):
     """By at most one unit in the last place of the merged weight, as PEFT's own do."""
     lora_config = LoRAConfig(rank=2, alpha=3.0, targets=("qkv", "o", "up", "down"))
-    base, lora = make_model(CONFIG, lora_config, seed=0, dtype=dtype)
+    net = make_model(CONFIG, lora_config, seed=0, dtype=dtype)
+    base, lora = net.base, net.lora
     merged = flatten(merge(base, lora, lora_config))
     restored = flatten(unmerge(merge(base, lora, lora_config), lora, lora_config))
-    model = twin(base, CONFIG, lora, lora_config)
+    model = twin(net)
     model.model.merge_adapter()
     model.model.unmerge_adapter()
     for path, weight in flatten(base).items():
@@ -73,15 +76,15 @@ def test_a_merged_embedding_would_change_the_tied_head(twin, make_model):
     import torch
 
     lora_config = LoRAConfig(rank=2, targets=("embedding",))
-    base, lora = make_model(CONFIG, lora_config, seed=0, dtype=np.float64)
+    net = make_model(CONFIG, lora_config, seed=0, dtype=np.float64)
     tokens = np.arange(8)[None]
-    model = twin(base, CONFIG, lora, lora_config)
+    model = twin(net)
     before = model(tokens).detach().numpy()
     merged = model.model.merge_and_unload()
     after = merged(input_ids=torch.from_numpy(tokens)).logits.detach().numpy()
     assert np.abs(after - before).max() > 1e-3
     with pytest.raises(MiniloraError, match="embedding"):
-        merge(base, lora, lora_config)
+        merge(net.base, net.lora, lora_config)
 
 
 @settings(max_examples=15)
@@ -95,16 +98,16 @@ def test_a_mixture_is_peft_s_combination_by_concatenation(twin, make_model, conf
 
     It wants them all on the same modules.
     """
-    base, _ = make_model(CONFIG, configs[0], seed=seed, dtype=np.float64)
+    base = make_model(CONFIG, configs[0], seed=seed, dtype=np.float64).base
     same = {"targets": configs[0].targets, "rank_pattern": {}, "alpha_pattern": {}}
     configs = [replace(config, **same) for config in configs]
     configs[0] = replace(configs[0], rslora=False)  # PEFT gives the sum the first's, and so its √R
     parts = [
-        (make_model(CONFIG, config, seed=seed + i, dtype=np.float64)[1], config)
+        (make_model(CONFIG, config, seed=seed + i, dtype=np.float64).lora, config)
         for i, config in enumerate(configs)
     ]
     weights = weights[: len(parts)]
-    model = twin(base, CONFIG, *parts[0])
+    model = twin(Net(base, CONFIG, *parts[0]))
     names = ["default"]
     for i, part in enumerate(parts[1:]):
         names.append(f"adapter{i}")
@@ -113,19 +116,18 @@ def test_a_mixture_is_peft_s_combination_by_concatenation(twin, make_model, conf
     model.model.set_adapter("mixed")
     tokens = np.arange(8)[None]
     theirs = model(tokens).detach().numpy()
-    mixed, mixed_config = mix(parts, weights)
-    ours = gpt_logits(base, mixed, tokens=tokens, config=CONFIG, lora_config=mixed_config)
+    ours = net_logits(Net(base, CONFIG, *mix(parts, weights)), tokens=tokens)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9 * np.abs(theirs).max())
-    plain = gpt_logits(base, tokens=tokens, config=CONFIG)
+    plain = net_logits(Net(base, CONFIG), tokens=tokens)
     assert np.abs(ours - plain).max() > 1e-3, "the adapters do nothing"
 
 
 def test_peft_s_linear_combination_has_the_cross_terms(twin, make_model):
     """The other combination averages the factors: another model."""
     lora_config = LoRAConfig(rank=2, alpha=3.0, targets=("qkv", "down", "embedding"))
-    base, first = make_model(CONFIG, lora_config, seed=0, dtype=np.float64)
-    _, second = make_model(CONFIG, lora_config, seed=1, dtype=np.float64)
-    model = twin(base, CONFIG, first, lora_config)
+    net = make_model(CONFIG, lora_config, seed=0, dtype=np.float64)
+    first, second = net.lora, make_model(CONFIG, lora_config, seed=1, dtype=np.float64).lora
+    model = twin(net)
     model.add_adapter(second, lora_config, name="second")
 
     def peft_logits(combination: str) -> np.ndarray:
@@ -135,8 +137,8 @@ def test_peft_s_linear_combination_has_the_cross_terms(twin, make_model):
         return model(tokens).detach().numpy()
 
     tokens = np.arange(8)[None]
-    mixed, mixed_config = mix([(first, lora_config), (second, lora_config)], [0.7, 0.4])
-    ours = gpt_logits(base, mixed, tokens=tokens, config=CONFIG, lora_config=mixed_config)
+    mixed = mix([(first, lora_config), (second, lora_config)], [0.7, 0.4])
+    ours = net_logits(Net(net.base, CONFIG, *mixed), tokens=tokens)
     np.testing.assert_allclose(ours, peft_logits("cat"), rtol=0, atol=1e-11)
     assert np.abs(ours - peft_logits("linear")).max() > 1e-2
 
@@ -152,8 +154,8 @@ def test_peft_loads_what_mix_writes(tmp_path, monkeypatch, make_model):
 
     monkeypatch.chdir(tmp_path)
     config = replace(CONFIG, vocab_size=256)
-    base, _ = make_model(config, None, seed=0, dtype=np.float32)
-    save_base("base", base, config)
+    net = make_model(config, None, seed=0, dtype=np.float32)
+    save_base("base", net.base, config)
     model = GPT2LMHeadModel.from_pretrained("base")
     options = {"task_type": "CAUSAL_LM", "fan_in_fan_out": True}
     first = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["c_attn", "c_fc"], **options)
