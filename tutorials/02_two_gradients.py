@@ -192,9 +192,9 @@ for i in range(model.config.n_layer):
 print(f"the same two equations in every block, float32: within {max(model_errors):.0e}")
 
 # %% [markdown]
-# ## Why B starts at zero
+# ## Why B is zero at initialisation
 #
-# The usual start is $A$ random and $B = 0$. Then
+# The usual initialisation is $A$ random and $B = 0$. Then
 #
 # - $y = 0$: training starts exactly at the base;
 # - $\mathrm{d}A = s\,\mathrm{d}W\,B^\top = 0$: in the first step $A$ does not move;
@@ -418,7 +418,7 @@ assert memory["dA, dB by way of dW"] > I * O, "the detour did not make the dense
 #    `tests/lora/test_lora_laws.py::test_the_factors_gradients_follow_from_the_dense_gradient`
 #    notices. Which of the two messages helps you more to find the line?
 # 2. Let `lora_init` start with $A$ and $B$ both zero. Which test says that the adapter is dead?
-#    (It is `test_at_the_start_one_factor_s_gradient_is_zero_and_the_other_s_is_not` in
+#    (It is `test_at_initialisation_one_factor_s_gradient_is_zero_and_the_other_s_is_not` in
 #    `tests/lora/test_lora_laws.py`.)
 # 3. Repeat the picture of the first step for the second step of gradient descent, by hand or by
 #    program. Now $A$ moves, too. Does $\alpha / \sqrt r$ still make the progress independent of

@@ -1,4 +1,4 @@
-"""The pages and the code say the same: tags, quoted lines, and the numbers of every example.
+"""The pages and the code say the same: tags, quoted lines, what is kept, numbers of the examples.
 
 The examples are read from the pages. In the section "A 2 × 2 example by hand" each equation is
 `name = part = … = value`, several of them side by side parted by `\\qquad`. A part that is nothing
@@ -16,7 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minilora import gpt, lora, ops, optim
+from minilora import gpt2, keep, lora, loss, ops, optim
+from minilora.adapters import Adapter, LoRAConfig, lora_init
+from minilora.pairs import PAIRS
 
 ROOT = Path(__file__).parents[2]
 PAGES = {path.stem: path for path in sorted((ROOT / "docs" / "derivations").glob("*.md"))}
@@ -123,6 +125,47 @@ def test_the_quoted_lines_are_those_of_the_code(page):
         assert not tagged or any(tag in mentioned(code) for code in lines), (
             f"in {name} the line {line!r} is not the one with [{tag}] (quoted in {page}.md)"
         )
+
+
+# --- what is kept --------------------------------------------------------------------------------
+
+FIELDS = {name: value for name, value in vars(keep).items() if name.isupper()}
+ROWS = [
+    (page, *row)
+    for page, text in TEXT.items()
+    for row in re.findall(r"^\| `(\w+)\.(\w+)` \| .+ \| (.+) \|$", text, flags=re.M)
+]
+
+
+def kinds_of_caches(cache):
+    """A pair's cache, or the caches that it is made of, as types."""
+    parts = [part for part in cache if hasattr(part, "_fields")]
+    if not parts:
+        return {type(cache)}
+    return set().union(*map(kinds_of_caches, parts))
+
+
+def caches_of_the_pairs():
+    kinds = set()
+    for pair in PAIRS.values():
+        arguments, constants = pair.make(np.random.default_rng(0))
+        kinds |= kinds_of_caches(pair.forward(*arguments, **constants)[1])
+    return kinds
+
+
+def test_the_pages_name_every_making_of_every_pair():
+    made = [f"{kind.__name__}.{name}" for kind in caches_of_the_pairs() for name in kind._fields]
+    assert sorted(f"{cache}.{name}" for _, cache, name, _ in ROWS) == sorted(made)
+
+
+def test_the_pages_say_what_keep_drops():
+    kinds = {kind.__name__: kind for kind in caches_of_the_pairs()}
+    assert {"OF_WEIGHTS", "OF_FACTORS", "OF_INPUTS", "INPUTS"} == set(FIELDS)
+    for page, cache, name, dropped in ROWS:
+        in_code = {
+            table for table, fields in FIELDS.items() if name in fields.get(kinds[cache], ())
+        }
+        assert set(re.findall(r"`([A-Z_]+)`", dropped)) == in_code, f"{page}.md: {cache}.{name}"
 
 
 # --- the examples --------------------------------------------------------------------------------
@@ -254,7 +297,7 @@ def test_embedding():
 def test_layer_norm():
     x, (w,), (b,), eps, dy = given("layer_norm", "x", "w", "b", "varepsilon", "dy")
     y, cache = ops.layer_norm_forward(x, w, b, eps=eps.item())
-    hatx, rho, *_ = cache
+    hatx, rho = cache.normalise
     dx, dw, db = ops.layer_norm_backward(dy, cache)
     dhatx = dy * w
     along_rows = {"axis": -1, "keepdims": True}
@@ -286,8 +329,8 @@ def test_attention():
     q, k, v, dy = given("attention", "q", "k", "v", "dy")
     (y,), cache = ops.attention_forward(np.concatenate([q, k, v], axis=1)[None], heads=1)
     S, dP = q @ k.T / math.sqrt(2), dy @ v.T
-    P, softmax_cache = ops.attention_weights(q, k, ops.causal_mask(2, q))
-    (dS,) = ops.softmax_backward(dP, softmax_cache)
+    P = ops.attention_weights(q, k, mask=ops.causal_mask(2, q))
+    (dS,) = ops.softmax_backward(dP, ops.SoftmaxCache(P))
     (dqkv,) = ops.attention_backward(dy[None], cache)
     dq, dk, dv = np.split(dqkv[0], 3, axis=1)
     check("attention", q=q, k=k, v=v, S=S, P=P, y=y, dy=dy, dv=dv, dP=dP, dS=dS, dq=dq, dk=dk)
@@ -297,11 +340,10 @@ def test_head():
     x, E = given("head", "x", "E")
     z, head_cache = ops.head_forward(x, E)
     p, _ = ops.softmax_forward(z)
-    L, cache = ops.cross_entropy_forward(z, targets=np.array([0, 0]))
-    _, ell, *_ = cache
-    (dz,) = ops.cross_entropy_backward(1.0, cache)
+    L, cache = loss.cross_entropy_forward(z, targets=np.array([0, 0]))
+    (dz,) = loss.cross_entropy_backward(1.0, cache)
     dx, dE = ops.head_backward(dz, head_cache)
-    check("head", x=x, E=E, z=z, ell=ell, L=L, p=p, dz=dz, dx=dx, dE=dE)
+    check("head", x=x, E=E, z=z, ell=cache.lse, L=L, p=p, dz=dz, dx=dx, dE=dE)
 
 
 def test_dropout():
@@ -342,11 +384,9 @@ def test_lora():
 def test_model():
     x, W, (b,), A, B, scale, dy = given("model", "x", "W", "b", "A", "B", "s", "dy")
     s = scale.item()
-    adapters = {"q": gpt.Adapter(A=A, B=B, scale=s, mask=None, columns=slice(0, 1))}
-    u, cache = gpt.adapted_linear_forward(x, W, b, adapters=adapters, frozen=False)
-    y, residual_cache = ops.residual_forward(x, u)
-    dx, du = ops.residual_backward(dy, residual_cache)
-    through_branch, _, dlora = gpt.adapted_linear_backward(du, cache)
+    adapters = {"q": Adapter(A=A, B=B, scale=s, mask=None, columns=slice(0, 1))}
+    u, cache = lora.adapted_linear_forward(x, W, b, adapters=adapters)
+    through_branch, _, dlora = lora.adapted_linear_backward(dy, cache)
 
     E, dz = given("model", "E", "dz")
     x_0, embedding_cache = ops.embedding_forward(E, index=np.array([1, 0]))
@@ -355,10 +395,10 @@ def test_model():
     (dE_in,) = ops.embedding_backward(dx_0, embedding_cache)
     check(
         "model",
-        **{"x": x, "W": W, "b": b, "A": A, "B": B, "s": s, "h": s * x @ A, "u": u, "y": y},
+        **{"x": x, "W": W, "b": b, "A": A, "B": B, "s": s, "h": s * x @ A, "u": u, "y": x + u},
         **{"dy": dy, "dyJtop": dy[:, :1], "sdh": s * dy[:, :1] @ B.T},
         **{"dA": dlora["q"]["A"], "dB": dlora["q"]["B"]},
-        **{"fdy": through_branch, "dx": dx + through_branch},
+        **{"fdy": through_branch, "dx": dy + through_branch},
         **{"E": E, "x_0": x_0, "z": z, "dz": dz, "dx_0": dx_0},
         **{"dE_head": dE_head, "dE_in": dE_in, "dE": dE_in + dE_head},
     )
@@ -404,10 +444,10 @@ def test_a_step_of_gradient_descent_multiplies_the_dense_gradient():
 @pytest.mark.parametrize("rank", [2, 8])
 def test_the_first_step_of_gradient_descent_on_average(rank):
     """The mean of A Aᵀ over many fresh adapters is r / 3I times the identity."""
-    config = gpt.GPTConfig(vocab_size=4, n_positions=2, n_embd=8, n_layer=1, n_head=2)
-    base = gpt.gpt_init(config, seed=0, dtype=np.float64)
-    lora_config = lora.LoRAConfig(rank=rank, targets=("o",))
-    trees = (lora.lora_init(base, lora_config, seed=seed) for seed in range(2000))
+    config = gpt2.GPTConfig(vocab_size=4, n_positions=2, n_embd=8, n_layer=1, n_head=2)
+    base = gpt2.gpt_init(config, seed=0, dtype=np.float64)
+    lora_config = LoRAConfig(rank=rank, targets=("o",))
+    trees = (lora_init(base, lora_config, seed=seed) for seed in range(2000))
     factors = [tree["blocks"][0]["attn"]["o"]["A"] for tree in trees]
     mean = sum(A @ A.T for A in factors) / len(factors)
     np.testing.assert_allclose(mean, rank / (3 * 8) * np.eye(8), rtol=0, atol=0.01 * rank)
