@@ -5,9 +5,18 @@ import math
 import numpy as np
 import pytest
 
+from minilora.adapters import (
+    TARGETS,
+    LoRAConfig,
+    adapted_paths,
+    adapters,
+    lora_init,
+    placed_adapters,
+    weight_of,
+)
 from minilora.errors import MiniloraError
-from minilora.gpt import GPTConfig, gpt_init
-from minilora.lora import TARGETS, LoRAConfig, adapted_paths, adapters, lora_init, merge, weight_of
+from minilora.gpt2 import GPTConfig, gpt_init
+from minilora.lora import merge
 from minilora.tree import flatten
 
 GPT = GPTConfig(vocab_size=11, n_positions=6, n_embd=8, n_layer=2, n_head=2)
@@ -91,6 +100,17 @@ def test_the_first_pattern_that_matches_gives_rank_and_alpha():
     assert shapes["blocks.0.mlp.up.B"] == (1, 32)
 
 
+def test_where_several_patterns_match_the_first_wins():
+    patterns = {r"0\.attn\.q": 2, "q": 4}
+    turned = dict(reversed(patterns.items()))
+    config = LoRAConfig(rank_pattern=patterns, alpha_pattern=patterns)
+    for of in (config.rank_of, config.alpha_of):
+        assert [of(f"blocks.{i}.attn.q") for i in range(2)] == [2, 4]
+    config = LoRAConfig(rank_pattern=turned, alpha_pattern=turned)
+    for of in (config.rank_of, config.alpha_of):
+        assert [of(f"blocks.{i}.attn.q") for i in range(2)] == [4, 4]
+
+
 def test_the_rank_stabilised_scale_divides_by_the_root_of_the_rank():
     assert LoRAConfig(rank=16, alpha=8.0).scale_of("embedding") == 0.5
     assert LoRAConfig(rank=16, alpha=8.0, rslora=True).scale_of("embedding") == 2.0
@@ -139,12 +159,22 @@ def test_a_fresh_tree(dtype):
         A, B = factors["A"], factors["B"]
         assert (A.shape, B.shape) == ((n_in, 4), (4, n_out))
         assert A.dtype == B.dtype == dtype
-        if path == "embedding":
-            assert not A.any()
-            assert 0.5 < B.std() < 1.5
-        else:
-            assert not B.any()
-            assert 0.7 / math.sqrt(n_in) < np.abs(A).max() <= 1 / math.sqrt(n_in)
+        assert not (A if path == "embedding" else B).any()
+
+
+def test_the_random_factor_has_its_standard_deviation():
+    """A ~ U(-1/√in, 1/√in), whose deviation is 1/√(3 in); the embedding's B ~ N(0, 1)."""
+    config = GPTConfig(vocab_size=130, n_positions=2, n_embd=128, n_layer=1, n_head=1)
+    lora = lora_init(
+        gpt_init(config, seed=0), LoRAConfig(rank=64, targets=("o", "down", "embedding")), seed=0
+    )
+    factors = adapters(lora)
+    assert factors["embedding"]["B"].std() == pytest.approx(1, rel=0.03)
+    for path, n_in in [("blocks.0.attn.o", 128), ("blocks.0.mlp.down", 512)]:
+        A = factors[path]["A"]
+        assert A.std() == pytest.approx(1 / math.sqrt(3 * n_in), rel=0.03), path
+        assert 0.99 / math.sqrt(n_in) < np.abs(A).max() <= 1 / math.sqrt(n_in), path
+        assert abs(A.mean()) < 0.03 / math.sqrt(n_in), path
 
 
 def test_the_seed_decides_and_no_two_adapters_are_alike():
@@ -170,6 +200,28 @@ def test_q_k_and_v_are_the_columns_of_qkv():
     assert columns == [("blocks.3.attn.qkv.w", slice(8 * i, 8 * i + 8)) for i in range(3)]
     assert weight_of("blocks.3.mlp.down", 8) == ("blocks.3.mlp.down.w", slice(None))
     assert weight_of("embedding", 8) == ("wte", slice(None))
+
+
+def test_adapters_are_placed_by_block_and_linear_map():
+    config = LoRAConfig(rank=2, alpha=3.0, targets=("embedding", "0.attn.[qv]", "1.mlp.down"))
+    lora, mask = lora_init(base(), config, seed=0), np.ones((1, 1, 8))
+    placed = placed_adapters(lora, config, width=8, masks={"blocks.0.attn.v": mask})
+    found = {
+        (block, linear, target): adapter
+        for block, maps in placed.items()
+        for linear, on_it in maps.items()
+        for target, adapter in on_it.items()
+    }
+    assert {place: adapter.columns for place, adapter in found.items()} == {
+        ("", "wte", "embedding"): slice(None),
+        ("blocks.0", "qkv", "q"): slice(0, 8),
+        ("blocks.0", "qkv", "v"): slice(16, 24),
+        ("blocks.1", "down", "down"): slice(None),
+    }
+    assert found["blocks.0", "qkv", "v"].mask is mask
+    assert found["blocks.0", "qkv", "q"].mask is None
+    assert found["blocks.1", "down", "down"].A is lora["blocks"][1]["mlp"]["down"]["A"]
+    assert {adapter.scale for adapter in found.values()} == {1.5}
 
 
 def test_an_adapter_of_the_embedding_cannot_be_merged():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import normal, small_tiles
 
-from minilora import loss, lora, ops
+from minilora import lora, loss, ops
 
 EPS = float(np.finfo(np.float32).eps)
 
