@@ -67,6 +67,12 @@ def base_parameters(config: GPTConfig, *, tied: bool = True) -> int:
     return evaluate(f"{tables} + 2 C", sizes) + config.n_layer * evaluate(block, sizes)
 
 
+def adapters_on(linear: str) -> tuple[str, ...]:
+    """The LoRA paths of a linear map, given as `blocks.0.attn.qkv`; q, k and v lie on qkv."""
+    parent, _, name = linear.rpartition(".")
+    return (linear, *(f"{parent}.{third}" for third in "qkv" if name == "qkv"))
+
+
 def adapter_shapes(config: GPTConfig, lora_config: LoRAConfig) -> dict[str, tuple[int, int, int]]:
     """(in, R, out) of every adapter by LoRA path: A is (in, R), B (R, out).
 
@@ -156,10 +162,9 @@ class Step:
         attention = (f"blocks.{block}.attn.{target}" for target in ATTENTION_TARGETS)
         return not self.ends_in(block) or any(path in self.adapters for path in attention)
 
-    def reads_again(self, room: str, *targets: str) -> bool:
-        """Whether an adapter of these has its input computed again, rather than a dropped one."""
-        dropout = 0.0 if self.lora_config is None else self.lora_config.dropout
-        return not dropout and any(f"{room}.{target}" in self.adapters for target in targets)
+    def recomputes_input(self, block: int, linear: str) -> bool:
+        """Whether an adapter needs the input of this linear map, a layer norm's output, again."""
+        return any(path in self.adapters for path in adapters_on(f"blocks.{block}.{linear}"))
 
     @property
     def shards(self) -> list[int]:
@@ -211,72 +216,81 @@ def kept_layer_norm() -> Iterator[Kept]:
     yield Kept("layer norm", "x̂, 1/√(σ² + ε)", "N C + N")
 
 
-def kept_lora(name: str, n_in: str, rank: int, *, dropout: float, shared: bool) -> Iterator[Kept]:
-    """h, for dB [LORA.3], and the input, for dA [LORA.5], unless it is computed again or the
-    weight's linear map or another adapter keeps it too; with dropout an input of its own, and the
-    mask [DROP.2]."""
+def kept_lora(
+    name: str, n_in: str, rank: int, *, dropout: float, recomputed: bool
+) -> Iterator[Kept]:
+    """h, for dB [LORA.3], the mask [DROP.2] where there is dropout, and what it leaves of the
+    input, for dA [LORA.5], unless the input is recomputed."""
     if dropout:
         yield Kept(f"dropout {name}", "mask", f"N {n_in}")
-        yield Kept(f"LoRA {name}", "x ∘ mask", f"N {n_in}")
-    elif not shared:
-        yield Kept(f"LoRA {name}", "x", f"N {n_in}")
+    if not recomputed:
+        yield Kept(f"LoRA {name}", "x ∘ mask" if dropout else "x", f"N {n_in}")
     yield Kept(f"LoRA {name}", "h", f"N {rank}")
 
 
 def kept_attention() -> Iterator[Kept]:
-    """q, k, v [ATT.4-8]; the weights P are computed again."""
+    """q, k, v [ATT.4-8]; the weights P are recomputed."""
     yield Kept("attention", "q, k, v", "3 N C")
 
 
 def kept_gelu() -> Iterator[Kept]:
-    """The input; tanh u is computed again [GELU.4]."""
+    """The input; tanh u is recomputed [GELU.4]."""
     yield Kept("GELU", "x", "N F")
 
 
 def kept_head_loss(*, frozen: bool) -> Iterator[Kept]:
     """Each row's weight in the mean, and what dx is made of: Σ p E where the table is frozen
-    [HL.3], else x and log Σ exp z, of which the logits are made again [HL.4]."""
+    [HL.3], else x and log Σ exp z, of which the logits are recomputed [HL.4]."""
     if frozen:
         yield Kept("head and loss", "Σ p E, weights", "N C + N")
     else:
         yield Kept("head and loss", "x, log Σ exp, weights", "N C + 2 N")
 
 
-def kept_adapted_linear(step: Step, path: str, n_in: str, *, again: bool = False) -> Iterator[Kept]:
+def kept_adapted_linear(
+    step: Step, path: str, n_in: str, *, recomputed: bool = True
+) -> Iterator[Kept]:
     """The linear map at a path such as `blocks.0.attn.qkv`, and the adapters on it: the input, for
-    dW [LIN.3], unless W is frozen or the input is computed again, and what the adapters keep."""
+    dW [LIN.3], unless W is frozen or the input is recomputed, and what the adapters keep."""
     name = path.rpartition(".")[2]
-    if step.trains_base and not again:
+    if step.trains_base and not recomputed:
         yield Kept(f"linear {name}", "x", f"N {n_in}")
-    shared = step.trains_base or again
-    for target in (name, *(name if name == "qkv" else "")):
-        adapter = path.removesuffix(name) + target
+    for adapter in adapters_on(path):
         if step.lora_config is not None and adapter in step.adapters:
+            target, rank = adapter.rpartition(".")[2], step.adapters[adapter][1]
             dropout = step.lora_config.dropout
-            rank = step.adapters[adapter][1]
-            yield from kept_lora(target, n_in, rank, dropout=dropout, shared=shared)
-            shared = shared or not dropout
+            yield from kept_lora(target, n_in, rank, dropout=dropout, recomputed=recomputed)
 
 
 def kept_block(step: Step, block: int) -> Iterator[Kept]:
     """The parts of a block in the order of its forward pass; what it keeps without recompute.
 
-    Where the backward pass ends in this block, what lies below its lowest adapter keeps nothing.
+    Where the backward pass ends in this block, what lies below its lowest adapter keeps nothing,
+    but for the layer norm that the adapter's input is recomputed from.
     """
     if block < step.lowest:
         return
     path = f"blocks.{block}"
-    if not step.ends_in(block) or step.reads_again(f"{path}.attn", "qkv", "q", "k", "v"):
+    if not step.ends_in(block) or step.recomputes_input(block, "attn.qkv"):
         yield from kept_layer_norm()
     if step.reaches_attention(block):
-        yield from kept_adapted_linear(step, f"{path}.attn.qkv", "C", again=True)
+        yield from kept_adapted_linear(step, f"{path}.attn.qkv", "C")
         yield from kept_attention()
-        yield from kept_adapted_linear(step, f"{path}.attn.o", "C")
-    if step.reaches_attention(block) or step.reads_again(f"{path}.mlp", "up"):
+        yield from kept_adapted_linear(step, f"{path}.attn.o", "C", recomputed=False)
+    if step.reaches_attention(block) or step.recomputes_input(block, "mlp.up"):
         yield from kept_layer_norm()
-    yield from kept_adapted_linear(step, f"{path}.mlp.up", "C", again=True)
+    yield from kept_adapted_linear(step, f"{path}.mlp.up", "C")
     yield from kept_gelu()
-    yield from kept_adapted_linear(step, f"{path}.mlp.down", "F", again=True)
+    yield from kept_adapted_linear(step, f"{path}.mlp.down", "F")
+
+
+def kept_with_recompute(step: Step, block: int) -> Iterator[Kept]:
+    """With recompute: the block's input, its dropout masks, and the h of an adapter on `down`,
+    whose product is not computed a second time."""
+    lines = list(kept_block(step, block))
+    if lines:
+        yield Kept("block", "x", "N C")
+    yield from (line for line in lines if is_mask(line) or line[:2] == ("LoRA down", "h"))
 
 
 class Entry(NamedTuple):
@@ -296,10 +310,8 @@ def ledger(step: Step) -> list[Entry]:
         rank = step.adapters["embedding"][1]
         kept += [("embedding", Kept("LoRA embedding", "h", f"N {rank}"))]
     for block in range(step.config.n_layer):
-        lines = list(kept_block(step, block))
-        if step.recompute and lines:
-            lines = [Kept("block", "x", "N C"), *filter(is_mask, lines)]
-        kept += [(f"blocks.{block}", line) for line in lines]
+        lines = kept_with_recompute if step.recompute else kept_block
+        kept += [(f"blocks.{block}", line) for line in lines(step, block)]
     kept += [("ln_f", line) for line in kept_layer_norm()]
     kept += [("head", line) for line in kept_head_loss(frozen=not step.trains_base)]
     return [Entry(place, *line, evaluate(line.formula, step.sizes)) for place, line in kept]
@@ -320,13 +332,13 @@ def activation_bytes(step: Step, lines: list[Entry]) -> int:
     )  # fmt: skip
 
 
-# --- the largest moment ------------------------------------------------------------------------
+# --- the peak ----------------------------------------------------------------------------------
 
 
-def temporary(step: Step) -> dict[str, int]:
-    """What is allocated beside parameters and caches at the hungriest moments of one pass.
+def peaks_of_pass(step: Step) -> dict[str, int]:
+    """What is allocated beside parameters and caches at the peaks of one pass.
 
-    Numbers by the name of the moment. The gradients of the base come one after the other, from the
+    Numbers by where the peak is. The gradients of the base come one after the other, from the
     head to the first block, so that most of them are there in the last block of the way back.
     """
     full, blocks_above = step.trains_base, step.config.n_layer - 1
@@ -340,10 +352,10 @@ def temporary(step: Step) -> dict[str, int]:
         return evaluate(f"{formula} + {gradients}" if full else formula, sizes)
 
     above = f"V C + 2 C + {blocks_above} 4 C C + {blocks_above} 2 C F"
-    again = 0
+    recomputed = 0
     if step.recompute:
-        again = max(made_again(step, block) for block in range(step.config.n_layer))
-    there = again + step.adapter_parameters  # whose gradients these are
+        recomputed = max(recomputed_cache(step, block) for block in range(step.config.n_layer))
+    there = recomputed + step.adapter_parameters  # whose gradients these are
     found = {
         "the loss": max(count("N Z"), count("N Y + N C")) + count("N C", "N C + V C"),
         "a GELU's backward": count("2 N C + 2 N F + 4 E", f"{above} + F C") + there,
@@ -352,29 +364,33 @@ def temporary(step: Step) -> dict[str, int]:
         attention = count("8 N C + 3 H Q N", f"{above} + 2 C F + C C")
         found["an attention's backward"] = attention + there
     if full:
-        tables = max(count("2 N C + V C") + again, count("N C + 2 V C")) if step.tied else again
+        tables = (
+            max(count("2 N C + V C") + recomputed, count("N C + 2 V C"))
+            if step.tied
+            else recomputed
+        )
         found["the embedding's backward"] = step.base_parameters + tables
     return found
 
 
-def made_again(step: Step, block: int) -> int:
-    """The numbers that a block keeps while it is gone through backwards, with recompute."""
+def recomputed_cache(step: Step, block: int) -> int:
+    """The numbers in a block's cache while its backward pass runs, with recompute."""
     lines = (line for line in kept_block(step, block) if not is_mask(line))
     return sum(evaluate(line.formula, step.sizes) for line in lines)
 
 
-def moments(step: Step) -> dict[str, int]:
-    """Bytes beside weights, adapters and AdamW's moments at each of the moments of a step.
+def peaks(step: Step) -> dict[str, int]:
+    """Bytes beside weights, adapters and AdamW's moments at each of the peaks of a step.
 
-    Threads are taken to reach the same moment together, which is the worst that can happen.
+    Threads are taken to reach the same peak together, which is the worst that can happen.
     """
     itemsize, trained = ITEMSIZE[step.dtype], step.trainable_parameters
     kept = activation_bytes(step, ledger(step))
     if len(step.shards) > 1:  # the sum so far, and what was added last
         kept += 2 * itemsize * trained
     found = {
-        moment: kept + itemsize * step.passes * numbers
-        for moment, numbers in temporary(step).items()
+        place: kept + itemsize * step.passes * numbers
+        for place, numbers in peaks_of_pass(step).items()
     }
     table = step.config.vocab_size * step.config.n_embd if step.trains_base else 0
     # gradients; new parameters, m and v, and at first the table's alone with what they are made of
@@ -449,7 +465,7 @@ def block_flops(step: Step, block: int) -> Flops:
 
 
 def figures(step: Step) -> dict[str, int]:
-    """What --json writes; `peak_bytes` is the largest moment, with all that is there then."""
+    """What --json writes; `peak_bytes` is all that is there at the largest of the peaks."""
     itemsize = ITEMSIZE[step.dtype]
     weights, adapters = itemsize * step.base_parameters, itemsize * step.adapter_parameters
     trained = itemsize * step.trainable_parameters
@@ -462,7 +478,7 @@ def figures(step: Step) -> dict[str, int]:
         "gradients_bytes": trained,
         "optimizer_bytes": 2 * trained,
         "activations_bytes": activation_bytes(step, ledger(step)),
-        "peak_bytes": weights + adapters + 2 * trained + max(moments(step).values()),
+        "peak_bytes": weights + adapters + 2 * trained + max(peaks(step).values()),
         "forward_flops": cost.forward,
         "backward_flops": cost.backward,
     }
@@ -493,7 +509,7 @@ BYTES = {
     "gradients": "gradients_bytes",
     "AdamW's moments": "optimizer_bytes",
     "activations": "activations_bytes",
-    "largest moment": "peak_bytes",
+    "peak": "peak_bytes",
 }
 
 
@@ -523,7 +539,7 @@ def report(name: str, lora: Step, full: Step) -> Iterator[str]:
     )
     for label, key in BYTES.items():
         yield line(label, *(scaled(x[key], "B") for x in found))
-    yield line("  which is", *(largest_moment(step) for step in steps))
+    yield line("  in", *(largest_peak(step) for step in steps))
     for key in ("forward_flops", "backward_flops"):
         yield line(key.replace("_flops", ""), *(scaled(x[key], "FLOP") for x in found))
     yield line("  in all", *(scaled(flops(step).total, "FLOP") for step in steps))
@@ -553,10 +569,10 @@ def compared(
         )
 
 
-def largest_moment(step: Step) -> str:
-    """The name of the moment at which a step holds most."""
-    found = moments(step)
-    return max(found, key=lambda moment: found[moment])
+def largest_peak(step: Step) -> str:
+    """Where in a step the largest of its peaks is."""
+    found = peaks(step)
+    return max(found, key=lambda place: found[place])
 
 
 # --- other shapes ------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from minilora.bench.command import Process, bench
 from minilora.bench.measure import blas, peak_rss
 from minilora.cli import main
 from minilora.errors import MiniloraError
-from minilora.gpt import GPTConfig
+from minilora.gpt2 import GPTConfig
 
 CONFIG = GPTConfig(vocab_size=11, n_positions=16, n_embd=8, n_layer=2, n_head=2)
 MICRO = Case(CONFIG, batch=2, context=8, rank=2, steps=2)

@@ -9,7 +9,7 @@ from minilora.bench.budget import scaled
 from minilora.cli import main
 from minilora.cli.table import COMMANDS
 from minilora.formats import save_base
-from minilora.gpt import GPTConfig, gpt_init
+from minilora.gpt2 import GPTConfig, gpt_init
 
 ROWS = {row.name: row for row in COMMANDS}
 

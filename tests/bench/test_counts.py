@@ -8,11 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora import tree
+from minilora.adapters import TARGETS, LoRAConfig, lora_init
 from minilora.bench.budget import SHAPES, Step, adapter_shapes, base_parameters, evaluate, flops
 from minilora.bench.products import recorded, recording
 from minilora.errors import MiniloraError
-from minilora.gpt import GPTConfig, gpt_init, loss_and_grads
-from minilora.lora import TARGETS, LoRAConfig, lora_init
+from minilora.gpt2 import GPTConfig, gpt_init
+from minilora.network import loss_and_grads
 
 configs = st.builds(
     lambda vocab, positions, head, heads, layers, inner: GPTConfig(

@@ -1,7 +1,6 @@
-"""Bytes by formula, against what the caches really hold and what tracemalloc sees of a step."""
+"""Bytes by formula, compared with what the caches really hold and tracemalloc sees of a step."""
 
 import dataclasses
-import functools
 import tracemalloc
 
 import numpy as np
@@ -9,10 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora.bench.budget import SHAPES, Step, figures, ledger, moments
-from minilora.gpt import GPTConfig, gpt_init, loss_and_grads, trunk_forward
-from minilora.lora import TARGETS, LoRAConfig, dropout_masks, lora_init
-from minilora.ops import head_loss_forward
+from minilora.adapters import TARGETS, LoRAConfig, dropout_masks, lora_init
+from minilora.bench.budget import SHAPES, Step, figures, ledger, peaks
+from minilora.gpt2 import GPTConfig, gpt_init
+from minilora.keep import Plan
+from minilora.loss import frozen_head_loss_forward, head_loss_forward
+from minilora.network import Net, loss_and_grads, trunk_forward
 from minilora.optim import adamw, adamw_init, clip_by_global_norm
 from minilora.training.loop import batch_loss_and_grads
 from minilora.tree import flatten
@@ -33,16 +34,16 @@ lora_configs = st.builds(
 
 
 def inputs_of(step, *, seed=0):
-    """What `loss_and_grads` takes for a step."""
+    """What `loss_and_grads` takes for a step: the net and, by name, all else."""
     rng = np.random.default_rng(seed)
     base = gpt_init(step.config, seed=0, dtype=step.dtype)
     lora = None if step.trains_base else lora_init(base, step.lora_config, seed=0)
-    tokens, targets = rng.integers(step.config.vocab_size, size=(2, step.batch, step.context))
-    masks = None
-    if lora is not None:
-        shape = (step.batch, step.context)
-        masks = dropout_masks(lora, step.lora_config, rng=rng, shape=shape)
-    return base, lora, tokens, targets, masks
+    shape = (step.batch, step.context)
+    tokens, targets = rng.integers(step.config.vocab_size, size=(2, *shape))
+    masks = lora and dropout_masks(lora, step.lora_config, rng=rng, shape=shape)
+    plan = Plan(base=step.trains_base, lora=not step.trains_base, recompute=step.recompute)
+    net = Net(base, step.config, lora, step.lora_config)
+    return net, {"tokens": tokens, "targets": targets, "plan": plan, "masks": masks}
 
 
 def arrays_in(cache):
@@ -51,8 +52,6 @@ def arrays_in(cache):
         while isinstance(cache.base, np.ndarray):
             cache = cache.base
         return [cache] if cache.dtype.kind == "f" else []
-    if isinstance(cache, functools.partial):  # what is to be computed again, and of what
-        return arrays_in([*cache.args, *cache.keywords.values()])
     if isinstance(cache, dict):
         cache = list(cache.values())
     if not isinstance(cache, (tuple, list)):
@@ -60,24 +59,22 @@ def arrays_in(cache):
     return [array for part in cache for array in arrays_in(part)]
 
 
-def numbers_in(cache, *, parameters):
+def numbers_in(cache, *, net):
     """How many numbers they hold, each array counted once and parameters left out."""
     owned = {id(a): a.size for a in arrays_in(cache)}
-    for parameter in flatten(parameters).values():
+    for parameter in flatten({"base": net.base, "lora": net.lora or {}}).values():
         owned.pop(id(parameter), None)
     return sum(owned.values())
 
 
 def caches_of(step):
-    """Those of the model below its head, and of the head with the loss; and the parameters."""
-    base, lora, tokens, targets, masks = inputs_of(step)
-    frozen = not step.trains_base
-    x, trunk = trunk_forward(
-        base, lora, tokens=tokens, config=step.config, lora_config=step.lora_config, masks=masks,
-        frozen=frozen, recompute=step.recompute,
-    )  # fmt: skip
-    _, head = head_loss_forward(x, base["wte"], targets=targets, frozen=frozen)
-    return trunk, head, {"base": base, "lora": lora or {}}
+    """Those of the net below its head, and of the head with the loss."""
+    net, options = inputs_of(step)
+    targets = options.pop("targets")
+    x, trunk = trunk_forward(net, **options)
+    if step.trains_base:
+        return trunk, head_loss_forward(x, net.head, targets=targets)[1]
+    return trunk, frozen_head_loss_forward(x, table=net.head, targets=targets)[1]
 
 
 steps = st.builds(
@@ -92,7 +89,7 @@ steps = st.builds(
 
 @given(steps)
 def test_the_ledger_is_what_the_caches_hold(step):
-    trunk, head, parameters = caches_of(step)
+    trunk, head = caches_of(step)
     lines = ledger(step)
 
     def in_ledger(place, *pairs):
@@ -110,9 +107,9 @@ def test_the_ledger_is_what_the_caches_hold(step):
         return ("layer norm" in pairs[:middle]) * size, ("layer norm" in pairs[middle:]) * size
 
     def held_by(*caches):
-        return numbers_in(caches, parameters=parameters)
+        return numbers_in(caches, net=trunk.net)
 
-    for i, block in enumerate(trunk.blocks):
+    for i, (block, _) in enumerate(trunk.blocks):
         place = f"blocks.{i}"
         if block is None:
             assert not any(entry.place == place for entry in lines)
@@ -125,15 +122,15 @@ def test_the_ledger_is_what_the_caches_hold(step):
         assert held_by(block.ln_2, block.up) == ln_2 + linear_in_ledger(place, "up", "up"), place
         down = linear_in_ledger(place, "down", "down")
         assert held_by(block.gelu, block.down) == in_ledger(place, "GELU") + down, place
-    assert numbers_in(head, parameters=parameters) == in_ledger("head", "head and loss")
-    assert numbers_in([trunk, head], parameters=parameters) == sum(e.numbers for e in lines)
+    assert held_by(head) == in_ledger("head", "head and loss")
+    assert held_by(trunk, head) == sum(e.numbers for e in lines)
 
 
 @given(steps)
 def test_recomputing_keeps_the_input_of_each_block(step):
     step = dataclasses.replace(step, recompute=True)
-    *caches, parameters = caches_of(step)
-    assert numbers_in(caches, parameters=parameters) == sum(e.numbers for e in ledger(step))
+    trunk, head = caches_of(step)
+    assert numbers_in([trunk, head], net=trunk.net) == sum(e.numbers for e in ledger(step))
 
 
 # --- what tracemalloc sees -----------------------------------------------------------------------
@@ -191,17 +188,11 @@ def allocated_by(f):
 def test_the_peak_of_a_pass_is_predicted(method, shape, recompute):
     config, batch, context, dtype = shape
     step = Step(config, METHODS[method], batch, context, dtype, recompute=recompute)
-    base, lora, tokens, targets, masks = inputs_of(step)
-    measured = allocated_by(
-        lambda: loss_and_grads(
-            base, lora, tokens=tokens, targets=targets, config=config,
-            lora_config=step.lora_config, masks=masks, wrt="base" if lora is None else "lora",
-            recompute=recompute,
-        )
-    )  # fmt: skip
-    if masks:  # they are made before the pass, and the ledger counts them
-        measured += sum(mask.nbytes for mask in masks.values())
-    found = moments(step)
+    net, options = inputs_of(step)
+    measured = allocated_by(lambda: loss_and_grads(net, **options))
+    if options["masks"]:  # they are made before the pass, and the ledger counts them
+        measured += sum(mask.nbytes for mask in options["masks"].values())
+    found = peaks(step)
     del found["the update"]
     predicted = max(found.values())
     assert predicted == pytest.approx(measured, rel=0.03), f"{predicted / measured:.4f}: {found}"
@@ -215,14 +206,11 @@ def test_the_peak_of_a_whole_step_is_predicted(method, shape):
     step = Step(config, METHODS[method], batch, context, dtype, threads=1)
 
     def whole_step():
-        base, lora, tokens, targets, masks = inputs_of(step)
-        params = base if lora is None else lora
+        net, options = inputs_of(step)
+        params = net.base if net.lora is None else net.lora
         state = adamw_init(params)
         with Workers(1) as workers:
-            _, grads = batch_loss_and_grads(
-                workers, base, lora, tokens, targets, masks=masks, config=config,
-                wrt="base" if lora is None else "lora", lora_config=step.lora_config,
-            )  # fmt: skip
+            _, grads = batch_loss_and_grads(workers, net, **options)
         grads, _ = clip_by_global_norm(grads, 1.0)
         return adamw(params, grads, state, step=1, lr=1e-3)
 

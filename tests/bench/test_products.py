@@ -21,7 +21,8 @@ from minilora.bench.products import (
     repeat,
     repeat_timed,
 )
-from minilora.gpt import GPTConfig, loss_and_grads
+from minilora.gpt2 import GPTConfig
+from minilora.network import loss_and_grads
 from minilora.tree import flatten
 from minilora.workers import Workers
 

@@ -9,7 +9,7 @@ from minilora import gpt, ops, optim
 from minilora.bench.case import Case
 from minilora.bench.measure import RUNS, random_model
 from minilora.bench.profile import Profile, profiling
-from minilora.gpt import GPTConfig
+from minilora.gpt2 import GPTConfig
 from minilora.training import loop
 from minilora.workers import Workers
 
