@@ -113,12 +113,15 @@ def lines_of_tags() -> dict[str, Place]:
     for text in texts().values():
         for tag, function, quoted in QUOTES.findall(text):
             path, first = locate(function) or ("", 0)
-            lines = enumerate(files().get(path, "").splitlines(), start=1)
-            below = (n for n, line in lines if n >= first and line.strip().startswith(quoted))
-            if (number := next(below, None)) is None:
+            lines = list(enumerate(files().get(path, "").splitlines(), start=1))[
+                max(first - 1, 0) :
+            ]
+            quotes = [(n, line) for n, line in lines if line.strip().startswith(quoted)]
+            tagged = [(n, line) for n, line in quotes if tag in tags_in(line)]  # of equal lines
+            if not quotes:
                 log.warning("[%s]: %s has no line %r", tag, function, quoted)
             else:
-                found[tag] = (path, number)
+                found[tag] = (path, (tagged or quotes)[0][0])
     return found
 
 
