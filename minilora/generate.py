@@ -107,7 +107,7 @@ def next_logits(net: Net, *, tokens: np.ndarray, cache: list[KeyValues], positio
 
 def cached_attention(
     qkv: Array, *, heads: int, cache: KeyValues, position: int, mask: Array
-) -> tuple[Array, tuple[()]]:
+) -> tuple[Array, None]:
     """`attention_forward` [ATT.1-3] for the tokens at `position` and on.  (B, T, 3C) -> (B, T, C)
 
     Writes their keys and values into the cache and attends to all that it then holds.
@@ -119,7 +119,7 @@ def cached_attention(
     y, y_heads = merged_heads(q)
     keys, values = cache.keys[:, :, :end], cache.values[:, :, :end]
     y_heads[:], _ = attend_forward(q, keys, values, mask=mask)  # [ATT.1-3]
-    return y, ()
+    return y, None
 
 
 # --- the choice of a token ---------------------------------------------------------------------

@@ -40,32 +40,35 @@ def without(cache: Any, fields: Fields) -> Any:
         return {name: without(part, fields) for name, part in cache.items()}
     if not hasattr(cache, "_fields"):
         return cache
-    parts = {name: without(getattr(cache, name), fields) for name in cache._fields}
-    return cache._replace(**parts | dict.fromkeys(fields.get(type(cache), ())))
+    dropped, parts = fields.get(type(cache), ()), zip(cache._fields, cache, strict=True)
+    return type(cache)(*(None if name in dropped else without(x, fields) for name, x in parts))
+
+
+def unwanted(plan: Plan) -> Fields:
+    """The makings of gradients that the plan does not want."""
+    return ({} if plan.base else OF_WEIGHTS) | ({} if plan.lora else OF_FACTORS)
 
 
 def wanted(cache: Any, plan: Plan) -> Any:
     """A cache without what only gradients are made of that the plan does not want."""
-    cache = cache if plan.base else without(cache, OF_WEIGHTS)
-    return cache if plan.lora else without(cache, OF_FACTORS)
+    return without(cache, unwanted(plan))
 
 
 def thin(cache: Any, plan: Plan, architecture: Any) -> Any:
     """What is kept of a block's cache; None if no wanted gradient lies in the block or below."""
-    reads, order = architecture.READS, cache._fields
-    cache = wanted(cache, plan)
-    for name, source in reads.items():
-        if hasattr(getattr(cache, source), "output"):
-            cache = cache._replace(**{name: without(getattr(cache, name), INPUTS)})
-    if plan.below:
-        return cache
-    adapted = [name for name in reads if plan.lora and getattr(cache, name).adapters]
-    if not adapted:
-        return None
-    end = architecture.ENDS[adapted[0]]  # what lies before it is not reached
-    kept = {*order[order.index(end) :], *(reads[name] for name in adapted)}
-    cache = cache._replace(**{end: without(getattr(cache, end), OF_INPUTS)})
-    return cache._replace(**dict.fromkeys(set(order) - kept))
+    reads, parts = architecture.READS, {}
+    for name, part in cache._asdict().items():
+        recomputed = name in reads and hasattr(getattr(cache, reads[name]), "output")
+        parts[name] = without(part, (INPUTS if recomputed else {}) | unwanted(plan))
+    if not plan.below:
+        adapted = [name for name in reads if plan.lora and parts[name].adapters]
+        if not adapted:
+            return None
+        end, order = architecture.ENDS[adapted[0]], list(parts)
+        parts[end] = without(parts[end], OF_INPUTS)
+        kept = {*order[order.index(end) :], *(reads[name] for name in adapted)}
+        parts |= dict.fromkeys(parts.keys() - kept)
+    return type(cache)(**parts)
 
 
 class Restored:
@@ -83,8 +86,8 @@ class Restored:
         for target, adapter in part.adapters.items():
             x_kept, _ = ops.dropout_forward(x, mask=adapter.dropout.mask)
             adapters[target] = adapter._replace(lora=adapter.lora._replace(x=x_kept))
-        part = part._replace(linear=part.linear._replace(x=x), adapters=adapters)
-        return wanted(part, self.plan)
+        restored = part._replace(linear=part.linear._replace(x=x), adapters=adapters)
+        return wanted(restored, self.plan)
 
 
 def without_output(block: Tree, last: str) -> Tree:

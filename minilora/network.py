@@ -113,13 +113,16 @@ def trunk_forward(
         blocks.append((kept, plan))
         plan = plan._replace(below=kept is not None)
     x, norm = net.architecture.norm_forward(x, net.base, config=net.config)
-    return x, TrunkCache(net, wanted(embedding, plan), blocks, wanted(norm, plan))
+    norm = wanted(norm, plan) if plan.below else None
+    return x, TrunkCache(net, wanted(embedding, plan), blocks, norm)
 
 
 def trunk_backward(dx: Array, cache: TrunkCache) -> tuple[Tree, Tree]:
     """dbase and dlora of `trunk_forward`; what the plan does not want is None in them."""
     net, embedding, blocks, norm = cache
-    dx, dnorm = net.architecture.norm_backward(dx, norm)
+    dnorm: Tree = {}
+    if norm is not None:
+        dx, dnorm = net.architecture.norm_backward(dx, norm)
     dblocks: list[Tree] = []
     dlora_blocks: list[Tree] = []
     for kept, plan in reversed(blocks):
@@ -154,10 +157,10 @@ def _block_backward(dy: Array, net: Net, kept: Any, plan: Plan) -> tuple[Any, Tr
     if isinstance(kept, Checkpoint):
         x, block, adapters, last = kept
         block, adapters = without_output(block, name), {**adapters, name: {}}
-        _, cache = architecture.block_forward(
+        _, kept = architecture.block_forward(
             x, block, adapters, config=net.config, attend=attention_forward
         )
-        kept = thin(cache._replace(**{name: last}), plan, architecture)
+        kept = thin(kept._replace(**{name: last}), plan, architecture)
     return architecture.block_backward(dy, Restored(kept, plan, architecture))
 
 
@@ -191,13 +194,14 @@ def loss_and_grads(
         raise MiniloraError("the plan wants gradients of adapters, but there are none")
     x, trunk = trunk_forward(net, tokens=tokens, masks=masks, plan=plan)
     batch: dict[str, Any] = {"targets": targets, "ignore_index": ignore_index, "count": count}
+    head: Any
     if plan.base:
         mean, head = loss.head_loss_forward(x, net.head, **batch)
         dx, dhead = loss.head_loss_backward(1.0, head)
     else:
-        mean, frozen_head = loss.frozen_head_loss_forward(x, table=net.head, **batch)
-        (dx,) = loss.frozen_head_loss_backward(1.0, frozen_head)
-    del x  # what is still needed of them lies in the trunk's cache
+        mean, head = loss.frozen_head_loss_forward(x, table=net.head, **batch)
+        (dx,) = loss.frozen_head_loss_backward(1.0, head)
+    del x, head  # what is still needed lies in the trunk's cache
     dbase, dlora = trunk_backward(dx, trunk)
     if plan.base and "head" in net.base:
         dbase = {**dbase, "head": dhead}

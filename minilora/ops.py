@@ -299,12 +299,12 @@ def attend_forward(q: Array, k: Array, v: Array, *, mask: Array) -> tuple[Array,
 def attend_backward(dy: Array, cache: AttendCache) -> tuple[Array, Array, Array]:
     """dq, dk, dv of `attend_forward`. Where P is 0 by the mask, so is dS."""
     q, k, v, P = cache
-    scale = 1.0 / math.sqrt(q.shape[-1])
     dv = P.swapaxes(-1, -2) @ dy  # [ATT.4] dv = Pᵀ dy
     dP = dy @ v.swapaxes(-1, -2)  # [ATT.5] dP = dy vᵀ
     (dS,) = softmax_backward(dP, SoftmaxCache(P))  # [ATT.6] dS = P ∘ (dP - Σ dP ∘ P)
-    dq = (dS @ k) * scale  # [ATT.7] dq = dS k / √K
-    dk = (dS.swapaxes(-1, -2) @ q) * scale  # [ATT.8] dk = dSᵀ q / √K
+    dS *= 1.0 / math.sqrt(q.shape[-1])
+    dq = dS @ k  # [ATT.7] dq = dS k / √K
+    dk = dS.swapaxes(-1, -2) @ q  # [ATT.8] dk = dSᵀ q / √K
     return dq, dk, dv
 
 
