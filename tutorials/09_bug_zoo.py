@@ -25,21 +25,22 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import minilora
-from minilora import gpt, ops
-from minilora.data import draw_batch
-from minilora.lora import (
+from minilora.adapters import (
     LoRAConfig,
     adapters,
     dropout_masks,
-    lora_backward,
-    lora_forward,
     lora_init,
     lora_paths,
     matches,
-    merge,
     weight_of,
 )
+from minilora.data import draw_batch
+from minilora.keep import Plan
+from minilora.lora import adapted_linear_forward, lora_backward, lora_forward, merge
+from minilora.loss import cross_entropy_forward
 from minilora.mix import mix
+from minilora.network import Net, loss_and_grads, net_logits, trunk_forward
+from minilora.ops import dropout_forward
 from minilora.optim import adamw, adamw_init
 from minilora.tree import count, flatten, map_leaves, unflatten
 
@@ -62,22 +63,20 @@ text = model.tokenizer.encode(inspect.getsource(textwrap))
 tokens, targets = draw_batch(
     text, batch=2 if SMALL else 4, context=64, rng=np.random.default_rng(0)
 )
-BATCH = {"tokens": tokens, "config": sizes}
 
 
 def loss_of(weights, lora=None, config=None, **others):
     """Nats per byte on the batch."""
-    logits, _ = gpt.gpt_forward(weights, lora, **BATCH, lora_config=config, frozen=True, **others)
-    return float(ops.cross_entropy_forward(logits, targets=targets)[0])
+    logits = net_logits(Net(weights, sizes, lora, config), tokens=tokens, **others)
+    return float(cross_entropy_forward(logits, targets=targets)[0])
 
 
 def train(lora, config, steps=STEPS):
     """The trained adapters, and the loss before each step."""
     moments, losses = adamw_init(lora), []
     for step in range(1, steps + 1):
-        loss, _, grads = gpt.loss_and_grads(
-            base, lora, **BATCH, targets=targets, lora_config=config
-        )
+        net = Net(base, sizes, lora, config)
+        loss, _, grads = loss_and_grads(net, tokens=tokens, targets=targets)
         lora, moments = adamw(lora, grads, moments, step=step, lr=5e-3)
         losses.append(float(loss))
     return lora, [*losses, loss_of(base, lora, config)]
@@ -94,7 +93,7 @@ before, after = healthy_losses[0], healthy_losses[-1]
 print(f"no bug: the loss goes from {before:.3f} to {after:.3f}")
 
 # %% [markdown]
-# ## Bugs of the start
+# ## Bugs of the initialisation
 #
 # Training should begin exactly at the base, so $sAB = 0$; and it must be able to leave. With
 # $\mathrm{d}W$ the gradient that $W$ would have, the factors get
@@ -105,7 +104,7 @@ print(f"no bug: the loss goes from {before:.3f} to {after:.3f}")
 #
 # Then both gradients are zero, and stay zero for ever. The run finishes without a complaint.
 #
-# Caught by `test_at_the_start_one_factor_s_gradient_is_zero_and_the_other_s_is_not`
+# Caught by `test_at_initialisation_one_factor_s_gradient_is_zero_and_the_other_s_is_not`
 # (`tests/lora/test_lora_laws.py`).
 
 
@@ -171,7 +170,7 @@ curves = {
 }
 for name, losses in curves.items():
     left.plot(losses, label=name)
-left.set(xlabel="step", ylabel="loss (nats per byte)", title="four starts")
+left.set(xlabel="step", ylabel="loss (nats per byte)", title="four initialisations")
 left.legend()
 for shift, (name, values) in zip((-0.2, 0.2), spectra.items(), strict=True):
     right.bar(np.arange(1, 5) + shift, np.maximum(values, 1e-9), 0.4, label=name)
@@ -207,7 +206,8 @@ weights, lora = (map_leaves(lambda x: x.astype(np.float64), tree) for tree in (b
 
 
 def gradients():
-    return gpt.loss_and_grads(weights, lora, **BATCH, targets=targets, lora_config=CONFIG)[2]
+    net = Net(weights, sizes, lora, CONFIG)
+    return loss_and_grads(net, tokens=tokens, targets=targets)[2]
 
 
 V = changed(gradients(), B=np.zeros_like)
@@ -220,7 +220,7 @@ def claimed_slope():
 
 
 claim = claimed_slope()
-with patch("minilora.gpt.lora_backward", forgetful_backward):
+with patch("minilora.lora.lora_backward", forgetful_backward):
     forgetful_claim = claimed_slope()
     _, forgetful_losses = train(fresh, CONFIG)
 print(f"no bug:      measured slope / gradient's = {slope / claim:.4f}, loss {after:.3f}")
@@ -243,11 +243,11 @@ print(
 
 
 # %%
-def twice_scaled(x, A, B, *, scale, **others):
-    return lora_forward(x, A, B, scale=scale * scale, **others)
+def twice_scaled(x, A, B, *, scale):
+    return lora_forward(x, A, B, scale=scale * scale)
 
 
-with patch("minilora.gpt.lora_forward", twice_scaled):
+with patch("minilora.lora.lora_forward", twice_scaled):
     doubled, doubled_losses = train(fresh, CONFIG)
 SEEN = {"no bug": after}
 SEEN["5 trained with s²"] = loss_of(merge(base, doubled, CONFIG))
@@ -345,7 +345,7 @@ def lenient_paths(config, n_layer):
     return [p for p in lora_paths(n_layer) if any(matches(t, p) for t in config.targets)]
 
 
-with patch("minilora.lora.adapted_paths", lenient_paths):
+with patch("minilora.adapters.adapted_paths", lenient_paths):
     half = lora_init(base, TYPO, seed=0)
 half, half_losses = train(half, TYPO)
 print(f"q and v: {count(on_qv):,} numbers trained, loss {qv_losses[-1]:.3f}")
@@ -363,18 +363,17 @@ print(f"typo:    {count(half):,} numbers trained, loss {half_losses[-1]:.3f}")
 
 
 # %%
-def dropping_linear(x, w, b, *, adapters, **constants):
+def dropping_linear(x, w, b, *, adapters):
     for adapter in adapters.values():
-        x = x * adapter.mask
+        x, _ = dropout_forward(x, mask=adapter.mask)
     unmasked = {name: adapter._replace(mask=None) for name, adapter in adapters.items()}
-    return adapted_linear(x, w, b, adapters=unmasked, **constants)
+    return adapted_linear_forward(x, w, b, adapters=unmasked)
 
 
-adapted_linear = gpt.adapted_linear_forward
 dropping = LoRAConfig(rank=4, alpha=8.0, targets=CONFIG.targets, dropout=0.1)
 masks = dropout_masks(fresh, dropping, rng=np.random.default_rng(0), shape=tokens.shape)
 dropped = loss_of(base, fresh, dropping, masks=masks)
-with patch("minilora.gpt.adapted_linear_forward", dropping_linear):
+with patch("minilora.gpt2.adapted_linear_forward", dropping_linear):
     wrongly_dropped = loss_of(base, fresh, dropping, masks=masks)
 print(f"base {before:.3f}, dropout on the adapter {dropped:.3f}, on both {wrongly_dropped:.3f}")
 
@@ -402,8 +401,8 @@ prose_tokens, prose_targets = draw_batch(prose, batch=4, context=64, rng=np.rand
 
 
 def loss_on_prose(weights):
-    logits = gpt.gpt_logits(weights, tokens=prose_tokens, config=sizes)
-    return float(ops.cross_entropy_forward(logits, targets=prose_targets)[0])
+    logits = net_logits(Net(weights, sizes), tokens=prose_tokens)
+    return float(cross_entropy_forward(logits, targets=prose_targets)[0])
 
 
 DECAY_STEPS = [0, 200, 400, 600, 800, 1000]
@@ -418,29 +417,30 @@ print("loss on English prose after", DECAY_STEPS, "steps:", np.round(decay_losse
 #
 # The opposite: the base is left alone, but its gradients are prepared all the same. Every linear
 # map keeps its input for a $\mathrm{d}W$ that nobody wants. Nothing is wrong with the result; the
-# memory that LoRA was to save is simply not saved. We count the bytes that are still held after the
-# forward pass.
+# memory that LoRA was to save is simply not saved. In minilora every forward pass returns all that
+# its gradients are made of, and one function, `keep.thin`, drops what the wanted ones do not need;
+# the bug is not to call it. We count the bytes that are still held after the forward pass.
 #
-# Caught by `test_a_frozen_parameter_costs_nothing_and_changes_nothing_else`
-# (`tests/ops/test_ops.py`).
+# Caught by `test_a_frozen_base_keeps_less_and_nothing_below_the_lowest_adapter`
+# (`tests/lora/test_lora_laws.py`).
 
 
 # %%
-def keeping_linear(x, w, b, **constants):
-    return ops.linear_forward(x, w, b, **constants)[0], (x, w)
+def all_of_it(cache, plan, architecture):
+    return cache
 
 
 def kept_megabytes():
     tracemalloc.start()
-    _, cache = gpt.gpt_forward(base, on_qv, **BATCH, lora_config=QV, frozen=True)
+    _, cache = trunk_forward(Net(base, sizes, on_qv, QV), tokens=tokens, plan=Plan(lora=True))
     kept, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert cache.trunk.frozen
+    assert len(cache.blocks) == sizes.n_layer
     return kept / 1e6
 
 
 kept = kept_megabytes()
-with patch("minilora.gpt.linear_forward", keeping_linear):
+with patch("minilora.network.thin", all_of_it):
     kept_for_nothing = kept_megabytes()
 print(f"held after the forward pass: {kept:.1f} MB; with the bug {kept_for_nothing:.1f} MB")
 
@@ -568,7 +568,7 @@ _ = axes.set(xlabel="loss (nats per byte)")
 # 2. Find a seventeenth bug: change one character of `minilora/lora.py`, and run the tests. If none
 #    fails, you have found either a bug in the tests or a change that changes nothing. Which?
 # 3. A colleague multiplies the mask of dropout by nothing: entries are 0 or 1, not 0 or $1/(1-p)$.
-#    Which law is broken, and which test says so? (Look into `tests/ops/test_ops.py`.)
+#    Which law is broken, and which test says so? (Look into `tests/lora/test_lora_laws.py`.)
 
 # %%
 assert not any(x.any() for x in leaves(stuck)), "1: something moved"

@@ -16,17 +16,16 @@ import numpy as np
 import pytest
 
 import minilora
-from minilora.gpt import GPTConfig, gpt_init
-from minilora.lora import LoRAConfig, lora_init, merge
+from minilora.adapters import LoRAConfig, lora_init
+from minilora.data import ByteTokenizer
+from minilora.gpt2 import GPTConfig, gpt_init
+from minilora.lora import merge
 from minilora.model import Model
 from minilora.tree import flatten, map_leaves
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(minilora.__path__[0])
 TUTORIAL = ROOT / "tutorials" / "09_bug_zoo.py"
-
-
-LINEAR = "y, linear_cache = linear_forward("
 
 
 class Bug(NamedTuple):
@@ -39,28 +38,30 @@ class Bug(NamedTuple):
     test: str
 
 
-START = "A, B = rng.uniform(-bound, bound, size=(n_in, rank)), np.zeros((rank, n_out))"
+LINEAR = "y, linear = ops.linear_forward("
+INIT = "A, B = rng.uniform(-bound, bound, size=(n_in, rank)), np.zeros((rank, n_out))"
+NET = 'net, lora = self.with_params(state.params), settings.method == "lora"'
 LAWS, CONFIG = "tests/lora/test_lora_laws.py::", "tests/lora/test_lora_config.py::"
 
 BUGS = (
     Bug(
         "Both factors start at zero",
-        "lora.py",
-        START,
+        "adapters.py",
+        INIT,
         "A, B = np.zeros((n_in, rank)), np.zeros((rank, n_out))",
-        LAWS + "test_at_the_start_one_factor_s_gradient_is_zero_and_the_other_s_is_not",
+        LAWS + "test_at_initialisation_one_factor_s_gradient_is_zero_and_the_other_s_is_not",
     ),
     Bug(
         "Neither factor starts at zero",
-        "lora.py",
-        START,
-        START.replace("np.zeros((rank, n_out))", "rng.uniform(-bound, bound, size=(rank, n_out))"),
+        "adapters.py",
+        INIT,
+        INIT.replace("np.zeros((rank, n_out))", "rng.uniform(-bound, bound, size=(rank, n_out))"),
         LAWS + "test_a_fresh_adapter_changes_no_logit_bit_for_bit",
     ),
     Bug(
         "A starts constant",
-        "lora.py",
-        START,
+        "adapters.py",
+        INIT,
         "A, B = np.full((n_in, rank), bound), np.zeros((rank, n_out))",
         CONFIG + "test_the_seed_decides_and_no_two_adapters_are_alike",
     ),
@@ -94,42 +95,42 @@ BUGS = (
     ),
     Bug(
         "Columns of the fused weight swapped",
-        "lora.py",
+        "adapters.py",
         'third = "qkv".index(name)',
         'third = "qvk".index(name)',
         CONFIG + "test_q_k_and_v_are_the_columns_of_qkv",
     ),
     Bug(
         "A wrong target, silently ignored",
-        "lora.py",
+        "adapters.py",
         "if not any(matches(target, path) for path in paths):",
         "if False:",
         CONFIG + "test_an_unknown_target_is_refused_with_a_list_of_those_that_exist",
     ),
     Bug(
         "Dropout on the wrong path",
-        "gpt.py",
+        "lora.py",
         LINEAR,
         "for adapter in adapters.values():\n"
-        "        x = x if adapter.mask is None else x * adapter.mask\n"
+        "        x, _ = ops.dropout_forward(x, mask=adapter.mask)\n"
         f"    {LINEAR}",
         LAWS + "test_dropout_acts_on_the_adapter_s_input_alone",
     ),
     Bug(
         "Weight decay on the wrong tree",
         "training/loop.py",
-        "base, lora = self.trees(state.params)",
-        "base, lora = self.trees(state.params)\n"
-        "        for leaf in tree.flatten(self.base).values():\n"
+        NET,
+        f"{NET}\n"
+        "        for leaf in tree.flatten(net.base).values():\n"
         "            leaf *= 1.0 - settings.lr * 0.1",
         "tests/training/test_train.py::test_adapters_train_and_the_base_keeps_its_bits",
     ),
     Bug(
         "Frozen, and paid for",
-        "ops.py",
-        "cache = None if frozen else again or x, w if needs_dx else None",
-        "cache = again or x, w if needs_dx else None",
-        "tests/ops/test_ops.py::test_a_frozen_parameter_costs_nothing_and_changes_nothing_else",
+        "network.py",
+        "kept = thin(cache, plan, architecture)",
+        "kept = cache",
+        LAWS + "test_a_frozen_base_keeps_less_and_nothing_below_the_lowest_adapter",
     ),
     Bug(
         "Merged in place, and so twice",
@@ -173,7 +174,7 @@ def test_a_merged_model_has_no_adapter_left():
     lora = map_leaves(
         lambda leaf: rng.standard_normal(leaf.shape), lora_init(base, lora_config, seed=0)
     )
-    model = Model(base, config, minilora.load_model().tokenizer, Path(), lora, lora_config)
+    model = Model(base, config, lora, lora_config, tokenizer=ByteTokenizer(), folder=Path())
     tokens = np.arange(4)[None]
     np.testing.assert_allclose(model.merged().logits(tokens), model.logits(tokens), rtol=1e-9)
     assert model.merged().lora is None and model.merged().lora_config is None
