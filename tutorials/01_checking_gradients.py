@@ -217,7 +217,7 @@ x = random((2, 3, 4))  # (B, T, C): leading dimensions only make more rows
 s = 0.5
 
 PAIRS = {
-    # forward, backward, arguments, parameters at the start, constants
+    # forward, backward, arguments, parameters at initialisation, constants
     "softmax": (ops.softmax_forward, ops.softmax_backward, [x], [], {}),
     "layer norm": (
         ops.layer_norm_forward,
@@ -342,7 +342,7 @@ def planted(pair, bug):
 # - **sum of the output**: they differentiate $\sum y$, so that $\mathrm{d}y$ is 1 everywhere;
 # - **ones**: in addition all parameters are 1, and only $x$ is random;
 # - **only dx**: they do not look at the gradients of the parameters;
-# - **at the start**: parameters have the values with which training starts;
+# - **at initialisation**: parameters have the values with which training starts;
 # - **float32**, hence with a wide tolerance, 1 %;
 # - **absolute**: an error of up to 0.01 is accepted, however small the gradient is.
 
@@ -354,8 +354,8 @@ def agrees(
 ):  # fmt: skip
     """Whether gradients and central differences agree, as far as this check looks."""
     forward, backward = passes
-    _, _, (x, *given), start, constants = PAIRS[pair]
-    chosen = {"random": given, "ones": [np.ones_like(p) for p in given], "start": start}
+    _, _, (x, *given), initial, constants = PAIRS[pair]
+    chosen = {"random": given, "ones": [np.ones_like(p) for p in given], "initial": initial}
     arguments = [array.astype(dtype) for array in (x, *chosen[parameters])]
 
     y, cache = forward(*arguments, **constants)
@@ -381,7 +381,7 @@ LAZY = {
     "sum of\nthe output": {"dy": "ones"},
     "ones": {"dy": "ones", "parameters": "ones"},
     "only dx": {"only_dx": True},
-    "at the\nstart": {"parameters": "start"},
+    "at initial-\nisation": {"parameters": "initial"},
     "float32": {"dtype": np.float32, "h": 1e-2, "rtol": 1e-2, "atol": 1e-2},
     "absolute": {"rtol": 0.0, "atol": 1e-2},
 }
@@ -436,7 +436,7 @@ _ = ax.set_title("Which check notices which bug?")
 #   $\hat x$, which is zero: nobody misses it. And a matrix of ones is its own transpose.
 # - *Only dx.* The usual excuse is that $x$ "depends on everything". Its gradient does not contain
 #   $\mathrm{d}b$ or $\mathrm{d}A$.
-# - *At the start.* At $B = 0$ the true $\mathrm{d}A$ is exactly zero, and so is a wrong one.
+# - *At initialisation.* At $B = 0$ the true $\mathrm{d}A$ is exactly zero, and so is a wrong one.
 # - *float32.* The derivatives of the two forms of the GELU differ by less than 0.001. A derivative
 #   measured in float32 is hardly better than that, and the wide tolerance also hides the small
 #   gradients of the mean loss.

@@ -3,7 +3,7 @@
 #
 # LoRA leaves a weight $W$ alone and learns an update of low rank beside it. This page derives the
 # gradients of its two factors, checks them, and then looks at four consequences: the gradients are
-# projections of the dense one; one of them is exactly zero at the start; the scale decides how far
+# projections of the dense one; one of them is exactly zero at first; the scale decides how far
 # a step goes at a given rank; and the dense gradient is never made.
 #
 # Shapes: N rows (examples), I inputs, O outputs, R rank.
@@ -155,7 +155,7 @@ task = {"tokens": text[:, :-1], "targets": text[:, 1:]}
 fresh = minilora.lora_init(model.base, lora_config, seed=0)
 
 
-def start(of_A, of_B):
+def initialised(of_A, of_B):
     """Adapters with every A and every B replaced by a function of it."""
     leaves = tree.flatten(fresh).items()
     return tree.unflatten({p: (of_A if p.endswith("A") else of_B)(leaf) for p, leaf in leaves})
@@ -169,7 +169,7 @@ def random(leaf):
     return rng.uniform(-1 / 16, 1 / 16, leaf.shape).astype(leaf.dtype)  # 16 = √256, as for A
 
 
-somewhere = start(keep, random)  # not at a start: neither factor is zero
+somewhere = initialised(keep, random)  # not an initialisation: neither factor is zero
 _, dbase, dlora = minilora.loss_and_grads(
     model.with_adapter(somewhere, lora_config), **task, plan=minilora.Plan(base=True, lora=True)
 )
@@ -201,9 +201,9 @@ print(f"the same two equations in every block, float32: within {max(model_errors
 # - $\mathrm{d}B = s\,A^\top \mathrm{d}W$ is not zero: $B$ moves, and from the second step on so
 #   does $A$.
 #
-# We take steps of plain gradient descent on our text from three starts: this one, its mirror image
-# ($A = 0$, $B$ random), and both zero. (Every step reads the same text: here we want to see the
-# gradients move, not to train well.)
+# We take steps of plain gradient descent on our text from three initialisations: this one, its
+# mirror image ($A = 0$, $B$ random), and both zero. (Every step reads the same text: here we want to
+# see the gradients move, not to train well.)
 
 
 # %%
@@ -224,12 +224,12 @@ def descend(lora, steps, rate=0.5):
 
 
 STEPS = 6 if SMALL else 20
-starts = {
-    "A random, B = 0": start(keep, np.zeros_like),
-    "A = 0, B random": start(np.zeros_like, random),
-    "A = 0, B = 0": start(np.zeros_like, np.zeros_like),
+initialisations = {
+    "A random, B = 0": initialised(keep, np.zeros_like),
+    "A = 0, B random": initialised(np.zeros_like, random),
+    "A = 0, B = 0": initialised(np.zeros_like, np.zeros_like),
 }
-runs = {name: descend(lora, STEPS) for name, lora in starts.items()}
+runs = {name: descend(lora, STEPS) for name, lora in initialisations.items()}
 
 _, history = runs["A random, B = 0"]
 print("step     loss      |dA|      |dB|")
@@ -417,7 +417,7 @@ assert memory["dA, dB by way of dW"] > I * O, "the detour did not make the dense
 #    `python -m pytest tests/lora tests/ops`. Besides the finite differences,
 #    `tests/lora/test_lora_laws.py::test_the_factors_gradients_follow_from_the_dense_gradient`
 #    notices. Which of the two messages helps you more to find the line?
-# 2. Let `lora_init` start with $A$ and $B$ both zero. Which test says that the adapter is dead?
+# 2. Let `lora_init` make $A$ and $B$ both zero. Which test says that the adapter is dead?
 #    (It is `test_at_initialisation_one_factor_s_gradient_is_zero_and_the_other_s_is_not` in
 #    `tests/lora/test_lora_laws.py`.)
 # 3. Repeat the picture of the first step for the second step of gradient descent, by hand or by
