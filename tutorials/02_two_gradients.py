@@ -202,8 +202,8 @@ print(f"the same two equations in every block, float32: within {max(model_errors
 #   does $A$.
 #
 # We take steps of plain gradient descent on our text from three initialisations: this one, its
-# mirror image ($A = 0$, $B$ random), and both zero. (Every step reads the same text: here we want to
-# see the gradients move, not to train well.)
+# mirror image ($A = 0$, $B$ random), and both zero. (Every step reads the same text: here we want
+# to see the gradients move, not to train well.)
 
 
 # %%

@@ -18,7 +18,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from minilora.adapters import LoRAConfig, lora_init
-from minilora.bench.budget import SHAPES, Step, figures, flops, ledger, moments
+from minilora.bench.budget import SHAPES, Step, figures, flops, ledger, peaks
 from minilora.bench.profile import profiling
 from minilora.gpt2 import gpt_init
 from minilora.keep import Plan
@@ -200,26 +200,26 @@ def measured_peak(batch, context, adapted):
 
 
 def predicted_peak(batch, context, adapted):
-    found = moments(Step(tiny, adapted, batch, context))
-    return max(size for moment, size in found.items() if moment != "the update")
+    found = peaks(Step(tiny, adapted, batch, context))
+    return max(size for place, size in found.items() if place != "the update")
 
 
 METHODS = {"LoRA": LoRAConfig(rank=8, targets=("q", "v")), "full": None}
 CASES = [(1, 128), (4, 64)] if SMALL else [(1, 128), (4, 64), (4, 128), (2, 512), (16, 64)]
-peaks = {
+both_peaks = {
     (name, *case): (predicted_peak(*case, adapted), measured_peak(*case, adapted))
     for name, adapted in METHODS.items()
     for case in CASES
 }
 figure, axes = plt.subplots(figsize=(4.6, 4.2))
-limit = 1.1 * max(max(pair) for pair in peaks.values()) / 1e6
+limit = 1.1 * max(max(pair) for pair in both_peaks.values()) / 1e6
 axes.plot([0, limit], [0, limit], color="#969696", linewidth=1)
 for name, colour in (("LoRA", LORA_BLUE), ("full", FULL_RED)):
-    points = np.array([pair for key, pair in peaks.items() if key[0] == name]) / 1e6
+    points = np.array([pair for key, pair in both_peaks.items() if key[0] == name]) / 1e6
     axes.plot(*points.T, "o", color=colour, label=name)
-axes.set(xlabel="predicted (MB)", ylabel="measured (MB)", title="the largest moment of a pass")
+axes.set(xlabel="predicted (MB)", ylabel="measured (MB)", title="the peak of a pass")
 axes.legend()
-for (name, batch, context), (predicted, measured) in peaks.items():
+for (name, batch, context), (predicted, measured) in both_peaks.items():
     off = measured / predicted - 1
     print(f"{name} {batch:2} x {context:3}: predicted {predicted / 1e6:6.1f} MB, {off:+.1%}")
 
@@ -324,7 +324,7 @@ for name, adapted in {"LoRA": PAPER, "full": None}.items():
     hours = flops(step).total / speed / 3600
     print(
         f"GPT-3, {name}: {flops(step).total / 1e15:.2f} PFLOP, {hours:.1f} hours a step on this "
-        f"core, {need['peak_bytes'] / 1e12:.2f} TB at the largest moment"
+        f"core, {need['peak_bytes'] / 1e12:.2f} TB at its peak"
     )
 
 # %% [markdown]
@@ -358,7 +358,7 @@ assert round(weights / 1e9) == 349 and 37 < trained / 1e6 < 38, "350 GB and 35 M
 assert 3 * weights < 1.2e12 < 4 * weights, "1.2 TB lies between two recipes"
 assert total["LoRA"] < total["full"] < 2 * total["LoRA"], "activations stay"
 assert (np.diff(saved) < 0).all(), "the more tokens, the less is saved"
-for (name, *case), (predicted, measured) in peaks.items():
+for (name, *case), (predicted, measured) in both_peaks.items():
     assert abs(measured / predicted - 1) < 0.1, f"{name} {case}: the prediction is off"
 assert 2 / 3 <= ratio < 0.75, "a third of the FLOPs"
 assert ratio_top < ratio, "no gradient has to reach the lower blocks"
