@@ -1,0 +1,79 @@
+"""What inference holds at its peak: one block's makings, whatever the number of blocks."""
+
+import numpy as np
+import pytest
+from helpers import peak_of
+
+from minilora.adapters import TARGETS, LoRAConfig, lora_init
+from minilora.evaluation import evaluate_tokens
+from minilora.generate import new_cache, next_logits
+from minilora.model import load_model
+from minilora.network import Net, net_logits, trunk_forward
+from minilora.workers import SHARD_TOKENS
+
+RANK = 8
+
+
+@pytest.fixture(scope="module")
+def net():
+    """The built-in base with an adapter on every target."""
+    base = load_model()
+    lora_config = LoRAConfig(rank=RANK, targets=TARGETS)
+    return Net(base.base, base.config, lora_init(base.base, lora_config, seed=0), lora_config)
+
+
+def a_block_and_the_stream(net, N):
+    """Bytes of all that a block makes of N tokens, and of its input; then its output is made.
+
+    In widths of the model: x, x̂ and its affine, qkv, the attention's y, x' = x + h, x̂ and its
+    affine, up, GELU, down, x' + h. With each layer norm a number per token, with each adapter R.
+    """
+    C, F = net.config.n_embd, net.config.inner
+    widths = 1 + 2 + 3 + 1 + 1 + 2 + 1 + 1
+    return 4 * N * (widths * C + 2 * F + 2 + RANK * len(TARGETS))
+
+
+def half_an_array(net, N):
+    """Half of one (B, T, C): for all that is small, like masks, tokens and Python's own objects.
+
+    One array more than is counted would be above it.
+    """
+    return 4 * N * net.config.n_embd // 2
+
+
+def tokens_of(net, *shape):
+    return np.random.default_rng(0).integers(net.config.vocab_size, size=shape)
+
+
+@pytest.mark.parametrize("f", [trunk_forward, net_logits])
+@pytest.mark.parametrize(("B", "T"), [(4, 128), (1, 512)])
+def test_a_forward_pass_holds_the_makings_of_one_block(net, f, B, T):
+    tokens = tokens_of(net, B, T)
+    peak = peak_of(lambda: f(net, tokens=tokens))
+    assert peak <= a_block_and_the_stream(net, B * T) + half_an_array(net, B * T)
+
+
+def test_an_evaluation_holds_the_makings_of_one_block(net):
+    tokens = tokens_of(net, SHARD_TOKENS + 1)
+    peak = peak_of(lambda: evaluate_tokens(net, tokens, text_bytes=len(tokens), threads=1))
+    rows = SHARD_TOKENS // net.config.n_positions * net.config.n_positions
+    assert peak <= a_block_and_the_stream(net, rows) + half_an_array(net, rows)
+
+
+def test_reading_a_prompt_holds_the_makings_of_one_block_or_one_attention(net):
+    """Its keys and values are there before. The attention has scores and P of all heads at once."""
+    T, C, heads = 500, net.config.n_embd, net.config.n_head
+    tokens, cache = tokens_of(net, 1, T), new_cache(net, length=T)
+    peak = peak_of(lambda: next_logits(net, tokens=tokens, cache=cache, position=0))
+    attention = 4 * (T * (1 + 2 + 3 + 1) * C + (2 * heads + 1) * T * T)  # and the mask
+    most = max(a_block_and_the_stream(net, T), attention)
+    assert peak <= most + half_an_array(net, T)
+
+
+def test_reading_one_more_token_copies_no_keys(net):
+    length = net.config.n_positions
+    tokens, cache = tokens_of(net, 1, 1), new_cache(net, length=length)
+    for kv in cache:
+        kv.keys[:], kv.values[:] = 0, 0
+    peak = peak_of(lambda: next_logits(net, tokens=tokens, cache=cache, position=length - 1))
+    assert peak < cache[0].keys.nbytes / 4
