@@ -11,19 +11,39 @@ import minilora
 
 PACKAGE = Path(minilora.__path__[0])
 
-# What the mathematics may stand on; a module that is not named here may import any other.
+# The mathematics, layer upon layer.
+LAYERS = (
+    ("tree", "errors", "backend", "gradcheck"),
+    ("fused", "kernels", "tiles"),
+    ("ops", "loss", "optim"),
+    ("adapters", "lora"),
+    ("keep",),
+    ("gpt2",),
+    ("network",),
+    ("pairs",),
+)
+# What each of its modules may stand on; a module that is not named here may import any other.
 ALLOWED = {
     "errors": set(),
     "tree": set(),
     "gradcheck": set(),
     "backend": {"errors", "tree"},
+    "fused": {"backend"},
     "kernels": {"backend"},
-    "ops": {"errors", "backend", "kernels"},
-    "lora": {"errors", "backend", "tree", "ops"},
-    "gpt": {"errors", "backend", "tree", "ops", "lora"},
-    "optim": {"errors", "backend", "tree", "kernels"},
-    "pairs": {"backend", "tree", "ops", "lora", "gpt", "gradcheck"},
-}
+    "tiles": {"backend", "fused", "kernels"},
+    "ops": {"backend", "tiles"},
+    "loss": {"backend", "ops"},
+    "optim": {"backend", "tree", "kernels"},
+    "adapters": {"errors", "backend", "tree"},
+    "lora": {"errors", "backend", "tree", "ops", "adapters"},
+    "keep": {"tree", "ops", "lora"},
+    "gpt2": {"errors", "backend", "tree", "ops", "adapters", "lora"},
+    "network": {"errors", "backend", "tree", "ops", "loss", "adapters", "lora", "keep", "gpt2"},
+    "pairs": {
+        "backend", "tree", "tiles", "ops", "loss", "adapters", "lora", "keep", "gpt2", "network",
+        "gradcheck",
+    },
+}  # fmt: skip
 
 
 def imports(source: str) -> set[str]:
@@ -61,6 +81,17 @@ def test_imports_sees_every_form():
     assert third_party(imports(source)) == {"a"}
 
 
+def test_each_layer_stands_on_those_below_it():
+    """So the mathematics never reaches training, formats, the command line or bench."""
+    order = [module for layer in LAYERS for module in layer]
+    assert sorted(order) == sorted(ALLOWED)
+    for floor, layer in enumerate(LAYERS):
+        below = {module for lower in LAYERS[:floor] for module in lower}
+        for module in layer:
+            assert ALLOWED[module] <= below | set(layer), module
+            assert module not in ALLOWED[module]
+
+
 @pytest.mark.parametrize("module", ALLOWED)
 def test_a_module_imports_only_what_it_stands_on(module):
     names = imports((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
@@ -87,4 +118,5 @@ def test_importing_the_package_imports_numpy_alone():
 
 
 def test_importing_the_mathematics_imports_numpy_alone():
-    assert third_party(loaded_by("import minilora.gpt, minilora.pairs")) == {"numpy"}
+    statement = "import minilora.network, minilora.pairs, minilora.optim"
+    assert third_party(loaded_by(statement)) == {"numpy"}

@@ -1,9 +1,10 @@
-"""AdamW, clipping and the schedule, held against plain loops over single numbers."""
+"""AdamW, clipping and the schedule, compared with plain loops over single numbers."""
 
 import math
 
 import numpy as np
 import pytest
+from helpers import assert_trees_close, assert_trees_equal
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,13 +19,6 @@ def random_tree(seed, dtype=np.float64):
     rng = np.random.default_rng(seed)
     leaves = {name: np.asarray(rng.standard_normal(shape), dtype) for name, shape in SHAPES.items()}
     return {"w": leaves["w"], "blocks": [{"b": leaves["b"]}, {}], "t": [leaves["table"]]}
-
-
-def assert_trees_close(actual, expected, **tolerance):
-    actual, expected = tree.flatten(actual), tree.flatten(expected)
-    assert actual.keys() == expected.keys()
-    for name in expected:
-        np.testing.assert_allclose(actual[name], expected[name], err_msg=name, **tolerance)
 
 
 def copied(arrays):
@@ -55,7 +49,7 @@ def test_adamw_is_the_published_algorithm_number_by_number(
     seed, lr, beta1, beta2, eps, weight_decay
 ):
     steps = 4
-    start = params = random_tree(seed)
+    initial = params = random_tree(seed)
     gradients = [random_tree(1000 * seed + step) for step in range(1, steps + 1)]
     lrs = [lr / step for step in range(1, steps + 1)]
     moments = adamw_init(params)
@@ -72,7 +66,7 @@ def test_adamw_is_the_published_algorithm_number_by_number(
             weight_decay=weight_decay,
         )
     flat_gradients = [tree.flatten(g) for g in gradients]
-    for path, leaf in tree.flatten(start).items():
+    for path, leaf in tree.flatten(initial).items():
         decay = weight_decay if leaf.ndim >= 2 else 0.0
         for at in np.ndindex(leaf.shape):
             expected = plain_adamw(
@@ -92,7 +86,7 @@ def test_the_moments_start_at_zero_and_are_running_means():
     params = random_tree(0, np.float32)
     moments = adamw_init(params)
     for part in moments:
-        assert_trees_close(part, tree.map_leaves(np.zeros_like, params), rtol=0)
+        assert_trees_equal(part, tree.map_leaves(np.zeros_like, params))
     grads = random_tree(1, np.float32)
     _, moments = adamw(params, grads, moments, step=1, lr=0.1, beta1=0.9, beta2=0.99)
     assert_trees_close(moments.m, tree.map_leaves(lambda g: 0.1 * g, grads), rtol=1e-5)
@@ -100,11 +94,21 @@ def test_the_moments_start_at_zero_and_are_running_means():
 
 
 def test_the_first_step_moves_every_entry_by_the_rate():
-    """The bias corrections cancel the zeros of the start: without them, |step| is 0.3 lr or so."""
+    """The bias corrections cancel the initial zeros: without them, |step| is 0.3 lr or so."""
     params, grads = random_tree(0), random_tree(1)
     new, _ = adamw(params, grads, adamw_init(params), step=1, lr=0.01, eps=0.0)
     expected = tree.map_leaves(lambda p, g: p - 0.01 * np.sign(g), params, grads)
     assert_trees_close(new, expected, rtol=1e-12)
+
+
+def test_under_a_constant_gradient_every_step_moves_by_the_rate():
+    """m̂ is then g and v̂ is g² at any step; corrections that end early show in the later ones."""
+    params, grads = {"w": np.zeros((2, 2))}, {"w": np.full((2, 2), 0.3)}
+    moments = adamw_init(params)
+    for step in range(1, 300):
+        new, moments = adamw(params, grads, moments, step=step, lr=0.1, eps=0.0)
+        np.testing.assert_allclose(params["w"] - new["w"], 0.1, rtol=1e-9, err_msg=str(step))
+        params = new
 
 
 def test_decay_acts_on_matrices_alone_and_not_on_the_gradient():
@@ -113,7 +117,7 @@ def test_decay_acts_on_matrices_alone_and_not_on_the_gradient():
     new, moments = adamw(params, zero, adamw_init(params), step=1, lr=0.1, weight_decay=0.5)
     expected = tree.map_leaves(lambda p: p * 0.95 if p.ndim >= 2 else p, params)
     assert_trees_close(new, expected, rtol=1e-12)
-    assert_trees_close(moments.v, zero, rtol=0)  # decoupled: the moments see no decay
+    assert_trees_equal(moments.v, zero)  # decoupled: the moments see no decay
 
 
 def test_a_gradient_of_zero_leaves_zero_where_it_is():
@@ -134,7 +138,7 @@ def test_nothing_is_changed_and_the_dtype_stays(dtype):
         params, clipped, moments, step=2, lr=warmup_cosine(2, steps=9, peak=0.1, warmup=3),
         weight_decay=0.1,
     )  # fmt: skip
-    assert_trees_close(given, before, rtol=0)
+    assert_trees_equal(given, before)
     for leaf in tree.flatten([clipped, new, new_moments.m, new_moments.v]).values():
         assert leaf.dtype == dtype
     assert norm.dtype == dtype
@@ -167,7 +171,7 @@ def test_clipping_bounds_the_norm_and_keeps_the_direction(max_norm):
 def test_small_gradients_are_not_touched_by_clipping():
     grads = tree.map_leaves(lambda g: 1e-3 * g, random_tree(3, np.float32))
     clipped, _ = clip_by_global_norm(grads, 1.0)
-    assert_trees_close(clipped, grads, rtol=0)
+    assert_trees_equal(clipped, grads)
 
 
 def test_gradients_of_zero_are_clipped_to_zero():
