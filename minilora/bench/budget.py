@@ -128,6 +128,10 @@ class Step:
     def trains_base(self) -> bool:
         return self.lora_config is None
 
+    @property
+    def dropout(self) -> float:
+        return 0.0 if self.lora_config is None else self.lora_config.dropout
+
     @cached_property
     def adapters(self) -> dict[str, tuple[int, int, int]]:
         """(in, R, out) of every adapter by LoRA path."""
@@ -256,10 +260,9 @@ def kept_adapted_linear(
     if step.trains_base and not recomputed:
         yield Kept(f"linear {name}", "x", f"N {n_in}")
     for adapter in adapters_on(path):
-        if step.lora_config is not None and adapter in step.adapters:
+        if adapter in step.adapters:
             target, rank = adapter.rpartition(".")[2], step.adapters[adapter][1]
-            dropout = step.lora_config.dropout
-            yield from kept_lora(target, n_in, rank, dropout=dropout, recomputed=recomputed)
+            yield from kept_lora(target, n_in, rank, dropout=step.dropout, recomputed=recomputed)
 
 
 def kept_block(step: Step, block: int) -> Iterator[Kept]:
@@ -336,7 +339,7 @@ def activation_bytes(step: Step, lines: list[Entry]) -> int:
 
 
 def peaks_of_pass(step: Step) -> dict[str, int]:
-    """What is allocated beside parameters and caches at the peaks of one pass.
+    """What is allocated beside parameters and the trunk's caches at the peaks of one pass.
 
     Numbers by where the peak is. The gradients of the base come one after the other, from the
     head to the first block, so that most of them are there in the last block of the way back.
@@ -347,6 +350,7 @@ def peaks_of_pass(step: Step) -> dict[str, int]:
     sizes["Z"] = min(sizes["V"], 2 * VOCAB_CHUNK)
     sizes["E"] = min(TILE, sizes["N"] * sizes["F"])  # entries of a GELU at a time
     sizes["Q"] = step.queries
+    sizes["S"] = sizes["B"] * max(0, step.context - step.queries)  # what the last tile but one sees
 
     def count(formula: str, gradients: str = "0") -> int:
         return evaluate(f"{formula} + {gradients}" if full else formula, sizes)
@@ -357,25 +361,24 @@ def peaks_of_pass(step: Step) -> dict[str, int]:
         recomputed = max(recomputed_cache(step, block) for block in range(step.config.n_layer))
     there = recomputed + step.adapter_parameters  # whose gradients these are
     found = {
-        "the loss": max(count("N Z"), count("N Y + N C")) + count("N C", "N C + V C"),
+        "the loss": max(count("N Z"), count("N Y + N C")) + count("2 N C + N", "N C + N + V C"),
         "a GELU's backward": count("2 N C + 2 N F + 4 E", f"{above} + F C") + there,
     }
+    if any(path.endswith("mlp.down") for path in step.adapters):
+        found["a down's backward"] = count(f"2 N C + {4 if step.dropout else 3} N F") + there
     if any(step.reaches_attention(block) for block in range(step.lowest, step.config.n_layer)):
-        attention = count("8 N C + 3 H Q N", f"{above} + 2 C F + C C")
+        attention = count("9 N C + 2 S C + 3 H Q N", f"{above} + 2 C F + C C")
         found["an attention's backward"] = attention + there
     if full:
-        tables = (
-            max(count("2 N C + V C") + recomputed, count("N C + 2 V C"))
-            if step.tied
-            else recomputed
-        )
+        tables = max(count("2 N C + V C"), count("N C + 2 V C")) if step.tied else 0
         found["the embedding's backward"] = step.base_parameters + tables
     return found
 
 
 def recomputed_cache(step: Step, block: int) -> int:
-    """The numbers in a block's cache while its backward pass runs, with recompute."""
-    lines = (line for line in kept_block(step, block) if not is_mask(line))
+    """With recompute, the numbers in a block's cache that are there for its backward pass only."""
+    kept = list(kept_with_recompute(step, block))
+    lines = (line for line in kept_block(step, block) if line not in kept)
     return sum(evaluate(line.formula, step.sizes) for line in lines)
 
 
@@ -385,7 +388,7 @@ def peaks(step: Step) -> dict[str, int]:
     Threads are taken to reach the same peak together, which is the worst that can happen.
     """
     itemsize, trained = ITEMSIZE[step.dtype], step.trainable_parameters
-    kept = activation_bytes(step, ledger(step))
+    kept = activation_bytes(step, [line for line in ledger(step) if line.place != "head"])
     if len(step.shards) > 1:  # the sum so far, and what was added last
         kept += 2 * itemsize * trained
     found = {

@@ -109,19 +109,22 @@ def test_the_ledger_is_what_the_caches_hold(step):
     def held_by(*caches):
         return numbers_in(caches, net=trunk.net)
 
-    for i, (block, _) in enumerate(trunk.blocks):
+    def held_by_parts(block, *names):
+        return held_by(*(block.get(name) for name in names))
+
+    for i, block in enumerate(trunk.blocks):
         place = f"blocks.{i}"
         if block is None:
             assert not any(entry.place == place for entry in lines)
             continue
         ln_1, ln_2 = layer_norms_in_ledger(place)
         qkv = linear_in_ledger(place, "qkv", "qkv", "q", "k", "v")
-        assert held_by(block.ln_1, block.qkv) == ln_1 + qkv, place
-        assert held_by(block.attention) == in_ledger(place, "attention"), place
-        assert held_by(block.o) == linear_in_ledger(place, "o", "o"), place
-        assert held_by(block.ln_2, block.up) == ln_2 + linear_in_ledger(place, "up", "up"), place
-        down = linear_in_ledger(place, "down", "down")
-        assert held_by(block.gelu, block.down) == in_ledger(place, "GELU") + down, place
+        o, up, down = (linear_in_ledger(place, name, name) for name in ("o", "up", "down"))
+        assert held_by_parts(block, "ln_1", "qkv") == ln_1 + qkv, place
+        assert held_by_parts(block, "attention") == in_ledger(place, "attention"), place
+        assert held_by_parts(block, "o") == o, place
+        assert held_by_parts(block, "ln_2", "up") == ln_2 + up, place
+        assert held_by_parts(block, "gelu", "down") == in_ledger(place, "GELU") + down, place
     assert held_by(head) == in_ledger("head", "head and loss")
     assert held_by(trunk, head) == sum(e.numbers for e in lines)
 
@@ -139,6 +142,7 @@ QKV = LoRAConfig(rank=8)
 EVERYWHERE = LoRAConfig(rank=2, targets=("qkv", "o", "up", "down"))
 UPPER_HALF = LoRAConfig(rank=4, targets=("blocks.[1-9].attn.[qv]", "blocks.[1-9].mlp.down"))
 DROPPED = LoRAConfig(rank=8, dropout=0.1)
+DROPPED_EVERYWHERE = dataclasses.replace(EVERYWHERE, dropout=0.1)
 FAST = GPTConfig(256, 128, n_embd=96, n_layer=3, n_head=3)
 # Wide enough for arrays to outweigh Python's objects; name: (config, batch, context, dtype)
 FAST_SHAPES = {
@@ -158,6 +162,7 @@ SLOW_SHAPES = {
 METHODS = {
     "full": None, "LoRA on qkv": QKV, "LoRA everywhere": EVERYWHERE,
     "LoRA in the upper blocks": UPPER_HALF, "LoRA with dropout": DROPPED,
+    "LoRA everywhere with dropout": DROPPED_EVERYWHERE,
 }  # fmt: skip
 each_method = pytest.mark.parametrize("method", METHODS)
 each_shape = pytest.mark.parametrize(
