@@ -1,15 +1,14 @@
 """What is kept of a forward pass: enough for every wanted gradient, and no more."""
 
-import itertools
 import weakref
 
 import numpy as np
 import pytest
 from helpers import CONFIG, a_batch, a_net, arrays_in, assert_trees_equal, numbers_kept
 
-from minilora import gpt2, keep, loss, network, ops
+from minilora import gpt2, keep, loss, ops
 from minilora.adapters import TARGETS, adapted_paths
-from minilora.keep import Plan, Restored, thin, without_output
+from minilora.keep import Kept, Plan, without_output
 from minilora.network import loss_and_grads, trunk_forward
 from minilora.tree import flatten
 
@@ -35,6 +34,15 @@ def model(*targets, dropout=0.3, **options):
     return net, a_batch(net)
 
 
+def with_its_whole_cache(x, net, i, adapters):
+    """y of block i, and the caches of its parts in a dict that drops nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpt2, "Kept", lambda plan, reads: {})
+        return gpt2.block_forward(
+            x, net.base["blocks"][i], adapters, config=net.config, plan=Plan()
+        )
+
+
 def by_the_whole_caches(net, tokens, targets, masks, *, base):
     """The loss, dbase and dlora with nothing left out and nothing recomputed.
 
@@ -44,10 +52,8 @@ def by_the_whole_caches(net, tokens, targets, masks, *, base):
     embedding = placed[""]["wte"].get("embedding")
     x, embed = gpt2.embed_forward(net.base, embedding, tokens=tokens)
     caches = []
-    for i, block in enumerate(net.base["blocks"]):
-        x, cache = gpt2.block_forward(
-            x, block, placed[f"blocks.{i}"], config=net.config, attend=ops.attention_forward
-        )
+    for i in range(net.config.n_layer):
+        x, cache = with_its_whole_cache(x, net, i, placed[f"blocks.{i}"])
         caches.append(cache)
     x, norm = gpt2.norm_forward(x, net.base, config=net.config)
     if base:
@@ -107,15 +113,15 @@ NORM = {"norm.normalise.xhat": N * C, "norm.normalise.rstd": N}
 
 
 def layer_norm(name, i):
-    return {f"blocks.{i}.0.{name}.normalise.xhat": N * C, f"blocks.{i}.0.{name}.normalise.rstd": N}
+    return {f"blocks.{i}.{name}.normalise.xhat": N * C, f"blocks.{i}.{name}.normalise.rstd": N}
 
 
 def attention(i):
-    return {f"blocks.{i}.0.attention.q": N * 3 * C}  # q, k and v are views of one array
+    return {f"blocks.{i}.attention.q": N * 3 * C}  # q, k and v are views of one array
 
 
 def gelu(i):
-    return {f"blocks.{i}.0.gelu.x": N * F}
+    return {f"blocks.{i}.gelu.x": N * F}
 
 
 def mlp(i):
@@ -124,8 +130,7 @@ def mlp(i):
 
 def update(linear, target, i, **makings):
     return {
-        f"blocks.{i}.0.{linear}.adapters.{target}.lora.{name}": size
-        for name, size in makings.items()
+        f"blocks.{i}.{linear}.adapters.{target}.lora.{name}": size for name, size in makings.items()
     }
 
 
@@ -165,7 +170,7 @@ def test_a_frozen_base_keeps_what_the_factors_gradients_are_made_of_and_no_more(
 
 def test_a_trained_base_keeps_the_input_of_o_besides():
     net, batch = model("qkv")
-    inputs = {f"blocks.{i}.0.o.linear.x": N * C for i in range(2)}
+    inputs = {f"blocks.{i}.o.linear.x": N * C for i in range(2)}
     assert kept(net, batch, BASE) == {**block(0), **block(1), **inputs, **NORM}
     makings = {path: x for i in range(2) for path, x in update("qkv", "qkv", i, h=N * R).items()}
     assert kept(net, batch, BOTH) == {**block(0), **block(1), **inputs, **makings, **NORM}
@@ -173,13 +178,13 @@ def test_a_trained_base_keeps_the_input_of_o_besides():
 
 def test_with_recompute_a_block_keeps_its_input_alone():
     """And what the last map's factors are made of, as that is not recomputed."""
-    inputs = {f"blocks.{i}.0.x": N * C for i in range(2)}
+    inputs = {f"blocks.{i}.x": N * C for i in range(2)}
     for plan in (BASE, LORA, BOTH):
         net, batch = model("qkv", "up")
         assert kept(net, batch, plan._replace(recompute=True)) == {**inputs, **NORM}
     net, batch = model("1.mlp.down")
-    last = {"blocks.1.0.last.adapters.down.lora.h": N * R}
-    expected = {"blocks.1.0.x": N * C, **last, **NORM}
+    last = {"blocks.1.last.adapters.down.lora.h": N * R}
+    expected = {"blocks.1.x": N * C, **last, **NORM}
     assert kept(net, batch, LORA._replace(recompute=True)) == expected
 
 
@@ -200,7 +205,7 @@ def test_nothing_is_kept_below_the_lowest_adapter_and_the_pass_ends_there(
     first = 0 if lowest == "embedding" else int(lowest.split(".")[1])
     plan = Plan(lora=True, recompute=recompute)
     _, cache = trunk_forward(net, tokens=batch["tokens"], masks=batch["masks"], plan=plan)
-    assert [block is None for block, _ in cache.blocks] == [i < first for i in range(2)]
+    assert [block is None for block in cache.blocks] == [i < first for i in range(2)]
 
     reached = []
 
@@ -276,54 +281,55 @@ def test_an_input_lives_only_while_its_linear_map_is_read(plan, monkeypatch):
     assert not any(x() is not None for x in inputs)
 
 
-def a_block(*targets, plan):
-    """A block's whole cache and its thin one."""
+def a_whole_cache(*targets):
     net, batch = model(*targets)
     placed, x = net.adapters(batch["masks"]), np.random.default_rng(0).standard_normal((3, 5, C))
-    _, cache = gpt2.block_forward(
-        x, net.base["blocks"][1], placed["blocks.1"], config=CONFIG, attend=ops.attention_forward
-    )
-    return cache, thin(cache, plan, gpt2)
+    return with_its_whole_cache(x, net, 1, placed["blocks.1"])[1]
+
+
+def written(whole, plan):
+    """The same caches, written into a `Kept` in their order."""
+    cache = Kept(plan, gpt2.READS)
+    for name, part in whole.items():
+        cache[name] = part
+    return cache
 
 
 @pytest.mark.parametrize("targets", [("qkv",), ("k", "v", "down"), TARGETS], ids="+".join)
 @pytest.mark.parametrize("plan", [BASE, LORA, BOTH])
-def test_a_restored_map_is_the_whole_one_without_what_the_plan_drops(targets, plan):
-    """Its input, and that of each adapter after dropout, bit for bit."""
-    whole, thinned = a_block(*targets, plan=plan._replace(below=True))
-    restored = Restored(thinned, plan, gpt2)
-    for name in gpt2.BlockCache._fields:
-        expected = arrays_in(keep.wanted(getattr(whole, name), plan))
-        found = arrays_in(getattr(restored, name))
+def test_what_is_read_is_the_whole_cache_without_what_the_plan_drops(targets, plan):
+    """A map's input, and that of each of its adapters after dropout, bit for bit."""
+    whole = a_whole_cache(*targets)
+    cache = written(whole, plan)
+    assert list(cache) == list(whole)
+    for name in whole:
+        expected = arrays_in(keep.wanted(whole[name], plan))
+        found = arrays_in(cache[name])
+        if name in gpt2.READS and not (plan.base or whole[name].adapters):
+            assert found.keys() == {"linear.w"}, "an input that nothing is made of"
+            continue
         assert found.keys() == expected.keys(), name
         for path, x in expected.items():
             assert np.array_equal(found[path], x), f"{name}.{path}"
 
 
-def test_a_map_without_anything_to_train_gets_no_input():
-    _, thinned = a_block("down", plan=LORA._replace(below=True))
-    restored = Restored(thinned, LORA, gpt2)
-    assert arrays_in(restored.up).keys() == {"linear.w"}
-    assert "adapters.down.lora.x" in arrays_in(restored.down)
-
-
-def test_thinning_leaves_the_whole_cache_as_it_was():
-    for plan, below in itertools.product((Plan(), BASE, LORA, BOTH), (False, True)):
-        whole, _ = a_block("q", "down", plan=plan)
+def test_writing_and_reading_leave_the_whole_cache_as_it_was():
+    for plan in (Plan(), BASE, LORA, BOTH, LORA._replace(end="up")):
+        whole = a_whole_cache("q", "down")
         before = arrays_in(whole)
-        thin(whole, plan._replace(below=below), gpt2)
+        cache = written(whole, plan)
+        for name in cache:
+            cache[name]
         after = arrays_in(whole)
         assert before.keys() == after.keys()
         assert all(before[path] is after[path] for path in before)
 
 
-def test_every_architecture_names_its_linear_maps_in_order():
-    """READS and ENDS, which `keep` reads, are about the same maps, in the order of the cache."""
-    for architecture in network.ARCHITECTURES.values():
-        order = architecture.BlockCache._fields
-        assert list(architecture.READS) == sorted(architecture.READS, key=order.index)
-        assert architecture.READS.keys() == architecture.ENDS.keys()
-        for name, source in architecture.READS.items():
-            assert order.index(source) < order.index(name)
-            assert order.index(architecture.ENDS[name]) <= order.index(name)
-            assert architecture.ENDS[name] in architecture.READS
+def test_reads_and_ends_name_the_linear_maps_in_the_order_of_the_pass():
+    order, reads, ends = list(a_whole_cache("q")), gpt2.READS, gpt2.ENDS
+    assert reads.keys() == ends.keys()
+    assert list(reads) == [name for name in order if name in reads]
+    for name, source in reads.items():
+        assert order.index(source) < order.index(name)
+        assert order.index(ends[name]) <= order.index(name)
+        assert ends[name] in reads
