@@ -36,8 +36,8 @@ ALLOWED = {
     "optim": {"backend", "tree", "kernels"},
     "adapters": {"errors", "backend", "tree"},
     "lora": {"errors", "backend", "tree", "ops", "adapters"},
-    "keep": {"tree", "ops", "lora"},
-    "gpt2": {"errors", "backend", "tree", "ops", "adapters", "lora"},
+    "keep": {"tree", "ops", "adapters", "lora"},
+    "gpt2": {"errors", "backend", "tree", "ops", "adapters", "lora", "keep"},
     "network": {"errors", "backend", "tree", "ops", "loss", "adapters", "lora", "keep", "gpt2"},
     "pairs": {
         "backend", "tree", "tiles", "ops", "loss", "adapters", "lora", "keep", "gpt2", "network",

@@ -281,6 +281,21 @@ def test_an_input_lives_only_while_its_linear_map_is_read(plan, monkeypatch):
     assert not any(x() is not None for x in inputs)
 
 
+def test_no_input_is_recomputed_of_which_no_gradient_is_made(monkeypatch):
+    """With a frozen base, only those that adapters read."""
+    recomputed = []
+    for cache in (ops.LayerNormCache, ops.GELUCache):
+        whole = cache.output
+        monkeypatch.setattr(
+            cache,
+            "output",
+            lambda self, whole=whole: (recomputed.append(type(self)), whole(self))[1],
+        )
+    net, batch = model("1.attn.o", "down")
+    loss_and_grads(net, **batch)
+    assert recomputed == [ops.GELUCache, ops.GELUCache]
+
+
 def a_whole_cache(*targets):
     net, batch = model(*targets)
     placed, x = net.adapters(batch["masks"]), np.random.default_rng(0).standard_normal((3, 5, C))
