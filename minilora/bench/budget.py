@@ -452,10 +452,11 @@ def block_flops(step: Step, block: int) -> Flops:
         return Flops(forward, 0)
     backward = (2 if step.trains_base else 1) * sum(weights.values())  # dx, dW
     backward += 5 * attention + 2 * sum(map(sum, adapters.values()))
-    if step.recompute:
-        backward += forward - weights["down"]
+    if step.recompute:  # of its last map a single column, and without the adapter there
+        backward += forward - weights["down"] + 2 * N * config.inner
+        backward -= sum(adapters.get("down", ()))
     if step.ends_in(block):
-        backward -= weights["qkv"]  # its dx, which nothing further down would need
+        backward -= weights["qkv"]  # its dx, which nothing below it would need
         if step.reaches_attention(block):
             backward -= sum(products[0] for name, products in adapters.items() if name in "qkv")
         else:

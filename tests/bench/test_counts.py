@@ -13,7 +13,8 @@ from minilora.bench.budget import SHAPES, Step, adapter_shapes, base_parameters,
 from minilora.bench.products import recorded, recording
 from minilora.errors import MiniloraError
 from minilora.gpt2 import GPTConfig, gpt_init
-from minilora.network import loss_and_grads
+from minilora.keep import Plan
+from minilora.network import Net, loss_and_grads
 
 configs = st.builds(
     lambda vocab, positions, head, heads, layers, inner: GPTConfig(
@@ -91,23 +92,17 @@ def test_the_gpt2_family_has_the_sizes_of_its_published_files(name, parameters):
 # --- FLOPs ---------------------------------------------------------------------------------------
 
 
-def products_of_a_step(config, lora_config, *, batch, context):
+def products_of_a_step(config, lora_config, *, batch, context, recompute=False):
     """FLOPs of every matrix product that loss_and_grads really computes."""
     rng = np.random.default_rng(0)
-    base = gpt_init(config, seed=0)
-    lora = None if lora_config is None else lora_init(base, lora_config, seed=0)
+    trees, full = {"base": gpt_init(config, seed=0)}, lora_config is None
+    if not full:
+        trees["lora"] = lora_init(trees["base"], lora_config, seed=0)
     tokens, targets = rng.integers(config.vocab_size, size=(2, batch, context))
-    trees = {"base": base, "lora": lora or {}}
     with recording(trees) as log:
-        loss_and_grads(
-            recorded(base),
-            None if lora is None else recorded(lora),
-            tokens=tokens,
-            targets=targets,
-            config=config,
-            lora_config=lora_config,
-            wrt="base" if lora is None else "lora",
-        )
+        net = Net(config=config, lora_config=lora_config, **recorded(trees))
+        plan = Plan(base=full, lora=not full, recompute=recompute)
+        loss_and_grads(net, tokens=tokens, targets=targets, plan=plan)
     return sum(product.flops for item in log.items for product in item)
 
 
@@ -116,11 +111,12 @@ def products_of_a_step(config, lora_config, *, batch, context):
     st.none() | lora_configs,
     st.integers(1, 3),
     st.integers(2, 4),
+    st.booleans(),
 )
-def test_flops_are_those_of_the_products_of_a_step(config, lora_config, batch, context):
-    step = Step(config, lora_config, batch, context)
+def test_flops_are_those_of_the_products_of_a_step(config, lora_config, batch, context, recompute):
+    step = Step(config, lora_config, batch, context, recompute=recompute)
     assert flops(step).total == products_of_a_step(
-        config, lora_config, batch=batch, context=context
+        config, lora_config, batch=batch, context=context, recompute=recompute
     )
 
 

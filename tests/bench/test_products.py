@@ -22,7 +22,8 @@ from minilora.bench.products import (
     repeat_timed,
 )
 from minilora.gpt2 import GPTConfig
-from minilora.network import loss_and_grads
+from minilora.keep import Plan
+from minilora.network import Net, loss_and_grads
 from minilora.tree import flatten
 from minilora.workers import Workers
 
@@ -96,11 +97,11 @@ def test_recording_changes_no_bit():
     model = random_model(case)
     rng = np.random.default_rng(0)
     tokens, targets = rng.integers(11, size=(2, 2, 8))
-    constants = {"tokens": tokens, "targets": targets, "config": CONFIG}
-    constants |= {"lora_config": case.lora_config, "wrt": "both"}
-    plain = loss_and_grads(**model, **constants)
+    batch = {"tokens": tokens, "targets": targets, "plan": Plan(base=True, lora=True)}
+    constants = {"config": CONFIG, "lora_config": case.lora_config}
+    plain = loss_and_grads(Net(**model, **constants), **batch)
     with recording(model) as log:
-        noted = loss_and_grads(**recorded(model), **constants)
+        noted = loss_and_grads(Net(**recorded(model), **constants), **batch)
     assert log.items[0]
     assert float(plain[0]) == float(noted[0])
     for ours, theirs in zip(plain[1:], noted[1:], strict=True):

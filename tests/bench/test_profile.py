@@ -1,11 +1,11 @@
-"""The breakdown counts every moment once, and leaves the package as it was."""
+"""The breakdown counts every second once, and leaves the package as it was."""
 
 import threading
 import time
 
 import pytest
 
-from minilora import gpt, ops, optim
+from minilora import evaluation, gpt2, loss, network, ops, optim
 from minilora.bench.case import Case
 from minilora.bench.measure import RUNS, random_model
 from minilora.bench.profile import Profile, profiling
@@ -83,34 +83,65 @@ def test_time_is_counted_when_an_operation_raises(clock):
     assert profile.total(threads=1) == 1.0
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_step_is_divided_among_its_operations(method):
-    case = Case(CONFIG, method=method, batch=2, context=8, threads=2)
+def calls_in(case):
+    """How often a run of the case calls each operation; every one of them takes time."""
     with Workers(2) as workers:
-        run = RUNS["step"](case, random_model(case), workers)
+        run = RUNS[case.what](case, random_model(case), workers)
         with profiling() as profile:
             run()
-    shards, blocks = 2, 2
-    expected = {
-        "attention_forward": shards * blocks,
-        "attention_backward": shards * blocks,
-        "gelu_backward": shards * blocks,
-        "linear_forward": 4 * shards * blocks,
-        "loss_and_grads": shards,
-        "adamw": 1,
-        "clip_by_global_norm": 1,
-        "draw_batch": 1,
-    }
-    assert {name: profile.calls[name] for name in expected} == expected
     assert all(seconds > 0.0 for seconds in profile.by_operation(2).values())
+    return profile.calls
+
+
+BLOCKS = CONFIG.n_layer
+FORWARD = {
+    "embedding_forward": 1, "position_forward": 1, "block_forward": BLOCKS,
+    "layer_norm_forward": 2 * BLOCKS + 1, "adapted_linear_forward": 4 * BLOCKS,
+    "linear_forward": 4 * BLOCKS, "gelu_forward": BLOCKS,
+}  # fmt: skip
+BACKWARD = {
+    "block_backward": BLOCKS, "attention_backward": BLOCKS, "gelu_backward": BLOCKS,
+    "adapted_linear_backward": 4 * BLOCKS, "linear_backward": 4 * BLOCKS,
+}  # fmt: skip
+LOSS = {"lora": "frozen_head_loss", "full": "head_loss"}
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_step_is_divided_among_its_operations(method):
+    calls = calls_in(Case(CONFIG, method=method, batch=2, context=8, threads=2))
+    adapted = BLOCKS if method == "lora" else 0
+    in_shard = FORWARD | BACKWARD | {
+        "attention_forward": BLOCKS, "loss_and_grads": 1,
+        "lora_forward": adapted, "lora_backward": adapted,
+        f"{LOSS[method]}_forward": 1, f"{LOSS[method]}_backward": 1,
+    }  # fmt: skip
+    expected = {name: 2 * count for name, count in in_shard.items()}
+    expected |= {"adamw": 1, "clip_by_global_norm": 1, "draw_batch": 1}
+    assert {name: calls[name] for name in expected} == expected
+
+
+def test_an_evaluation_is_divided_among_its_operations():
+    calls = calls_in(Case(CONFIG, what="evaluate", batch=2, context=8, threads=2))
+    in_shard = FORWARD | {"attention_forward": BLOCKS, "head_loss_forward": 1}
+    expected = {name: 2 * count for name, count in in_shard.items()}
+    assert {name: calls[name] for name in expected} == expected
+
+
+def test_a_generation_is_divided_among_its_operations():
+    calls = calls_in(Case(CONFIG, what="generate", context=4))
+    in_token = FORWARD | {"cached_attention": BLOCKS, "head_forward": 1, "distribution": 1}
+    expected = {name: 4 * count for name, count in in_token.items()}
+    assert {name: calls[name] for name in expected} == expected
 
 
 def test_nothing_stays_wrapped():
-    before = [dict(vars(module)) for module in (ops, gpt, optim, loop)]
-    defaults = dict(gpt.block_forward.__kwdefaults__)
+    modules = (ops, loss, gpt2, network, evaluation, optim, loop)
+    before = {module: dict(vars(module)) for module in modules}
+    defaults = dict(gpt2.block_forward.__kwdefaults__)
     with profiling():
-        assert ops.gelu_forward is not before[0]["gelu_forward"]
-        assert gpt.gelu_forward is ops.gelu_forward
-        assert before[1]["block_forward"].__kwdefaults__["attend"] is gpt.attention_forward
-    assert [dict(vars(module)) for module in (ops, gpt, optim, loop)] == before
-    assert gpt.block_forward.__kwdefaults__ == defaults
+        assert ops.gelu_forward is not before[ops]["gelu_forward"]
+        assert network.attention_forward is ops.attention_forward
+        assert evaluation.head_loss_forward is loss.head_loss_forward
+        assert before[gpt2]["block_forward"].__kwdefaults__["attend"] is ops.attention_forward
+    assert {module: dict(vars(module)) for module in modules} == before
+    assert gpt2.block_forward.__kwdefaults__ == defaults
