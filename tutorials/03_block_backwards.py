@@ -179,12 +179,13 @@ for check in checks:
 
 # %% [markdown]
 # minilora's own block has the same lines, in [minilora/gpt2.py](../minilora/gpt2.py). It takes
-# adapters besides, of which we give it none. As the very same operations run, its numbers are equal
-# to ours bit for bit.
+# adapters besides, of which we give it none, and a plan of the gradients that are wanted: those of
+# the base. As the very same operations run, its numbers are equal to ours bit for bit.
 
 # %%
 no_adapters = {name: {} for name in gpt2.READS}
-y, cache = gpt2.block_forward(x, block, no_adapters, config=sizes, attend=ops.attention_forward)
+plan = minilora.Plan(base=True)
+y, cache = gpt2.block_forward(x, block, no_adapters, config=sizes, plan=plan)
 dx, dblock, _ = gpt2.block_backward(dy, cache)
 values, _ = block_forward(x, block, heads=2)
 same_bits = {

@@ -102,7 +102,10 @@ def find_type(
     objects = env.get_domain("py").objects
     entries = [name for name in objects if name.endswith("." + target)]
     lines = [(path, definitions(path)[target]) for path in modules() if target in definitions(path)]
-    place = locate(target) or locate(f"{node.get('py:module')}.{target}")
+    module = node.get("py:module")
+    place = next(
+        filter(None, map(locate, (target, f"{module}.{target}", f"minilora.{target}"))), None
+    )
     if len(entries) == 1:
         uri = f"{objects[entries[0]].docname}.html#{objects[entries[0]].node_id}"
     elif place or len(lines) == 1:  # without a docstring it has no entry, but a line in a listing
