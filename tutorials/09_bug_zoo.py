@@ -35,7 +35,7 @@ from minilora.adapters import (
     weight_of,
 )
 from minilora.data import draw_batch
-from minilora.keep import Plan
+from minilora.keep import Kept, Plan
 from minilora.lora import adapted_linear_forward, lora_backward, lora_forward, merge
 from minilora.loss import cross_entropy_forward
 from minilora.mix import mix
@@ -418,18 +418,15 @@ print("loss on English prose after", DECAY_STEPS, "steps:", np.round(decay_losse
 # The opposite: the base is left alone, but its gradients are prepared all the same. Every linear
 # map keeps its input for a $\mathrm{d}W$ that nobody wants. Nothing is wrong with the result; the
 # memory that LoRA was to save is simply not saved. In minilora every forward pass returns all that
-# its gradients are made of, and one function, `keep.thin`, drops what the wanted ones do not need;
-# the bug is not to call it. We count the bytes that are still held after the forward pass.
+# its gradients are made of, and `keep.Kept`, a dict of a block's caches, drops what the wanted ones
+# do not need as it is written; the bug is a dict that keeps it all. We count the bytes that are
+# still held after the forward pass.
 #
-# Caught by `test_a_frozen_base_keeps_less_and_nothing_below_the_lowest_adapter`
-# (`tests/lora/test_lora_laws.py`).
+# Caught by `test_a_frozen_base_keeps_what_the_factors_gradients_are_made_of_and_no_more`
+# (`tests/keep/test_keep.py`).
 
 
 # %%
-def all_of_it(cache, plan, architecture):
-    return cache
-
-
 def kept_megabytes():
     tracemalloc.start()
     _, cache = trunk_forward(Net(base, sizes, on_qv, QV), tokens=tokens, plan=Plan(lora=True))
@@ -440,7 +437,7 @@ def kept_megabytes():
 
 
 kept = kept_megabytes()
-with patch("minilora.network.thin", all_of_it):
+with patch.object(Kept, "__setitem__", dict.__setitem__):
     kept_for_nothing = kept_megabytes()
 print(f"held after the forward pass: {kept:.1f} MB; with the bug {kept_for_nothing:.1f} MB")
 

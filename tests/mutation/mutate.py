@@ -2,21 +2,26 @@
 
     python tests/mutation/mutate.py [WORD]
 
-Each mutant is one change of one expression or statement in a backward pass (or in a helper that it
-calls): a term dropped, a sign flipped, a transpose left out, a reduction over another axis, two
-gradients swapped, another variable, … It is held against central differences of the *unchanged*
-forward passes, and it is killed when a check fails or an error is raised. One that survives must be
-named in `EXPLAINED`, with the reason why no test could tell it from the original.
+Each mutant is one change of one expression or statement in a backward pass, in a helper that it
+calls, or in what decides what is kept for it: a term dropped, a sign flipped, a transpose left out,
+a reduction over another axis, two gradients swapped, another variable, … Its gradients are compared
+with central differences of the *unchanged* forward passes, and what it keeps and computes with what
+follows from the shapes. It is killed when a check fails or an error is raised. One that survives
+must be named in `EXPLAINED`, with the reason why no test could tell it from the original.
 
 Prints one line per function, and below it each survivor with its explanation; WORD limits the run
-to the functions whose name contains it.
+to the functions whose name, such as ops.linear_backward, contains it.
 """
 
 from __future__ import annotations
+import __future__
 
 import ast
+import contextlib
 import copy
 import dataclasses
+import functools
+import inspect
 import re
 import sys
 import time
@@ -25,88 +30,123 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 
-from minilora import gpt, lora, ops
+from minilora import fused, gpt2, keep, lora, loss, network, ops, tiles
+from minilora.adapters import LoRAConfig, adapters, lora_init
 from minilora.errors import MiniloraError
+from minilora.generate import new_cache, next_logits
 from minilora.gradcheck import assert_close, check_pair, check_tree
-from minilora.lora import LoRAConfig, lora_init
-from minilora.pairs import PAIRS, Case, Sizes, tiny_model
+from minilora.keep import Plan
+from minilora.network import Net
+from minilora.pairs import PAIRS, Batch, Pair, Sizes, tiny_model
 from minilora.tree import flatten, map_leaves
 
-INFERRED_SIDE = "NumPy infers the side that is given as any negative number, -1 or -2."
+MODULES = (ops, loss, tiles, fused, lora, keep, gpt2, network)
+# Beside the backward passes, their helpers and all of `keep`: what they call from another module,
+# and what decides what is kept for them.
+BESIDE = {
+    ops: ("LayerNormCache.output", "GELUCache.output"),
+    tiles: ("entrywise",),
+    fused: ("gelu_gradient",),
+    network: ("trunk_forward", "_block_forward", "loss_and_grads"),
+}
+OF_MODELS = (lora, keep, gpt2, network)
+ALSO_OF_MODELS = ("ops.LayerNormCache.output", "ops.GELUCache.output", "ops.dropout_backward")
+# Called to recompute an output, which is not what is to be checked here.
+FORWARD = {"affine_forward", "gelu"}
+# So small that the arrays here have several.
+TILES = ((ops, "QUERY_TILE", 2), (loss, "VOCAB_CHUNK", 3), (tiles, "TILE", 4))
+
 SECOND_TO_LAST = "Of four axes, 2 and -2 are the same."
 ALIKE = "The arrays are of one shape and dtype."
 SYMMETRIC = "The order of the two does not matter."
-NOT_HERE = "Where the target is in another part, any column will do: 0 is subtracted there."
-MAXIMUM_CANCELS = "The maximum cancels; tests/ops sees huge logits and changed arguments."
+NOT_HERE = "Where the target is in another chunk, any column will do: 0 is subtracted there."
 ONE_DEVICE = "All of the cache lies on one device."
+CACHE_UNUSED = "Attention recomputes P alone, and keeps it itself."
+ON_A_GPU = "A GPU takes all queries as one tile."
+BOTH_DROPPED = "`keep` drops what either is made of, or neither."
 
-# Survivors, by "function: before → after", and why the result is the same.
-EXPLAINED = {
-    "rows: return x.reshape(-1, x.shape[-1]) → return x.reshape(-2, x.shape[-1])": INFERRED_SIDE,
-    "embedding_backward: namespace(dy).add.at(dtable, index.reshape(-1), rows(dy)) → "
-    "namespace(dy).add.at(dtable, index.reshape(-2), rows(dy))": INFERRED_SIDE,
-    "position_backward: dwpe[offset:offset + T] = dy.reshape(-1, T, dy.shape[-1]).sum(axis=0) → "
-    "dwpe[offset:offset + T] = dy.reshape(-2, T, dy.shape[-1]).sum(axis=0)": INFERRED_SIDE,
-    "lora_embedding_backward: namespace(dy).add.at(dA, index.reshape(-1), drows) → "
-    "namespace(dy).add.at(dA, index.reshape(-2), drows)": INFERRED_SIDE,
-    "attention_backward: dv[..., s, :] += P.swapaxes(-1, -2) @ dy_heads[..., t, :] → "
-    "dv[..., s, :] += P.swapaxes(-1, 2) @ dy_heads[..., t, :]": SECOND_TO_LAST,
-    "attention_backward: dP = dy_heads[..., t, :] @ v[..., s, :].swapaxes(-1, -2) → "
-    "dP = dy_heads[..., t, :] @ v[..., s, :].swapaxes(-1, 2)": SECOND_TO_LAST,
-    "attention_backward: dk[..., s, :] += dS.swapaxes(-1, -2) @ q[..., t, :] → "
-    "dk[..., s, :] += dS.swapaxes(-1, 2) @ q[..., t, :]": SECOND_TO_LAST,
-    "attention_weights: n, K = q.shape[-2:] → n, K = q.shape[2:]": SECOND_TO_LAST,
-    "attention_weights: scores = q * (1.0 / math.sqrt(K)) @ k.swapaxes(-1, -2) → "
-    "scores = q * (1.0 / math.sqrt(K)) @ k.swapaxes(-1, 2)": SECOND_TO_LAST,
-    "causal_mask: return xp.triu(xp.full((n, n), -math.inf, dtype=like.dtype), 1) → "
+# Survivors, by "module.function: before → after", and why the result is the same.
+EXPLAINED: dict[str, str] = {
+    "ops.normalise_backward: dx -= xhat * (dots(dxhat, xhat) / dxhat.shape[-1]) → "
+    "dx -= xhat * (dots(xhat, dxhat) / dxhat.shape[-1])": SYMMETRIC,
+    "ops.LayerNormCache.output: return affine_forward(self.normalise.xhat, self.affine.w, "
+    "self.affine.b)[0] → "
+    "return affine_forward(self.affine.w, self.normalise.xhat, self.affine.b)[0]": SYMMETRIC,
+    "ops.softmax_forward: return (y, SoftmaxCache(y)) → "
+    "return (y, SoftmaxCache(y) * 0)": CACHE_UNUSED,
+    "ops.softmax_forward: return (y, SoftmaxCache(y)) → return (y, None)": CACHE_UNUSED,
+    "ops.softmax_backward: dx = dy - dots(dy, y) → dx = dy - dots(y, dy)": SYMMETRIC,
+    "ops.attention_weights: n, K = q.shape[-2:] → n, K = q.shape[2:]": SECOND_TO_LAST,
+    "ops.attention_weights: S = q * (1.0 / math.sqrt(K)) @ k.swapaxes(-1, -2) → "
+    "S = q * (1.0 / math.sqrt(K)) @ k.swapaxes(-1, 2)": SECOND_TO_LAST,
+    "ops.attend_backward: dS *= 1.0 / math.sqrt(q.shape[-1]) → "
+    "dS *= 1.0 / math.sqrt(k.shape[-1])": "Queries and keys have the same width.",
+    "ops.query_tiles: stop = min(start + tile, T) → stop = min(T, start + tile)": SYMMETRIC,
+    "ops.causal_mask: return xp.triu(xp.full((n, n), -math.inf, dtype=like.dtype), 1) → "
     "return xp.triu(xp.full((n, n), -math.inf), 1)": "Added in place it takes the scores' dtype.",
-    "causal_blocks: stop = min(start + queries, T) → stop = min(T, start + queries)": SYMMETRIC,
-    "softmax_forward: y = x - x.max(axis=-1, keepdims=True) → y = x": MAXIMUM_CANCELS,
-    "softmax_forward: y = x - x.max(axis=-1, keepdims=True) → "
-    "y = x + x.max(axis=-1, keepdims=True)": MAXIMUM_CANCELS,
-    "softmax_forward: y = x - x.max(axis=-1, keepdims=True) → "
-    "y = x - x.max(keepdims=True)": MAXIMUM_CANCELS,
-    "attention_backward: B, heads, T, K = q.shape → B, heads, T, K = k.shape": (
+    "ops.attention_backward: B, heads, T, K = q.shape → B, heads, T, K = k.shape": (
         "Queries and keys have the same shape."
     ),
-    "entrywise: flat = [x.reshape(-1) for x in xs] → flat = [x.reshape(-2) for x in xs]": (
-        INFERRED_SIDE
-    ),
-    "entrywise: y = np.empty_like(flat[0]) → y = np.empty_like(flat[1])": ALIKE,
-    "entrywise: y = np.empty_like(flat[0]) → y = np.empty_like(flat[-1])": ALIKE,
-    "entrywise: return y.reshape(xs[0].shape) → return y.reshape(xs[1].shape)": ALIKE,
-    "entrywise: return y.reshape(xs[0].shape) → return y.reshape(xs[-1].shape)": ALIKE,
-    "layer_norm_backward: along = dots(dx, xhat) / dy.shape[-1] → "
-    "along = dots(xhat, dx) / dy.shape[-1]": SYMMETRIC,
-    "softmax_backward: dx = dy - dots(dy, y) → dx = dy - dots(y, dy)": SYMMETRIC,
-    "vocabulary_parts: part = slice(start, min(start + chunk, table.shape[0])) → "
-    "part = slice(start, min(table.shape[0], start + chunk))": SYMMETRIC,
-    "vocabulary_parts: column = namespace(target).where(has_target, target - start, 0) → "
-    "column = namespace(target).where(has_target, target - start, -1)": NOT_HERE,
-    "loss_and_grads: x, trunk = trunk_forward(base, lora, tokens=tokens, config=config, "
-    "lora_config=lora_config, masks=masks, frozen=frozen, recompute=recompute) → "
-    "x, trunk = trunk_forward(base, lora, tokens=tokens, config=config, "
-    "lora_config=lora_config, masks=masks, frozen=frozen)": (
-        "Computing again gives the same bits; tests/budget sees the memory."
-    ),
-    "loss_and_grads: loss, head = head_loss_forward(x, head_table(base), targets=targets, "
-    "ignore_index=ignore_index, count=count, frozen=frozen) → "
-    "loss, head = head_loss_forward(x, head_table(base), targets=targets, "
-    "ignore_index=ignore_index, count=count)": (
-        "A gradient of the table that nobody asked for is dropped; tests/budget sees the memory."
-    ),
-    "head_loss_backward: xp = namespace(x) → xp = namespace(table)": ONE_DEVICE,
-    "head_loss_backward: x_rows, n = (rows(x), xp.arange(target.size)) → "
-    "x_rows, n = (rows(x), xp.arange(lse.size))": "Every row has one target.",
-    "cross_entropy_backward: xp = namespace(logits) → xp = namespace(lse)": ONE_DEVICE,
-    "cross_entropy_backward: dlogits[xp.arange(target.size), target] -= 1.0 → "
+    "ops.attention_backward: tile = min(QUERY_TILE, T) if namespace(dy) is np else T → "
+    "tile = min(QUERY_TILE, T)": ON_A_GPU,
+    "ops.attention_backward: tile = min(QUERY_TILE, T) if namespace(dy) is np else T → "
+    "tile = min(T, QUERY_TILE) if namespace(dy) is np else T": SYMMETRIC,
+    "ops.attention_backward: tile = min(QUERY_TILE, T) if namespace(dy) is np else T → "
+    "tile = min(QUERY_TILE, T) if namespace(dy) is np else K": ON_A_GPU,
+    "loss.cross_entropy_backward: xp = namespace(logits) → xp = namespace(lse)": ONE_DEVICE,
+    "loss.cross_entropy_backward: dlogits[xp.arange(target.size), target] -= 1.0 → "
     "dlogits[xp.arange(weight.size), target] -= 1.0": "Every target has one weight.",
-    "_gelu_tanh: return np.tanh(u, out=u) → return np.tanh(u)": (
+    "loss.vocabulary_chunks: place = slice(start, min(start + VOCAB_CHUNK, "
+    "table.shape[0])) → "
+    "place = slice(start, min(table.shape[0], start + VOCAB_CHUNK))": SYMMETRIC,
+    "loss.vocabulary_chunks: column = namespace(target).where(has_target, target - start, "
+    "0) → "
+    "column = namespace(target).where(has_target, target - start, -1)": NOT_HERE,
+    "loss.head_loss_backward: xp = namespace(x) → xp = namespace(table)": ONE_DEVICE,
+    "loss.head_loss_backward: dz[xp.arange(target.size), column] -= has_target → "
+    "dz[xp.arange(lse.size), column] -= has_target": "Every row has one target.",
+    "tiles.entrywise: y = np.empty_like(flat[0]) → y = np.empty_like(flat[1])": ALIKE,
+    "tiles.entrywise: y = np.empty_like(flat[0]) → y = np.empty_like(flat[-1])": ALIKE,
+    "tiles.entrywise: return y.reshape(xs[0].shape) → return y.reshape(xs[1].shape)": ALIKE,
+    "tiles.entrywise: return y.reshape(xs[0].shape) → return y.reshape(xs[-1].shape)": ALIKE,
+    "fused._tanh_u: return np.tanh(u, out=u) → return np.tanh(u)": (
         "Writing into u saves an array and changes no number."
+    ),
+    "lora.adapted_linear_backward: if dx is not None and dx_lora is not None: → "
+    "if dx is not None:": BOTH_DROPPED,
+    "lora.adapted_linear_backward: if dx is not None and dx_lora is not None: → "
+    "if dx_lora is not None:": BOTH_DROPPED,
+    "lora.adapted_linear_backward: if dx is not None and dx_lora is not None: → "
+    "if dx is not None or dx_lora is not None:": BOTH_DROPPED,
+    "keep.without: dropped, parts = (fields.get(type(cache), ()), zip(cache._fields, "
+    "cache, strict=True)) → "
+    "dropped, parts = (fields.get(type(cache), ()), zip(cache._fields, cache))": (
+        "A cache has as many entries as fields."
+    ),
+    "keep.without: dropped, parts = (fields.get(type(cache), ()), zip(cache._fields, "
+    "cache, strict=True)) → "
+    "dropped, parts = (fields.get(type(cache), ()), zip(cache._fields, cache, "
+    "strict=False))": "A cache has as many entries as fields.",
+    "gpt2.embed_backward: return ({'wte': dwte, 'wpe': dwpe}, {}) → "
+    "return ({'wte': dwte, 'wpe': dwpe}, None)": "Either says that there is no adapter.",
+    "network.trunk_forward: end = offset + tokens.shape[-1] → "
+    "end = offset + tokens.shape[1]": "Tokens are (B, T).",
+    "network.trunk_forward: below = plan.base or (plan.lora and adapter is not None) → "
+    "below = plan.base or adapter is not None": (
+        "Where no gradient is wanted, no block keeps anything whatever is below it."
+    ),
+    "network.trunk_backward: if dx is not None: → if True:": (
+        "Where dx is not wanted, nothing of the embedding is, and its backward pass turns "
+        "None into None."
+    ),
+    "network.loss_and_grads: if plan.base: → if True:": (
+        "The loss of a trained table is the same, and its gradient dropped; tests/bench "
+        "counts the products."
     ),
 }
 
@@ -120,23 +160,38 @@ class Mutant(NamedTuple):
     code: types.CodeType
 
     @property
+    def place(self) -> str:
+        return f"{self.module.__name__.rpartition('.')[2]}.{self.function}"
+
+    @property
     def name(self) -> str:
-        return f"{self.function}: {self.change}"
+        return f"{self.place}: {self.change}"
 
 
 # --- what to break -------------------------------------------------------------------------------
 
 
-def backward_functions(module: types.ModuleType, tree: ast.Module) -> list[ast.FunctionDef]:
-    """The module's backward passes, loss_and_grads, and the helpers that the former call."""
-    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-    found = [name for name in functions if name.endswith("_backward")]
+def functions_of(tree: ast.Module) -> dict[str, ast.FunctionDef]:
+    """The functions and methods of a module, by name: "f" or "Class.f"."""
+    found = {}
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            methods = (part for part in node.body if isinstance(part, ast.FunctionDef))
+            found |= {f"{node.name}.{method.name}": method for method in methods}
+        elif isinstance(node, ast.FunctionDef):
+            found[node.name] = node
+    return found
+
+
+def to_break(module: types.ModuleType, tree: ast.Module) -> dict[str, ast.FunctionDef]:
+    """The module's backward passes and those BESIDE, and the helpers that these call."""
+    functions = functions_of(tree)
+    beside = functions if module is keep else BESIDE.get(module, ())
+    found = [name for name in functions if name.endswith("_backward") or name in beside]
     for name in found:  # grows while it is walked: helpers of helpers count as well
         called = {node.id for node in ast.walk(functions[name]) if isinstance(node, ast.Name)}
-        found += [name for name in functions if name in called and name not in found]
-    if module is gpt:
-        found.append("loss_and_grads")
-    return [functions[name] for name in functions if name in found]
+        found += [other for other in functions if other in called - FORWARD - {*found}]
+    return {name: node for name, node in functions.items() if name in found}
 
 
 # --- how to break it -----------------------------------------------------------------------------
@@ -151,11 +206,21 @@ SWAPPED_OPERATORS = {
     ast.NotEq: ast.Eq,
     ast.Is: ast.IsNot,
     ast.IsNot: ast.Is,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+    ast.Lt: ast.LtE,
+    ast.GtE: ast.Gt,
+    ast.And: ast.Or,
+    ast.Or: ast.And,
 }
 SWAPPED_ATTRIBUTES = {
     "sum": "mean",
     "mean": "sum",
     "zeros_like": "ones_like",
+    "base": "lora",
+    "lora": "base",
+}
+SWAPPED_PARTS = {
     "ln_1": "ln_2",
     "ln_2": "ln_1",
     "up": "down",
@@ -163,6 +228,13 @@ SWAPPED_ATTRIBUTES = {
     "qkv": "o",
     "o": "qkv",
 }
+SWAPPED_NAMES = {
+    "OF_WEIGHTS": "OF_FACTORS",
+    "OF_FACTORS": "OF_WEIGHTS",
+    "OF_INPUTS": "INPUTS",
+    "INPUTS": "OF_INPUTS",
+}
+THINNING = ("without", "wanted", "without_output")
 
 
 def swapped(operator: ast.AST) -> ast.AST:
@@ -210,11 +282,16 @@ def variants(node: ast.AST, names: list[str]) -> Iterator[ast.AST | None]:
                     yield changed(left=transposed(left))
                 if not is_transposed(right):
                     yield changed(right=transposed(right))
-        case ast.UnaryOp(ast.USub(), operand):
+        case ast.BoolOp(operator, values):
+            yield from values  # for two, the other is dropped
+            yield changed(op=swapped(operator))
+        case ast.UnaryOp(ast.USub() | ast.Not(), operand):
             yield operand
         case ast.Compare(_, [operator], _):
             if type(operator) in SWAPPED_OPERATORS:
                 yield changed(ops=[swapped(operator)])
+        case ast.Constant(str() as value) if value in SWAPPED_PARTS:
+            yield changed(value=SWAPPED_PARTS[value])
         case ast.Constant(bool() as value):
             yield changed(value=not value)
         case ast.Constant(int() | float() as value):
@@ -228,6 +305,10 @@ def variants(node: ast.AST, names: list[str]) -> Iterator[ast.AST | None]:
             yield changed(attr=SWAPPED_ATTRIBUTES[name])
         case ast.Name(str() as name, ast.Load()) if name in names:
             yield changed(id=names[(names.index(name) + 1) % len(names)])
+        case ast.Name(str() as name) if name in SWAPPED_NAMES:
+            yield changed(id=SWAPPED_NAMES[name])
+        case ast.Call(ast.Name(str() as name), [first, *_]) if name in THINNING:
+            yield first
         case ast.Call(ast.Attribute(value, "swapaxes"), _):
             yield value
         case ast.Call(_, [first, second, *rest], keywords):
@@ -286,7 +367,14 @@ def variants(node: ast.AST, names: list[str]) -> Iterator[ast.AST | None]:
         case ast.Return(value) if value is not None:
             yield changed(value=negated(value))
             yield changed(value=zeroed(value))
-        case ast.Dict(_, values):
+        case ast.Set(elements) if len(elements) > 1:
+            for i in range(len(elements)):
+                yield changed(elts=elements[:i] + elements[i + 1 :])
+        case ast.comprehension(ifs=[_]):
+            yield changed(ifs=[])
+        case ast.Dict(keys, values):
+            for i in range(len(values)):
+                yield changed(keys=keys[:i] + keys[i + 1 :], values=values[:i] + values[i + 1 :])
             for i in range(len(values) - 1):
                 order = [*values[:i], values[i + 1], values[i], *values[i + 2 :]]
                 yield changed(values=order)
@@ -311,7 +399,7 @@ def slots(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None]]:
         if isinstance(value, ast.arguments) or field in ("annotation", "returns"):
             continue
         for i, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
-            if isinstance(child, ast.AST) and not is_for_a_gpu(child):
+            if isinstance(child, ast.AST) and not (is_for_a_gpu(child) or is_inferred(node, child)):
                 yield node, field, i
                 yield from slots(child)
 
@@ -321,10 +409,17 @@ def is_for_a_gpu(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and "is not np" in ast.unparse(node.test)
 
 
+def is_inferred(node: ast.AST, child: ast.AST) -> bool:
+    """Whether this is the -1 of a reshape: NumPy infers a side from any negative number."""
+    is_reshape = isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "reshape"
+    return is_reshape and ast.unparse(child) == "-1"
+
+
 def mutants_of(module: types.ModuleType) -> Iterator[Mutant]:
     """Every mutant of a module, in the order of its source; no two of a function are the same."""
     tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
-    for function in backward_functions(module, tree):
+    for name, function in to_break(module, tree).items():
+        function.decorator_list = []
         original, seen = ast.unparse(function), {ast.unparse(function)}
         stored = (node for node in ast.walk(function) if isinstance(node, ast.Name))
         names = list(dict.fromkeys(n.id for n in stored if isinstance(n.ctx, ast.Store)))
@@ -333,12 +428,10 @@ def mutants_of(module: types.ModuleType) -> Iterator[Mutant]:
             for variant in variants(node, names):
                 new = ast.Pass() if variant is None else variant
                 put(parent, field, i, new)
-                ast.fix_missing_locations(function)
-                text = ast.unparse(function)
+                text = ast.unparse(ast.fix_missing_locations(function))
                 if text not in seen:
                     seen.add(text)
-                    code = compile(ast.Module([function], []), f"<{function.name}>", "exec")
-                    yield Mutant(module, function.name, difference(original, text), code)
+                    yield Mutant(module, name, difference(original, text), compiled(name, function))
                 put(parent, field, i, node)
 
 
@@ -347,6 +440,19 @@ def put(parent: ast.AST, field: str, i: int | None, node: ast.AST) -> None:
         setattr(parent, field, node)
     else:
         getattr(parent, field)[i] = node
+
+
+def compiled(name: str, function: ast.FunctionDef) -> types.CodeType:
+    """The code of a function or, inside a class, for `super`, of a method."""
+    body: list[ast.stmt] = [function]
+    for outer in name.split(".")[:-1]:
+        (definition,) = ast.parse(f"class {outer}: pass").body
+        definition.body, body = body, [definition]
+    flag = __future__.annotations.compiler_flag
+    code = compile(ast.Module(body, []), f"<{name}>", "exec", flags=flag)
+    for _ in name.split("."):
+        code = next(c for c in code.co_consts if isinstance(c, types.CodeType))
+    return code
 
 
 def difference(before: str, after: str) -> str:
@@ -359,146 +465,358 @@ def difference(before: str, after: str) -> str:
     return " → ".join("; ".join(line.strip() for line in lines) for lines in (old, new))
 
 
-def executed(mutant: Mutant) -> types.SimpleNamespace:
-    """The names of the mutant's module with the changed function, which all the others now call."""
-    names = dict(vars(mutant.module))
-    for name, f in list(names.items()):
-        if isinstance(f, types.FunctionType) and f.__module__ == mutant.module.__name__:
-            names[name] = types.FunctionType(f.__code__, names, name, f.__defaults__, f.__closure__)
-            names[name].__kwdefaults__ = f.__kwdefaults__
-    if "BLOCK" in names:
-        names["BLOCK"] = 3  # so that small arrays have several
-    exec(mutant.code, names)
-    return types.SimpleNamespace(**names)
+def owner_and_function(module: types.ModuleType, name: str) -> tuple[Any, types.FunctionType]:
+    """Where a function or method is found, and itself, without what decorates it."""
+    class_name, _, name = name.rpartition(".")
+    owner = getattr(module, class_name) if class_name else module
+    return owner, inspect.unwrap(getattr(owner, name))
 
 
-# --- whether it is noticed -----------------------------------------------------------------------
+@contextlib.contextmanager
+def planted(mutant: Mutant) -> Iterator[None]:
+    """The package with the changed function in the place of the right one, for everyone."""
+    owner, function = owner_and_function(mutant.module, mutant.function)
+    with contextlib.ExitStack() as stack:
+        if owner is not mutant.module:
+            method = with_code(function, mutant.code)
+            stack.enter_context(patch.object(owner, function.__name__, method))
+            yield
+            return
+        if function is inspect.unwrap(ops.gelu_gradient):  # or else what is fused takes its place
+            stack.enter_context(patch.object(tiles, "fused", types.SimpleNamespace()))
+        stack.callback(setattr, function, "__code__", function.__code__)
+        function.__code__ = mutant.code
+        if function is tiles.entrywise:
+            formula = inspect.unwrap(ops.gelu_gradient)
+            stack.enter_context(patch.object(ops, "gelu_gradient", tiles.entrywise(formula)))
+        yield
 
+
+def with_code(method: types.FunctionType, code: types.CodeType) -> types.FunctionType:
+    """A method of other code; __class__, which `super` asks for, is where that uses it."""
+    cells = dict(zip(method.__code__.co_freevars, method.__closure__ or (), strict=True))
+    closure = tuple(cells[name] for name in code.co_freevars)
+    return types.FunctionType(
+        code, method.__globals__, method.__name__, method.__defaults__, closure
+    )
+
+
+# --- whether it is noticed: pairs ----------------------------------------------------------------
 
 # No two sizes of one call are equal, so that none can stand for another.
 SIZES = (Sizes(lead=(3, 5), C=4, O=6, R=2, V=7, H=2), Sizes(lead=(2,), C=3, O=1, R=5, V=4, H=3))
 
 
-def check_the_pairs(mutated: types.SimpleNamespace, function: str) -> None:
-    """Checks the pairs that a function takes part in, with its backward from the mutated module."""
-    helper = not function.endswith("_backward")
-    for name, pair in PAIRS.items():
-        backward = getattr(mutated, pair.backward.__name__, None)
-        if backward is None or not (helper or function in (backward.__name__, *calls(backward))):
-            continue
-        for sizes in SIZES:
-            arguments, constants = pair.make(np.random.default_rng(len(name)), sizes)
-            checks = check_pair(
-                pair.forward, backward, arguments, constants, entries=6, frozen=pair.frozen
-            )
-            assert_close(checks)
-            check_float32(pair.forward, backward, arguments, constants)
+PARTLY_FROZEN = {
+    "lora, B frozen": PAIRS["lora"]._replace(dropped={lora.LoRACache: ("h",)}, frozen=("B",)),
+    "lora, embedding, B frozen": PAIRS["lora, embedding"]._replace(
+        dropped={lora.LoRAEmbeddingCache: ("h",)}, frozen=("B",)
+    ),
+}
 
 
-def calls(f: types.FunctionType) -> tuple[str, ...]:
-    return f.__code__.co_names
+class PairCheck:
+    """Compares a pair's gradients with differences of its original forward pass.
+
+    Those of large numbers of float32 have to be float32 and finite. Each of the forward pass's
+    results is computed once, before anything is changed, and remembered.
+    """
+
+    def __init__(self, name: str, pair: Pair, sizes: Sizes) -> None:
+        self.pair, self.results = pair, dict[tuple, tuple]()
+        self.reached = reached(pair.backward)
+        self.arguments, self.constants = pair.make(np.random.default_rng(len(name)), sizes)
+        self.singles = [np.float32(300.0) * x.astype(np.float32) for x in self.arguments]
+        self.single_constants = {
+            key: value.astype(np.float32) if getattr(value, "dtype", None) == np.float64 else value
+            for key, value in self.constants.items()
+        }
+
+        @functools.wraps(pair.forward)
+        def remembered(*arguments: np.ndarray, **constants: Any) -> tuple:
+            key = tuple((x.dtype.char, x.tobytes()) for x in arguments)
+            if key not in self.results:
+                self.results[key] = pair.forward(*arguments, **constants)
+            return copy.deepcopy(self.results[key])
+
+        self.forward = remembered
+        self()
+
+    def __call__(self) -> None:
+        checks = check_pair(
+            self.forward, self.pair.backward, self.arguments, self.constants,
+            entries=6, frozen=self.pair.frozen, thin=self.pair.thin,
+        )  # fmt: skip
+        assert_close(checks)
+        y, cache = self.forward(*self.singles, **self.single_constants)
+        for gradient in self.pair.backward(np.ones_like(y), self.pair.thin(cache)):
+            if gradient is not None:
+                assert gradient.dtype == np.float32
+                assert np.isfinite(gradient).all(), "exp has no maximum taken out"
 
 
-def check_float32(
-    forward: Callable, backward: Callable, arguments: list[np.ndarray], constants: dict
-) -> None:
-    """Requires float32 gradients of float32 arguments."""
-    constants = {
-        key: value.astype(np.float32) if getattr(value, "dtype", None) == np.float64 else value
-        for key, value in constants.items()
-    }
-    y, cache = forward(*(x.astype(np.float32) for x in arguments), **constants)
-    for gradient in backward(np.ones_like(y), cache):
-        assert gradient is None or gradient.dtype == np.float32
+def reached(function: Callable[..., Any]) -> set[str]:
+    """The names, such as ops.rows, of a function and of those that it calls, and that they call."""
+    found, left = set(), [function]
+    while left:
+        f = inspect.unwrap(left.pop())
+        module = f.__module__.rpartition(".")[2]
+        if f"{module}.{f.__name__}" not in found:
+            found.add(f"{module}.{f.__name__}")
+            called = (f.__globals__.get(name) for name in f.__code__.co_names)
+            left += [g for g in called if getattr(g, "__module__", "").startswith("minilora.")
+                     and isinstance(g, types.FunctionType)]  # fmt: skip
+    if "ops.gelu_gradient" in found:
+        found |= {"tiles.entrywise", "fused.gelu_gradient", "fused._tanh_u"}
+    return found
+
+
+# --- whether it is noticed: models ---------------------------------------------------------------
 
 
 class ModelCheck:
-    """Holds a whole model's gradients against differences of the original loss.
+    """Compares a whole model's gradients with differences of the original loss.
 
-    No mutant changes that loss, so each of its values is computed once and remembered.
+    And what it keeps and recomputes for them with what follows from the shapes.
     """
 
-    def __init__(self, case: Case, wrt: str, *, recompute: bool = False) -> None:
-        self.wrt, self.recompute = wrt, recompute
-        self.constants = case._asdict()
-        self.trees = {"base": self.constants.pop("base"), "lora": self.constants.pop("lora")}
-        self.constants["targets"] = np.where(case.targets == -100, -1, case.targets)
-        self.constants |= {"ignore_index": -1, "count": 9}
-        self.trained = {key: tree for key, tree in self.trees.items() if wrt in (key, "both")}
+    def __init__(self, net: Net, batch: Batch, plan: Plan) -> None:
+        self.net, self.plan, self.targets = net, plan, batch.targets
+        self.inputs = {"tokens": batch.tokens, "masks": batch.masks}
+        given = flatten([net.base, net.lora, self.inputs]).values()
+        self.given = [x for x in given if x is not None]
+        for x in self.given:
+            x.setflags(write=False)
+        names = [name for name in ("base", "lora") if getattr(plan, name)]
+        self.trained = {name: getattr(net, name) for name in names}
         self.flat = flatten(self.trained)
-        self.losses: dict[tuple, float] = {}
-        everything = [*self.trees.values(), *(case.masks or {}).values()]
-        map_leaves(lambda x: x.setflags(write=False), everything)
+        self.losses = dict[tuple, float]()
+        self()
+
+    def loss_and_grads(self, net: Net) -> tuple:
+        targets = np.where(self.targets == -100, -1, self.targets)
+        options = {"targets": targets, "ignore_index": -1, "count": 9}
+        return network.loss_and_grads(net, **self.inputs, **options, plan=self.plan)
 
     def loss(self, flat: dict[str, np.ndarray]) -> float:
-        moved = [(path, x.tobytes()) for path, x in flat.items() if x is not self.flat[path]]
-        if (key := tuple(moved)) not in self.losses:
+        key = tuple((path, x.tobytes()) for path, x in flat.items() if x is not self.flat[path])
+        if key not in self.losses:
             leaves = iter(flat.values())
-            trees = {**self.trees, **map_leaves(lambda _: next(leaves), self.trained)}
-            self.losses[key] = gpt.loss_and_grads(**trees, **self.constants, wrt=self.wrt)[0]
-        return float(self.losses[key])
+            moved = map_leaves(lambda _: next(leaves), self.trained)
+            self.losses[key] = float(self.loss_and_grads(dataclasses.replace(self.net, **moved))[0])
+        return self.losses[key]
 
-    def __call__(self, mutated: types.SimpleNamespace) -> None:
-        loss, *gradients = mutated.loss_and_grads(
-            **self.trees, **self.constants, wrt=self.wrt, recompute=self.recompute
-        )
-        named = zip(self.trees, gradients, strict=True)
-        given = {key: gradient for key, gradient in named if gradient is not None}
-        assert_close(check_tree(self.loss, self.flat, flatten(given), entries=2))
+    def __call__(self) -> None:
+        loss, *gradients = self.loss_and_grads(self.net)
         assert float(loss) == self.loss(self.flat)
+        named = zip(("base", "lora"), gradients, strict=True)
+        given = {key: gradient for key, gradient in named if gradient is not None}
+        assert shapes_of(given) == shapes_of(self.trained)
+        if given:
+            assert_close(check_tree(self.loss, self.flat, flatten(given), entries=2))
+        self.check_what_is_kept()
+
+    def check_what_is_kept(self) -> None:
+        """The numbers kept for the backward pass; there, what is recomputed, and what is None."""
+        x, cache = network.trunk_forward(self.net, **self.inputs, plan=self.plan)
+        kept = sum(owner.size for owner in owners(cache, but=self.given))
+        shapes = KeptByShapes(self.net, self.plan, has_masks=self.inputs["masks"] is not None)
+        assert kept == self.inputs["tokens"].size * shapes.a_row(), f"{kept} numbers are kept"
+        if self.trained:
+            with counted_outputs() as outputs:
+                dbase, dlora = network.trunk_backward(np.ones_like(x), cache)
+            assert outputs.total() == shapes.outputs(), f"{outputs} are recomputed"
+            for gradients, name in ((dbase, "base"), (dlora, "lora")):
+                assert all(isinstance(block, dict) for block in gradients["blocks"])
+                are_there = {leaf is not None for leaf in flatten(gradients).values()}
+                assert are_there <= {name in self.trained}, f"{name}: needless, or missing"
+
+
+def shapes_of(tree: Any) -> Any:
+    return map_leaves(np.shape, tree)
+
+
+def owners(cache: Any, *, but: list[np.ndarray]) -> list[np.ndarray]:
+    """The arrays whose memory a cache holds, without those that were there before."""
+
+    def owner(x: np.ndarray) -> np.ndarray:
+        return x if x.base is None else owner(x.base)
+
+    def arrays(part: Any) -> Iterator[np.ndarray]:
+        if isinstance(part, np.ndarray):
+            yield part
+        elif isinstance(part, dict | list | tuple):
+            for inner in part.values() if isinstance(part, dict) else part:
+                yield from arrays(inner)
+
+    there = {id(owner(x)) for x in but}
+    found = {id(owner(x)): owner(x) for x in arrays(cache)}
+    return [x for key, x in found.items() if key not in there]
+
+
+@contextlib.contextmanager
+def counted_outputs() -> Iterator[Counter[str]]:
+    """Counts how often a cache recomputes its output."""
+    calls = Counter[str]()
+
+    def counting(output: Callable) -> Callable:
+        def count(cache: Any) -> np.ndarray:
+            calls[type(cache).__name__] += 1
+            return output(cache)
+
+        return count
+
+    with contextlib.ExitStack() as stack:
+        for kind in (ops.LayerNormCache, ops.GELUCache):
+            stack.enter_context(patch.object(kind, "output", counting(kind.output)))
+        yield calls
+
+
+class KeptByShapes:
+    """What a model keeps of one token, and recomputes, as it follows from shapes and plan."""
+
+    PARTS = ("ln_1", "qkv", "attention", "o", "ln_2", "up", "gelu", "down")
+    LOWEST = {"qkv": PARTS, "o": PARTS[1:], "up": PARTS[4:], "down": PARTS[5:]}  # what it needs
+
+    def __init__(self, net: Net, plan: Plan, *, has_masks: bool) -> None:
+        self.config, self.plan, self.has_masks = net.config, plan, has_masks
+        self.ranks = [Counter[str]() for _ in range(net.config.n_layer)]
+        self.embedding = 0
+        for path, factors in adapters(net.lora).items() if plan.lora else ():
+            rank, name = factors["A"].shape[1], path.rpartition(".")[2]
+            if path == "embedding":
+                self.embedding = rank
+            else:
+                self.ranks[int(path.split(".")[1])]["qkv" if name in "qkv" else name] += rank
+
+    def a_row(self) -> int:
+        total = self.embedding  # of the embedding s A[token]
+        below = self.plan.base or self.embedding > 0
+        for ranks in self.ranks:
+            if below or ranks:
+                parts = self.of_parts(ranks)
+                lowest = next((name for name in self.LOWEST if ranks[name]), "qkv")
+                needed = self.PARTS if below else self.LOWEST[lowest]
+                recomputed = self.config.n_embd + parts["down"]  # the block's input, and s x A
+                whole = sum(parts[name] for name in needed)
+                total += recomputed if self.plan.recompute else whole
+            below = below or bool(ranks)
+        return total + below * (self.config.n_embd + 1)  # of the last norm x̂ and its scale
+
+    def of_parts(self, ranks: Counter[str]) -> dict[str, int]:
+        C, F = self.config.n_embd, self.config.inner
+        inputs = [self.plan.base, ranks["o"] > 0]  # y of the attention; the same, after dropout
+        o = C * (sum(inputs) if self.has_masks else any(inputs))
+        kept = {"ln_1": C + 1, "ln_2": C + 1, "attention": 3 * C, "gelu": F, "o": o}
+        return {name: kept.get(name, 0) + ranks[name] for name in self.PARTS}
+
+    def outputs(self) -> int:
+        """How many inputs of linear maps are recomputed: all but those of o, where one is read."""
+        maps = ("qkv", "up", "down")
+        return sum(self.plan.base or ranks[name] > 0 for ranks in self.ranks for name in maps)
 
 
 def model_checks() -> list[ModelCheck]:
-    """The small model with all its adapters; and a deeper one without any in its first block."""
-    case = tiny_model()
-    base = {**case.base, "blocks": [*case.base["blocks"], case.base["blocks"][0]]}
-    config = dataclasses.replace(case.config, n_layer=3)
-    lora_config = LoRAConfig(rank=2, alpha=2.0, targets=("[12].attn.qkv",))
-    adapters = map_leaves(lambda x: x + 0.3, lora_init(base, lora_config, seed=0))
-    deep = case._replace(
-        base=base, lora=adapters, config=config, lora_config=lora_config, masks=None
-    )
-    in_mlp = LoRAConfig(rank=2, alpha=2.0, targets=("mlp.up", "mlp.down"))
-    lora = map_leaves(lambda x: x + 0.3, lora_init(case.base, in_mlp, seed=0))
-    above = case._replace(lora=lora, lora_config=in_mlp, masks=None)
-    untied = case._replace(base={**case.base, "head": case.base["wte"] + 0.3})
+    """A small model with adapters everywhere, and some with few, so that there is less to keep."""
+    net, batch = tiny_model()
+    no_masks = batch._replace(masks=None)
+    base = {**net.base, "blocks": [*net.base["blocks"], net.base["blocks"][0]]}
+    deep = Net(base, dataclasses.replace(net.config, n_layer=3))
+    untied = dataclasses.replace(net, base={**net.base, "head": net.base["wte"] + 0.3})
+
+    def adapted(net: Net, *targets: str) -> Net:
+        config = LoRAConfig(rank=2, alpha=2.0, targets=targets)
+        fresh = lora_init(net.base, config, seed=0)
+        return Net(net.base, net.config, map_leaves(lambda x: x + 0.3, fresh), config)
+
+    both = Plan(base=True, lora=True)
     return [
-        ModelCheck(case, "lora"),
-        ModelCheck(deep, "lora"),
-        ModelCheck(deep, "base"),
-        ModelCheck(case, "both", recompute=True),
-        ModelCheck(above, "lora"),
-        ModelCheck(untied, "both"),
+        ModelCheck(net, batch, Plan(lora=True)),
+        ModelCheck(adapted(deep, "[12].attn.qkv"), no_masks, Plan(lora=True)),
+        ModelCheck(net, batch, both._replace(recompute=True)),
+        ModelCheck(adapted(net, "up", "down"), no_masks, Plan(lora=True)),
+        ModelCheck(adapted(deep, "1.attn.o", "1.mlp.down"), no_masks, Plan(lora=True)),
+        ModelCheck(adapted(net, "1.mlp.down"), no_masks, Plan(lora=True, recompute=True)),
+        ModelCheck(adapted(untied, "embedding"), no_masks, Plan(lora=True)),
+        ModelCheck(untied, batch, Plan(base=True)),
+        ModelCheck(deep, no_masks, Plan(base=True)),
+        ModelCheck(net, batch, Plan()),
     ]
 
 
-def check_the_logits(mutated: types.SimpleNamespace) -> None:
-    """Requires that gpt_backward, of the loss's dlogits, gives what loss_and_grads does."""
-    case = tiny_model()
-    constants = case._asdict()
-    base, lora, targets = (constants.pop(name) for name in ("base", "lora", "targets"))
-    for given in (base, {**base, "head": base["wte"] + 0.3}):
-        _, *expected = gpt.loss_and_grads(given, lora, targets=targets, **constants, wrt="both")
-        logits, cache = gpt.gpt_forward(given, lora, **constants)
-        _, loss_cache = ops.cross_entropy_forward(logits, targets=targets)
-        (dlogits,) = ops.cross_entropy_backward(1.0, loss_cache)
-        for found, tree in zip(mutated.gpt_backward(dlogits, cache), expected, strict=True):
-            found, flat = flatten(found), flatten(tree)
-            assert found.keys() == flat.keys()
-            assert all(np.allclose(found[path], flat[path], rtol=1e-9) for path in flat)
+def check_the_tiles() -> None:
+    """Requires that attention goes back by tiles of queries, each with the keys that it sees."""
+    y, cache = ops.attention_forward(np.zeros((1, 5, 6)), heads=2)
+    with patch.object(ops, "attention_weights", wraps=ops.attention_weights) as weights:
+        ops.attention_backward(y, cache)
+    sizes = [tuple(x.shape[-2] for x in call.args) for call in weights.call_args_list]
+    assert sizes == [(2, 2), (2, 4), (1, 5)], sizes
 
 
-def check_the_refusal(mutated: types.SimpleNamespace) -> None:
-    """Requires that gradients of adapters that are not there are refused, and of a base are not."""
-    case, loss_and_grads = tiny_model(), mutated.loss_and_grads
-    arguments = {"tokens": case.tokens, "targets": case.targets, "config": case.config}
-    loss_and_grads(case.base, **arguments, wrt="base")
-    for wrt in ("lora", "both"):
+def check_without_output() -> None:
+    """Requires that of a block all stays as it is but the last map, of which one column is left."""
+    net, _ = tiny_model()
+    block = net.base["blocks"][0]
+    found, flat = flatten(keep.without_output(block, "down")), flatten(block)
+    assert found.keys() == flat.keys()
+    for path, leaf in flat.items():
+        expected = leaf[..., :1] if path.startswith("mlp.down") else leaf
+        assert np.array_equal(found[path], expected), path
+
+
+def check_what_recomputing_leaves_out() -> None:
+    """Requires that a recomputed block's last map has neither its outputs nor its adapters."""
+    net, batch = tiny_model()
+    x, cache = network.trunk_forward(
+        net, tokens=batch.tokens, masks=batch.masks, plan=Plan(lora=True, recompute=True)
+    )
+    with patch.object(gpt2, "adapted_linear_forward", wraps=gpt2.adapted_linear_forward) as map:
+        network.trunk_backward(np.ones_like(x), cache)
+    columns = [len(call.kwargs["b"]) for call in map.call_args_list]
+    assert columns == [12, 4, 6, 1] * 2, columns
+    assert [len(call.kwargs["adapters"]) for call in map.call_args_list] == [4, 1, 1, 0] * 2
+
+
+def check_that_inference_keeps_nothing() -> None:
+    """Requires that a block drops each cache at once where no gradient is wanted."""
+    net, batch = tiny_model()
+    block, places = net.base["blocks"][0], net.adapters(None)["blocks.0"]
+    x = np.ones((2, 4, net.config.n_embd))
+    _, cache = gpt2.block_forward(x, block, places, config=net.config, plan=Plan())
+    assert len(cache) == 0
+
+
+def check_the_past() -> None:
+    """Requires that tokens at an offset, with an attention that has a past, give what all do."""
+    net, batch = tiny_model()
+    cache = new_cache(net, length=4, batch=2)
+    next_logits(net, tokens=batch.tokens[:, :3], cache=cache, position=0)
+    last = next_logits(net, tokens=batch.tokens[:, 3:], cache=cache, position=3)
+    expected = network.net_logits(net, tokens=batch.tokens)[:, -1]
+    assert np.allclose(last, expected, rtol=1e-9, atol=1e-12)
+
+
+def check_the_refusals() -> None:
+    """Requires that adapters that are not there, and too many tokens, are refused; no others."""
+    net, batch = tiny_model()
+    bare, inputs = Net(net.base, net.config), {"tokens": batch.tokens, "targets": batch.targets}
+    network.loss_and_grads(bare, **inputs, plan=Plan(base=True))
+    network.trunk_forward(bare, tokens=np.zeros((1, 5), int))
+    network.trunk_forward(bare, tokens=np.zeros((1, 2), int), offset=3)
+    for refused in (
+        lambda: network.loss_and_grads(bare, **inputs),
+        lambda: network.loss_and_grads(bare, **inputs, plan=Plan(base=True, lora=True)),
+        lambda: network.trunk_forward(bare, tokens=np.zeros((1, 6), int)),
+        lambda: network.trunk_forward(bare, tokens=np.zeros((1, 2), int), offset=4),
+    ):
         try:
-            loss_and_grads(case.base, **arguments, wrt=wrt)
+            refused()
         except MiniloraError:
             continue
-        raise AssertionError(f"wrt={wrt!r} without adapters was not refused")
+        raise AssertionError("it was not refused")
+
+
+# --- the run -------------------------------------------------------------------------------------
 
 
 class Result(NamedTuple):
@@ -508,9 +826,11 @@ class Result(NamedTuple):
     fate: str
 
 
-def fate(mutant: Mutant, check: Callable[[types.SimpleNamespace, str], None]) -> str:
+def fate(mutant: Mutant, checks: list[Callable[[], None]]) -> str:
     try:
-        check(executed(mutant), mutant.function)
+        with planted(mutant):
+            for check in checks:
+                check()
     except AssertionError:
         return "check"
     except Exception:
@@ -519,20 +839,36 @@ def fate(mutant: Mutant, check: Callable[[types.SimpleNamespace, str], None]) ->
 
 
 def results(word: str = "", make: Callable = mutants_of) -> Iterator[Result]:
-    """Every mutant of ops, lora and gpt, and how it fared."""
-    checks = [*model_checks(), check_the_logits, check_the_refusal]
-
-    def check_the_model(mutated: types.SimpleNamespace, function: str) -> None:
-        for check in checks:
-            check(mutated)
-
-    with warnings.catch_warnings(), np.errstate(all="ignore"):
+    """Every mutant of the core, and how it fared."""
+    with contextlib.ExitStack() as stack:
+        for module, name, value in TILES:
+            stack.enter_context(patch.object(module, name, value))
+        stack.enter_context(warnings.catch_warnings())
+        stack.enter_context(np.errstate(all="ignore"))
         warnings.simplefilter("ignore")
-        for module in (ops, lora, gpt):
+        pairs = [
+            PairCheck(name, pair, sizes)
+            for name, pair in {**PAIRS, **PARTLY_FROZEN}.items()
+            if pair.sizes == Sizes()  # the larger ones are for the tiles of ordinary size
+            for sizes in SIZES
+        ]
+        models = [
+            *model_checks(),
+            check_without_output,
+            check_what_recomputing_leaves_out,
+            check_that_inference_keeps_nothing,
+            check_the_past,
+            check_the_refusals,
+        ]
+        for check in models:
+            check()
+        for module in MODULES:
             for mutant in make(module):
-                if word in mutant.function:
-                    check = check_the_model if module is gpt else check_the_pairs
-                    yield Result(mutant, fate(mutant, check))
+                if word in mutant.place:
+                    checks = [pair for pair in pairs if mutant.place in pair.reached]
+                    is_of_models = module in OF_MODELS or mutant.place in ALSO_OF_MODELS
+                    checks += models * is_of_models + [check_the_tiles] * (module is ops)
+                    yield Result(mutant, fate(mutant, checks))
 
 
 def shares(found: list[Result]) -> tuple[float, float]:
@@ -545,10 +881,10 @@ def shares(found: list[Result]) -> tuple[float, float]:
 def main(words: list[str]) -> None:
     start = time.perf_counter()
     found = list(results(*words))
-    print(f"{'function':26s} mutants  noticed by a check  raised  survived")
-    for function in dict.fromkeys(result.mutant.function for result in found):
-        of_function = [result for result in found if result.mutant.function == function]
-        print(line(function, of_function))
+    print(f"{'function':32s} mutants  noticed by a check  raised  survived")
+    for place in dict.fromkeys(result.mutant.place for result in found):
+        of_function = [result for result in found if result.mutant.place == place]
+        print(line(place, of_function))
         for mutant in (result.mutant for result in of_function if result.fate == "survived"):
             print(f"    {mutant.change}\n        {EXPLAINED.get(mutant.name, 'NOT EXPLAINED')}")
     print(line("all", found))
@@ -562,7 +898,7 @@ def main(words: list[str]) -> None:
 def line(name: str, found: list[Result]) -> str:
     fates = Counter(result.fate for result in found)
     counts = f"{fates['check']:20d}{fates['raised']:8d}{fates['survived']:10d}"
-    return f"{name:26s}{len(found):8d}{counts}"
+    return f"{name:32s}{len(found):8d}{counts}"
 
 
 if __name__ == "__main__":

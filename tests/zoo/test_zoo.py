@@ -41,6 +41,7 @@ class Bug(NamedTuple):
 LINEAR = "y, linear = ops.linear_forward("
 INIT = "A, B = rng.uniform(-bound, bound, size=(n_in, rank)), np.zeros((rank, n_out))"
 NET = 'net, lora = self.with_params(state.params), settings.method == "lora"'
+WRITTEN = "def __setitem__(self, name: str, part: Any) -> None:"
 LAWS, CONFIG = "tests/lora/test_lora_laws.py::", "tests/lora/test_lora_config.py::"
 
 BUGS = (
@@ -127,10 +128,11 @@ BUGS = (
     ),
     Bug(
         "Frozen, and paid for",
-        "network.py",
-        "kept = thin(cache, plan, architecture)",
-        "kept = cache",
-        LAWS + "test_a_frozen_base_keeps_less_and_nothing_below_the_lowest_adapter",
+        "keep.py",
+        WRITTEN,
+        f"{WRITTEN}\n        return super().__setitem__(name, part)",
+        "tests/keep/test_keep.py::"
+        "test_a_frozen_base_keeps_what_the_factors_gradients_are_made_of_and_no_more",
     ),
     Bug(
         "Merged in place, and so twice",
