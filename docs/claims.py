@@ -17,15 +17,18 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 import minilora
 from minilora import tree
+from minilora.adapters import lora_init
 from minilora.bench.budget import SHAPES
-from minilora.gpt import GPTConfig, gpt_init
-from minilora.lora import lora_init
+from minilora.gpt2 import GPTConfig, gpt_init
+from minilora.keep import Plan
+from minilora.network import Net
 from minilora.optim import adamw, adamw_init, clip_by_global_norm
 from minilora.training.loop import batch_loss_and_grads
 from minilora.tree import Tree
@@ -62,21 +65,20 @@ def training_step(
     workers: Workers, config: GPTConfig, *, method: str, batch: int, context: int
 ) -> Callable[[], None]:
     """A whole step, update and all, on random tokens: of a new base, or of new adapters on it."""
-    rng = np.random.default_rng(0)
-    base, lora_config = gpt_init(config, seed=0), minilora.LoRAConfig()
-    params = base if method == "full" else lora_init(base, lora_config, seed=0)
-    moments = adamw_init(params)
+    rng, lora_config = np.random.default_rng(0), minilora.LoRAConfig()
+    net, trained, plan = Net(gpt_init(config, seed=0), config), "base", Plan(base=True)
+    if method == "LoRA":
+        lora = lora_init(net.base, lora_config, seed=0)
+        net, trained, plan = Net(net.base, config, lora, lora_config), "lora", Plan(lora=True)
+    moments = adamw_init(getattr(net, trained))
 
     def run() -> None:
-        nonlocal params, moments
+        nonlocal net, moments
         tokens, targets = rng.integers(config.vocab_size, size=(2, batch, context))
-        trees = (params, None) if method == "full" else (base, params)
-        _, grads = batch_loss_and_grads(
-            workers, *trees, tokens, targets, wrt="base" if method == "full" else "lora",
-            config=config, lora_config=lora_config,
-        )  # fmt: skip
+        _, grads = batch_loss_and_grads(workers, net, tokens, targets, plan=plan)
         grads, _ = clip_by_global_norm(grads, 1.0)
-        params, moments = adamw(params, grads, moments, step=1, lr=1e-4)
+        params, moments = adamw(getattr(net, trained), grads, moments, step=1, lr=1e-4)
+        net = replace(net, **{trained: params})
 
     return run
 

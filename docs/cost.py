@@ -27,7 +27,8 @@ from minilora.bench.case import Case
 from minilora.bench.command import OURS, Process
 from minilora.formats.files import write_json
 from minilora.generate import new_cache, next_logits
-from minilora.gpt import gpt_init, gpt_logits
+from minilora.gpt2 import gpt_init
+from minilora.network import Net, net_logits
 
 FIGURES = Path(__file__).parent / "figures"
 MEASURED = FIGURES / "cost.json"
@@ -125,19 +126,19 @@ def sweep(knob: str) -> list[dict[str, float]]:
 def generation() -> list[dict[str, float]]:
     """Seconds for the token after a prefix, whose keys and values are kept, or are not."""
     config = CENTER.config
-    base = gpt_init(config, seed=0)
+    net = Net(gpt_init(config, seed=0), config)
     rng = np.random.default_rng(0)
-    cache = new_cache(base, config, length=config.n_positions)
+    cache = new_cache(net, length=config.n_positions)
     for keys_values in cache:
         for x in keys_values:
             x[:] = rng.standard_normal(x.shape)
 
     def kept(prefix: int) -> None:
         token = np.array([[1]])
-        next_logits(base, tokens=token, cache=cache, position=prefix, config=config)
+        next_logits(net, tokens=token, cache=cache, position=prefix)
 
     def afresh(prefix: int) -> None:
-        gpt_logits(base, tokens=np.ones((1, prefix), np.int64), config=config)
+        net_logits(net, tokens=np.ones((1, prefix), np.int64))
 
     def seconds(run: Any, prefix: int, times: int) -> float:
         taken = []

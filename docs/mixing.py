@@ -17,8 +17,9 @@ from typing import NamedTuple
 import numpy as np
 
 import minilora
+from minilora.adapters import LoRAConfig, adapters, weight_of
 from minilora.data import Corpus
-from minilora.lora import LoRAConfig, adapters, merge, unmerge, weight_of
+from minilora.lora import merge, unmerge
 from minilora.mix import mix
 from minilora.model import evaluate_stream
 from minilora.tree import Tree, flatten, map_leaves

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from minilora import tree
+from minilora.adapters import LoRAConfig, lora_init
 from minilora.data import Corpus
-from minilora.gpt import GPTConfig, gpt_init
-from minilora.lora import LoRAConfig, lora_init
+from minilora.gpt2 import GPTConfig, gpt_init
+from minilora.network import Net
 from minilora.training.loop import TrainConfig, train
 from minilora.training.ranks import Ranks, find_ranks
 
@@ -40,8 +41,10 @@ def main() -> None:
     args = options.parse_args()
     ranks = find_ranks()
     config, (batch, context) = SHAPES[args.shape]
-    base = gpt_init(config, seed=0)
-    trained = lora_init(base, LORA, seed=0) if args.method == "lora" else base
+    net = Net(gpt_init(config, seed=0), config)
+    if args.method == "lora":
+        net = Net(net.base, config, lora_init(net.base, LORA, seed=0), LORA)
+    trained = net.base if net.lora is None else net.lora
     settings = TrainConfig(
         method=args.method, steps=args.steps, batch=batch, context=context, threads=args.threads,
         log_every=1, eval_every=args.steps, eval_tokens=1, checkpoint_every=args.steps,
@@ -50,10 +53,12 @@ def main() -> None:
     noise = Corpus(tokens, tokens[:1000], 0, 0, 1, "noise")
     ends: list[float] = []
     train(
-        base, trained if args.method == "lora" else None, noise, config=config,
-        lora_config=LORA, settings=settings, ranks=ranks,
+        net,
+        noise,
+        settings=settings,
+        ranks=ranks,
         report=lambda progress: ends.append(time.perf_counter()),
-    )  # fmt: skip
+    )
     step = ranks.of_first(lambda: median(np.diff(ends[:-1])))  # an evaluation is in the last
     seconds = median(seconds_of(ranks, lambda: ranks.sum(trained)) for _ in range(20))
     if ranks.rank == 0:

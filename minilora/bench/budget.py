@@ -367,7 +367,7 @@ def peaks_of_pass(step: Step) -> dict[str, int]:
     if any(path.endswith("mlp.down") for path in step.adapters):
         found["a down's backward"] = count(f"2 N C + {4 if step.dropout else 3} N F") + there
     if any(step.reaches_attention(block) for block in range(step.lowest, step.config.n_layer)):
-        attention = count("9 N C + 2 S C + 3 H Q N", f"{above} + 2 C F + C C")
+        attention = count("10 N C + S C + 3 H Q N", f"{above} + 2 C F + C C")
         found["an attention's backward"] = attention + there
     if full:
         tables = max(count("2 N C + V C"), count("N C + 2 V C")) if step.tied else 0
