@@ -1,4 +1,4 @@
-"""The figures of docs/claims.md and docs/budget.md: what is arithmetic is computed again."""
+"""The figures of docs/claims.md and docs/budget.md: what is arithmetic is recomputed."""
 
 import contextlib
 import io
@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import minilora
+from minilora.adapters import LoRAConfig
 from minilora.bench.budget import SHAPES, Step, evaluate, ledger, scaled
 from minilora.cli import main
-from minilora.lora import LoRAConfig
 
 ROOT = Path(minilora.__path__[0]).parent
 CLAIMS, BUDGET = (
@@ -96,7 +96,7 @@ def test_bytes_that_live_as_long_as_the_training(figures):
     assert table(BUDGET, "model", "weights") == expected
 
 
-def test_the_largest_moments(figures):
+def test_the_peaks(figures):
     expected = []
     for name, options in SEQUENCE.items():
         both = figures(options, "full"), figures(options)
@@ -116,11 +116,11 @@ def test_flops_of_the_models(figures):
 def test_what_recomputing_saves(figures):
     saved = {}
     for method in ("lora", "full"):
-        kept, again = (
+        kept, with_recompute = (
             figures(f"--model gpt2{option}", method)["activations_bytes"]
             for option in ("", " --recompute")
         )
-        saved[method] = 100 * (1 - again / kept)
+        saved[method] = 100 * (1 - with_recompute / kept)
     text = f"keeps {saved['lora']:.0f} % less with LoRA and {saved['full']:.0f} % less in full"
     assert text in " ".join(BUDGET.split())
 
