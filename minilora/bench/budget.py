@@ -543,7 +543,7 @@ def report(name: str, lora: Step, full: Step) -> Iterator[str]:
     )
     for label, key in BYTES.items():
         yield line(label, *(scaled(x[key], "B") for x in found))
-    yield line("  in", *(largest_peak(step) for step in steps))
+    yield line("  during", *(largest_peak(step) for step in steps))
     for key in ("forward_flops", "backward_flops"):
         yield line(key.replace("_flops", ""), *(scaled(x[key], "FLOP") for x in found))
     yield line("  in all", *(scaled(flops(step).total, "FLOP") for step in steps))
