@@ -167,7 +167,7 @@ class Step:
         return not self.ends_in(block) or any(path in self.adapters for path in attention)
 
     def recomputes_input(self, block: int, linear: str) -> bool:
-        """Whether an adapter needs the input of this linear map, a layer norm's output, again."""
+        """Whether this map's input, a layer norm's output, is recomputed for an adapter on it."""
         return any(path in self.adapters for path in adapters_on(f"blocks.{block}.{linear}"))
 
     @property
