@@ -10,7 +10,6 @@ The base holds every weight under the name of the argument that takes it, and th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,8 +19,8 @@ from minilora import ops
 from minilora.adapters import Adapter, Adapters
 from minilora.backend import Array
 from minilora.errors import MiniloraError
+from minilora.keep import Kept, Plan
 from minilora.lora import (
-    AdaptedLinearCache,
     LoRAEmbeddingCache,
     adapted_linear_backward,
     adapted_linear_forward,
@@ -159,62 +158,50 @@ def norm_backward(dy: Array, cache: ops.LayerNormCache) -> tuple[Array, Tree]:
 # --- block -------------------------------------------------------------------------------------
 
 
-class BlockCache(NamedTuple):
-    """The caches of a block's parts, in the order of the forward pass."""
-
-    ln_1: ops.LayerNormCache
-    qkv: AdaptedLinearCache
-    attention: ops.AttentionCache
-    o: AdaptedLinearCache
-    ln_2: ops.LayerNormCache
-    up: AdaptedLinearCache
-    gelu: ops.GELUCache
-    down: AdaptedLinearCache
-
-
-READS = {"qkv": "ln_1", "o": "attention", "up": "ln_2", "down": "gelu"}  # see `keep`
-ENDS = {"qkv": "qkv", "o": "qkv", "up": "up", "down": "up"}
+READS = {"qkv": "ln_1", "o": "attention", "up": "ln_2", "down": "gelu"}  # see `keep.Kept`
+ENDS = {"qkv": "qkv", "o": "qkv", "up": "up", "down": "up"}  # where a pass ends that reaches it
+LAST = "down"  # of its output only y is made
 
 
 def block_forward(
-    x: Array, block: Tree, adapters: Adapters, *, config: GPTConfig, attend: Callable[..., Any]
-) -> tuple[Array, BlockCache]:
+    x: Array, block: Tree, adapters: Adapters, *, config: GPTConfig, plan: Plan, attend: ops.Attend
+) -> tuple[Array, Kept]:
     """x + Attn(LN₁ x), then + MLP(LN₂ ·), as GPT-2 has it [BLOCK.1-2].  (B, T, C) -> (B, T, C)
 
-    `attend` is `ops.attention_forward`, or another attention: generation has one with a past.
+    `attend` is `ops.attention_forward` or another attention: generation has one with a past.
     """
     eps, attn, mlp = config.layer_norm_epsilon, block["attn"], block["mlp"]
-    h, ln_1 = ops.layer_norm_forward(x, **block["ln_1"], eps=eps)
-    h, qkv = adapted_linear_forward(h, **attn["qkv"], adapters=adapters["qkv"])
-    h, attention = attend(h, heads=config.n_head)
-    h, o = adapted_linear_forward(h, **attn["o"], adapters=adapters["o"])
+    cache = Kept(plan, READS)
+    h, cache["ln_1"] = ops.layer_norm_forward(x, **block["ln_1"], eps=eps)
+    h, cache["qkv"] = adapted_linear_forward(h, **attn["qkv"], adapters=adapters["qkv"])
+    h, cache["attention"] = attend(h, heads=config.n_head)
+    h, cache["o"] = adapted_linear_forward(h, **attn["o"], adapters=adapters["o"])
     x = x + h  # [BLOCK.1] x + Attn(LN₁ x)
-    h, ln_2 = ops.layer_norm_forward(x, **block["ln_2"], eps=eps)
-    h, up = adapted_linear_forward(h, **mlp["up"], adapters=adapters["up"])
-    h, gelu = ops.gelu_forward(h)
-    h, down = adapted_linear_forward(h, **mlp["down"], adapters=adapters["down"])
-    x = x + h  # [BLOCK.2] x + MLP(LN₂ x)
-    return x, BlockCache(ln_1, qkv, attention, o, ln_2, up, gelu, down)
+    h, cache["ln_2"] = ops.layer_norm_forward(x, **block["ln_2"], eps=eps)
+    h, cache["up"] = adapted_linear_forward(h, **mlp["up"], adapters=adapters["up"])
+    h, cache["gelu"] = ops.gelu_forward(h)
+    h, cache["down"] = adapted_linear_forward(h, **mlp["down"], adapters=adapters["down"])
+    return x + h, cache  # [BLOCK.2] x + MLP(LN₂ x)
 
 
-def block_backward(dy: Array, cache: BlockCache) -> tuple[Array | None, Tree, Tree]:
+def block_backward(dy: Array, cache: Kept) -> tuple[ops.Gradient, Tree, Tree]:
     """dx, dblock, dadapters of `block_forward`; where no dx is wanted the pass ends early."""
-    dh, ddown, down = adapted_linear_backward(dy, cache.down)
-    (dh,) = ops.gelu_backward(dh, cache.gelu)
-    dh, dup, up = adapted_linear_backward(dh, cache.up)
+    dh, ddown, down = adapted_linear_backward(dy, cache["down"])
+    (dh,) = ops.gelu_backward(dh, cache["gelu"])
+    dh, dup, up = adapted_linear_backward(dh, cache["up"])
     dblock, dadapters = {"mlp": {"up": dup, "down": ddown}}, {"mlp": up | down}
     if dh is None:
         return None, dblock, dadapters
-    dh, dw, db = ops.layer_norm_backward(dh, cache.ln_2)
+    dh, dw, db = ops.layer_norm_backward(dh, cache["ln_2"])
     dblock = {"ln_2": {"w": dw, "b": db}, **dblock}
     dx = dy + dh  # [BLOCK.3] dx = dy + the gradient through the MLP
-    dh, do, o = adapted_linear_backward(dx, cache.o)
-    (dh,) = ops.attention_backward(dh, cache.attention)
-    dh, dqkv, qkv = adapted_linear_backward(dh, cache.qkv)
+    dh, do, o = adapted_linear_backward(dx, cache["o"])
+    (dh,) = ops.attention_backward(dh, cache["attention"])
+    dh, dqkv, qkv = adapted_linear_backward(dh, cache["qkv"])
     dblock = {"attn": {"qkv": dqkv, "o": do}, **dblock}
     dadapters = {"attn": qkv | o, **dadapters}
     if dh is None:
         return None, dblock, dadapters
-    dh, dw, db = ops.layer_norm_backward(dh, cache.ln_1)
+    dh, dw, db = ops.layer_norm_backward(dh, cache["ln_1"])
     dblock = {"ln_1": {"w": dw, "b": db}, **dblock}
     return dx + dh, dblock, dadapters  # [BLOCK.4] and through the attention

@@ -1,16 +1,16 @@
 """What is kept for a backward pass: the only place that knows of freezing and recomputing.
 
-A forward pass keeps all that its gradients are made of. `thin` drops what no wanted gradient needs
-and what is cheaper to recompute than to store; `Restored` recomputes that when it is read. Of an
-architecture's block they know READS, which names each linear map, in order, and the part whose
-output it reads, and ENDS, which names for each the map where a pass ends that has to reach it.
+A forward pass returns all that its gradients are made of. Of a block, `Kept` drops what no wanted
+gradient needs and what is cheaper to recompute than to store; it recomputes that when it is read.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 from minilora import lora, ops
+from minilora.adapters import Adapters
 from minilora.tree import Tree
 
 
@@ -19,8 +19,8 @@ class Plan(NamedTuple):
 
     base: bool = False  # of the base's weights
     lora: bool = False  # of the adapters' factors
-    below: bool = False  # of a block's input, since something below it is trained
     recompute: bool = False  # of a block keep the input alone (Chen et al. 2016, §4)
+    end: str | None = None  # the linear map in a block whose dx, and all below it, is not wanted
 
 
 Fields: TypeAlias = dict[type[Any], tuple[str, ...]]  # of caches, by what is made of them
@@ -44,50 +44,53 @@ def without(cache: Any, fields: Fields) -> Any:
     return type(cache)(*(None if name in dropped else without(x, fields) for name, x in parts))
 
 
-def unwanted(plan: Plan) -> Fields:
-    """The makings of gradients that the plan does not want."""
-    return ({} if plan.base else OF_WEIGHTS) | ({} if plan.lora else OF_FACTORS)
-
-
 def wanted(cache: Any, plan: Plan) -> Any:
-    """A cache without what only gradients are made of that the plan does not want."""
-    return without(cache, unwanted(plan))
+    """A cache without the makings of gradients that the plan does not want."""
+    unwanted = ({} if plan.base else OF_WEIGHTS) | ({} if plan.lora else OF_FACTORS)
+    return without(cache, unwanted)
 
 
-def thin(cache: Any, plan: Plan, architecture: Any) -> Any:
-    """What is kept of a block's cache; None if no wanted gradient lies in the block or below."""
-    reads, parts = architecture.READS, {}
-    for name, part in cache._asdict().items():
-        recomputed = name in reads and hasattr(getattr(cache, reads[name]), "output")
-        parts[name] = without(part, (INPUTS if recomputed else {}) | unwanted(plan))
-    if not plan.below:
-        adapted = [name for name in reads if plan.lora and parts[name].adapters]
-        if not adapted:
-            return None
-        end, order = architecture.ENDS[adapted[0]], list(parts)
-        parts[end] = without(parts[end], OF_INPUTS)
-        kept = {*order[order.index(end) :], *(reads[name] for name in adapted)}
-        parts |= dict.fromkeys(parts.keys() - kept)
-    return type(cache)(**parts)
+def ending_at_lowest(plan: Plan, adapters: Adapters, architecture: Any) -> Plan:
+    """The plan of a block below which nothing is trained: its pass ends at its lowest adapter."""
+    adapted = [name for name in architecture.READS if plan.lora and adapters[name]]
+    return plan._replace(end=architecture.ENDS[adapted[0]]) if adapted else Plan()
 
 
-class Restored:
-    """A block's thin cache, in which each linear map has its input again while it is read."""
+class Kept(dict[str, Any]):
+    """The caches of a block's parts by name: thinned when they are written, restored when read.
 
-    def __init__(self, cache: Any, plan: Plan, architecture: Any) -> None:
-        self.cache, self.plan, self.reads = cache, plan, architecture.READS
+    `reads` names each linear map of the block, in order, and the part whose output it reads. Where
+    that part has a method `output`, the map's input is not kept but recomputed with it.
+    """
 
-    def __getattr__(self, name: str) -> Any:
-        part = getattr(self.cache, name)
-        source: Any = getattr(self.cache, self.reads[name]) if name in self.reads else None
-        if not hasattr(source, "output") or not (self.plan.base or part.adapters):
+    def __init__(self, plan: Plan, reads: Mapping[str, str]) -> None:
+        self.plan, self.reads = plan, reads
+
+    def recompute(self, name: str) -> Any:
+        """What recomputes the input of a linear map; None where the input itself is kept."""
+        return getattr(self.get(self.reads.get(name, "")), "output", None)
+
+    def __setitem__(self, name: str, part: Any) -> None:
+        if not (self.plan.base or self.plan.lora):
+            return
+        if name == self.plan.end:
+            part = without(part, OF_INPUTS)
+            for before in self.keys() - ({self.reads[name]} if part.adapters else set()):
+                del self[before]
+        if self.recompute(name):
+            part = without(part, INPUTS)
+        super().__setitem__(name, wanted(part, self.plan))
+
+    def __getitem__(self, name: str) -> Any:
+        part, recompute = super().__getitem__(name), self.recompute(name)
+        if recompute is None or not (self.plan.base or part.adapters):
             return part
-        x, adapters = source.output(), {}
+        x, adapters = recompute(), {}
         for target, adapter in part.adapters.items():
             x_kept, _ = ops.dropout_forward(x, mask=adapter.dropout.mask)
             adapters[target] = adapter._replace(lora=adapter.lora._replace(x=x_kept))
-        restored = part._replace(linear=part.linear._replace(x=x), adapters=adapters)
-        return wanted(restored, self.plan)
+        part = part._replace(linear=part.linear._replace(x=x), adapters=adapters)
+        return wanted(part, self.plan)
 
 
 def without_output(block: Tree, last: str) -> Tree:

@@ -13,7 +13,7 @@ from minilora import ops
 from minilora.adapters import Adapter, LoRAConfig, adapters, weight_of
 from minilora.backend import Array, namespace
 from minilora.errors import MiniloraError
-from minilora.ops import rows
+from minilora.ops import Gradient, rows
 from minilora.tree import Tree, flatten, unflatten
 
 # --- the pair ----------------------------------------------------------------------------------
@@ -38,7 +38,7 @@ def lora_forward(x: Array, A: Array, B: Array, *, scale: float) -> tuple[Array, 
     return y.reshape(*x.shape[:-1], B.shape[1]), LoRACache(x, h, A, B, scale)
 
 
-def lora_backward(dy: Array, cache: LoRACache) -> tuple[Array | None, Array | None, Array | None]:
+def lora_backward(dy: Array, cache: LoRACache) -> tuple[Gradient, Gradient, Gradient]:
     """dx, dA, dB of `lora_forward`: with dW = xᵀ dy, they are s dW Bᵀ and s Aᵀ dW, never via dW."""
     x, h, A, B, scale = cache
     dx = dA = dB = None
@@ -72,9 +72,7 @@ def lora_embedding_forward(
     return h @ B, LoRAEmbeddingCache(index, h, A, B, scale)  # [LORA.7] y = s A[index] B
 
 
-def lora_embedding_backward(
-    dy: Array, cache: LoRAEmbeddingCache
-) -> tuple[Array | None, Array | None]:
+def lora_embedding_backward(dy: Array, cache: LoRAEmbeddingCache) -> tuple[Gradient, Gradient]:
     """dA, dB of `lora_embedding_forward`."""
     indices, h, A, B, scale = cache
     dA = dB = None

@@ -7,7 +7,7 @@ computed with the embedding's table wte. Gradients come back as trees of the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,13 +15,12 @@ from minilora import gpt2, loss
 from minilora.adapters import Adapters, LoRAConfig, placed_adapters
 from minilora.backend import Array, to_device
 from minilora.errors import MiniloraError
-from minilora.keep import Plan, Restored, thin, wanted, without_output
+from minilora.keep import Kept, Plan, ending_at_lowest, wanted, without_output
 from minilora.lora import AdaptedLinearCache
-from minilora.ops import attention_forward, head_forward
+from minilora.ops import Attend, Gradient, attention_forward, head_forward
 from minilora.tree import Tree
 
 AnyNet = TypeVar("AnyNet", bound="Net")
-Attend = Callable[..., tuple[Array, Any]]
 ARCHITECTURES: dict[type, Any] = {gpt2.GPTConfig: gpt2}  # the module of each: its pairs, its LAYOUT
 INFERENCE, LORA = Plan(), Plan(lora=True)
 
@@ -72,15 +71,16 @@ class Checkpoint(NamedTuple):
     x: Array
     block: Tree
     adapters: Adapters
+    plan: Plan
     last: AdaptedLinearCache
 
 
 class TrunkCache(NamedTuple):
-    """What the trunk keeps; of a block its thin cache, a Checkpoint or None, and its plan."""
+    """What the trunk keeps; of a part that no backward pass reaches, None."""
 
     net: Net
     embedding: Any
-    blocks: list[tuple[Any, Plan]]
+    blocks: list[Kept | Checkpoint | None]
     norm: Any
 
 
@@ -102,34 +102,36 @@ def trunk_forward(
     end = offset + tokens.shape[-1]
     if end > net.config.n_positions:
         raise MiniloraError(f"{end} tokens exceed the model's context of {net.config.n_positions}")
-    placed = net.adapters(masks)
+    placed, architecture = net.adapters(masks), net.architecture
     adapter = placed[""]["wte"].get("embedding")
-    x, embedding = net.architecture.embed_forward(net.base, adapter, tokens=tokens, offset=offset)
-    plan = plan._replace(below=plan.base or (plan.lora and adapter is not None))
+    x, embedding = architecture.embed_forward(net.base, adapter, tokens=tokens, offset=offset)
+    below = plan.base or (plan.lora and adapter is not None)
     blocks = []
-    for i in range(net.config.n_layer):
+    for i, block in enumerate(net.base["blocks"]):
+        adapters = {name: placed[f"blocks.{i}"][name] for name in architecture.READS}
         attend = attention_forward if attends is None else attends[i]
-        x, kept = _block_forward(x, net, i, placed[f"blocks.{i}"], plan, attend)
-        blocks.append((kept, plan))
-        plan = plan._replace(below=kept is not None)
-    x, norm = net.architecture.norm_forward(x, net.base, config=net.config)
-    norm = wanted(norm, plan) if plan.below else None
+        block_plan = plan if below else ending_at_lowest(plan, adapters, architecture)
+        x, kept = _block_forward(x, block, adapters, net, block_plan, attend)
+        blocks.append(kept)
+        below = kept is not None
+    x, norm = architecture.norm_forward(x, net.base, config=net.config)
+    norm = wanted(norm, plan) if below else None
     return x, TrunkCache(net, wanted(embedding, plan), blocks, norm)
 
 
-def trunk_backward(dx: Array, cache: TrunkCache) -> tuple[Tree, Tree]:
+def trunk_backward(dx: Gradient, cache: TrunkCache) -> tuple[Tree, Tree]:
     """dbase and dlora of `trunk_forward`; what the plan does not want is None in them."""
     net, embedding, blocks, norm = cache
+    dblocks: list[Tree] = []
+    dlora_blocks: list[Tree] = []
     dnorm: Tree = {}
     if norm is not None:
         dx, dnorm = net.architecture.norm_backward(dx, norm)
-    dblocks: list[Tree] = []
-    dlora_blocks: list[Tree] = []
-    for kept, plan in reversed(blocks):
+    for kept in reversed(blocks):
         dblock: Tree = {}
         dadapters: Tree = {}
         if kept is not None:
-            dx, dblock, dadapters = _block_backward(dx, net, kept, plan)
+            dx, dblock, dadapters = _block_backward(dx, net, kept)
         dblocks.insert(0, dblock)
         dlora_blocks.insert(0, {name: part for name, part in dadapters.items() if part})
     dembedding, dadapter = {}, {}
@@ -140,28 +142,28 @@ def trunk_backward(dx: Array, cache: TrunkCache) -> tuple[Tree, Tree]:
 
 
 def _block_forward(
-    x: Array, net: Net, i: int, adapters: Adapters, plan: Plan, attend: Attend
-) -> tuple[Array, Any]:
-    """y of block i, and what is kept of it; its whole cache is gone on return."""
-    block, architecture = net.base["blocks"][i], net.architecture
-    y, cache = architecture.block_forward(x, block, adapters, config=net.config, attend=attend)
-    kept = thin(cache, plan, architecture)
-    if plan.recompute and kept is not None:
-        kept = Checkpoint(x, block, adapters, getattr(kept, list(architecture.READS)[-1]))
-    return y, kept
+    x: Array, block: Tree, adapters: Adapters, net: Net, plan: Plan, attend: Attend
+) -> tuple[Array, Kept | Checkpoint | None]:
+    """y of a block, and what is kept of it."""
+    y, cache = net.architecture.block_forward(
+        x, block, adapters, config=net.config, plan=plan, attend=attend
+    )
+    if plan.recompute:
+        return y, Checkpoint(x, block, adapters, plan, cache.get(net.architecture.LAST))
+    return y, cache or None
 
 
-def _block_backward(dy: Array, net: Net, kept: Any, plan: Plan) -> tuple[Any, Tree, Tree]:
+def _block_backward(dy: Gradient, net: Net, kept: Kept | Checkpoint) -> tuple[Gradient, Tree, Tree]:
     """dx, dblock and dadapters of a block, from what was kept of it."""
-    architecture, name = net.architecture, list(net.architecture.READS)[-1]
+    architecture, last = net.architecture, net.architecture.LAST
     if isinstance(kept, Checkpoint):
-        x, block, adapters, last = kept
-        block, adapters = without_output(block, name), {**adapters, name: {}}
-        _, kept = architecture.block_forward(
-            x, block, adapters, config=net.config, attend=attention_forward
-        )
-        kept = thin(kept._replace(**{name: last}), plan, architecture)
-    return architecture.block_backward(dy, Restored(kept, plan, architecture))
+        x, block, adapters, plan, last_cache = kept
+        block, adapters = without_output(block, last), {**adapters, last: {}}
+        constants = {"config": net.config, "plan": plan, "attend": attention_forward}
+        cache: Kept = architecture.block_forward(x, block, adapters, **constants)[1]
+        cache.update({last: last_cache})
+        return architecture.block_backward(dy, cache)
+    return architecture.block_backward(dy, kept)
 
 
 # --- the whole model ---------------------------------------------------------------------------

@@ -19,13 +19,19 @@ I inputs and O outputs of a linear map; `...` stands for any leading dimensions.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from minilora.backend import Array, namespace
 from minilora.tiles import entrywise
+
+Gradient: TypeAlias = Array | None
+"""None where what it is made of is None in the cache."""
+
+Attend: TypeAlias = Callable[..., tuple[Array, Any]]
+"""An attention, called as `attention_forward` is."""
 
 
 def rows(x: Array) -> Array:
@@ -58,9 +64,7 @@ def linear_forward(x: Array, w: Array, b: Array) -> tuple[Array, LinearCache]:
     return y.reshape(*x.shape[:-1], w.shape[1]), LinearCache(x, w)
 
 
-def linear_backward(
-    dy: Array, cache: LinearCache
-) -> tuple[Array | None, Array | None, Array | None]:
+def linear_backward(dy: Array, cache: LinearCache) -> tuple[Gradient, Gradient, Gradient]:
     """dx, dw, db of `linear_forward`."""
     x, w = cache
     dx = dw = db = None
@@ -88,7 +92,7 @@ def embedding_forward(table: Array, *, index: Array) -> tuple[Array, EmbeddingCa
     return table[index], EmbeddingCache(index, table)  # [EMB.1]
 
 
-def embedding_backward(dy: Array, cache: EmbeddingCache) -> tuple[Array | None]:
+def embedding_backward(dy: Array, cache: EmbeddingCache) -> tuple[Gradient]:
     """(dtable,) of `embedding_forward`: each row gathers the gradients of all its uses."""
     indices, table = cache
     if table is None:
@@ -109,7 +113,7 @@ def position_forward(x: Array, wpe: Array, *, offset: int = 0) -> tuple[Array, P
     return x + wpe[offset : offset + T], PositionCache(wpe, offset)  # [POS.1]
 
 
-def position_backward(dy: Array, cache: PositionCache) -> tuple[Array, Array | None]:
+def position_backward(dy: Array, cache: PositionCache) -> tuple[Array, Gradient]:
     """dx, dwpe of `position_forward`; dx is dy itself."""
     wpe, offset = cache
     if wpe is None:
@@ -162,7 +166,7 @@ def affine_forward(x: Array, w: Array, b: Array) -> tuple[Array, AffineCache]:
     return y, AffineCache(x, w, b)
 
 
-def affine_backward(dy: Array, cache: AffineCache) -> tuple[Array, Array | None, Array | None]:
+def affine_backward(dy: Array, cache: AffineCache) -> tuple[Array, Gradient, Gradient]:
     """dx, dw, db of `affine_forward`."""
     x, w, _ = cache
     dx = dy * w  # [LN.5] dx̂ = dy ∘ w
@@ -191,9 +195,7 @@ def layer_norm_forward(
     return y, LayerNormCache(normalise, affine)
 
 
-def layer_norm_backward(
-    dy: Array, cache: LayerNormCache
-) -> tuple[Array, Array | None, Array | None]:
+def layer_norm_backward(dy: Array, cache: LayerNormCache) -> tuple[Array, Gradient, Gradient]:
     """dx, dw, db of `layer_norm_forward`."""
     dxhat, dw, db = affine_backward(dy, cache.affine)
     (dx,) = normalise_backward(dxhat, cache.normalise)
@@ -395,7 +397,7 @@ def head_forward(x: Array, table: Array) -> tuple[Array, HeadCache]:
     return y.reshape(*x.shape[:-1], table.shape[0]), HeadCache(x, table)
 
 
-def head_backward(dy: Array, cache: HeadCache) -> tuple[Array, Array | None]:
+def head_backward(dy: Array, cache: HeadCache) -> tuple[Array, Gradient]:
     """dx, dtable of `head_forward`."""
     x, table = cache
     dx = (rows(dy) @ table).reshape(*dy.shape[:-1], table.shape[1])  # [HEAD.2] dx = dy wte
