@@ -9,6 +9,7 @@ A LoRA path names one adapter: `embedding`, `blocks.{i}.attn.{qkv,q,k,v,o}` or
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import defaultdict
@@ -115,6 +116,7 @@ def adapted_paths(config: LoRAConfig, n_layer: int) -> list[str]:
     return adapted
 
 
+@functools.cache
 def weight_of(path: str, width: int) -> tuple[str, slice]:
     """Where the adapter at a LoRA path acts: the path of a base weight, and columns of it.
 

@@ -35,19 +35,21 @@ INPUTS: Fields = {ops.LinearCache: ("x",), lora.LoRACache: ("x",)}
 
 
 def without(cache: Any, fields: Fields) -> Any:
-    """A cache, or a dict of caches, with these fields None in all of its parts."""
-    if isinstance(cache, dict):
+    """A cache with these fields None, in itself or in the caches that it is made of."""
+    kind = type(cache)
+    if kind in fields:
+        parts = zip(kind._fields, cache, strict=True)
+        return kind(*[None if name in fields[kind] else part for name, part in parts])
+    if kind is dict:
         return {name: without(part, fields) for name, part in cache.items()}
-    if not hasattr(cache, "_fields"):
-        return cache
-    dropped, parts = fields.get(type(cache), ()), zip(cache._fields, cache, strict=True)
-    return type(cache)(*(None if name in dropped else without(x, fields) for name, x in parts))
+    if isinstance(cache, tuple):
+        return kind(*[without(part, fields) for part in cache])
+    return cache
 
 
-def wanted(cache: Any, plan: Plan) -> Any:
-    """A cache without the makings of gradients that the plan does not want."""
-    unwanted = ({} if plan.base else OF_WEIGHTS) | ({} if plan.lora else OF_FACTORS)
-    return without(cache, unwanted)
+def unwanted(plan: Plan) -> Fields:
+    """The makings of gradients that the plan does not want."""
+    return ({} if plan.base else OF_WEIGHTS) | ({} if plan.lora else OF_FACTORS)
 
 
 def ending_at_lowest(plan: Plan, adapters: Adapters, architecture: Any) -> Plan:
@@ -64,7 +66,7 @@ class Kept(dict[str, Any]):
     """
 
     def __init__(self, plan: Plan, reads: Mapping[str, str]) -> None:
-        self.plan, self.reads = plan, reads
+        self.plan, self.reads, self.unwanted = plan, reads, unwanted(plan)
 
     def recompute(self, name: str) -> Any:
         """What recomputes the input of a linear map; None where the input itself is kept."""
@@ -77,20 +79,19 @@ class Kept(dict[str, Any]):
             part = without(part, OF_INPUTS)
             for before in self.keys() - ({self.reads[name]} if part.adapters else set()):
                 del self[before]
-        if self.recompute(name):
-            part = without(part, INPUTS)
-        super().__setitem__(name, wanted(part, self.plan))
+        fields = INPUTS | self.unwanted if self.recompute(name) else self.unwanted
+        super().__setitem__(name, without(part, fields))
 
     def __getitem__(self, name: str) -> Any:
         part, recompute = super().__getitem__(name), self.recompute(name)
-        if recompute is None or not (self.plan.base or part.adapters):
+        if recompute is None or not (self.plan.base or (self.plan.lora and part.adapters)):
             return part
         x, adapters = recompute(), {}
-        for target, adapter in part.adapters.items():
+        linear = part.linear._replace(x=x) if self.plan.base else part.linear
+        for target, adapter in part.adapters.items() if self.plan.lora else ():
             x_kept, _ = ops.dropout_forward(x, mask=adapter.dropout.mask)
             adapters[target] = adapter._replace(lora=adapter.lora._replace(x=x_kept))
-        part = part._replace(linear=part.linear._replace(x=x), adapters=adapters)
-        return wanted(part, self.plan)
+        return part._replace(linear=linear, adapters=part.adapters | adapters)
 
 
 def without_output(block: Tree, last: str) -> Tree:

@@ -15,13 +15,13 @@ from minilora import gpt2, loss
 from minilora.adapters import Adapters, LoRAConfig, placed_adapters
 from minilora.backend import Array, to_device
 from minilora.errors import MiniloraError
-from minilora.keep import Kept, Plan, ending_at_lowest, wanted, without_output
+from minilora.keep import Kept, Plan, ending_at_lowest, unwanted, without, without_output
 from minilora.lora import AdaptedLinearCache
 from minilora.ops import Attend, Gradient, attention_forward, head_forward
 from minilora.tree import Tree
 
 AnyNet = TypeVar("AnyNet", bound="Net")
-ARCHITECTURES: dict[type, Any] = {gpt2.GPTConfig: gpt2}  # the module of each: its pairs, its LAYOUT
+ARCHITECTURES: dict[type, Any] = {gpt2.GPTConfig: gpt2}  # by its sizes: its module
 INFERENCE, LORA = Plan(), Plan(lora=True)
 
 
@@ -58,7 +58,7 @@ class Net:
 
     @property
     def architecture(self) -> Any:
-        """The module that has the pairs of this base's parts."""
+        """The module of the base's architecture, for its pairs and for what `keep` must know."""
         return ARCHITECTURES[type(self.config)]
 
 
@@ -115,8 +115,8 @@ def trunk_forward(
         blocks.append(kept)
         below = kept is not None
     x, norm = architecture.norm_forward(x, net.base, config=net.config)
-    norm = wanted(norm, plan) if below else None
-    return x, TrunkCache(net, wanted(embedding, plan), blocks, norm)
+    norm = without(norm, unwanted(plan)) if below else None
+    return x, TrunkCache(net, without(embedding, unwanted(plan)), blocks, norm)
 
 
 def trunk_backward(dx: Gradient, cache: TrunkCache) -> tuple[Tree, Tree]:
@@ -124,19 +124,12 @@ def trunk_backward(dx: Gradient, cache: TrunkCache) -> tuple[Tree, Tree]:
     net, embedding, blocks, norm = cache
     dblocks: list[Tree] = []
     dlora_blocks: list[Tree] = []
-    dnorm: Tree = {}
-    if norm is not None:
-        dx, dnorm = net.architecture.norm_backward(dx, norm)
+    dx, dnorm = (dx, {}) if norm is None else net.architecture.norm_backward(dx, norm)
     for kept in reversed(blocks):
-        dblock: Tree = {}
-        dadapters: Tree = {}
-        if kept is not None:
-            dx, dblock, dadapters = _block_backward(dx, net, kept)
+        dx, dblock, dadapters = (dx, {}, {}) if kept is None else _block_backward(dx, net, kept)
         dblocks.insert(0, dblock)
         dlora_blocks.insert(0, {name: part for name, part in dadapters.items() if part})
-    dembedding, dadapter = {}, {}
-    if dx is not None:
-        dembedding, dadapter = net.architecture.embed_backward(dx, embedding)
+    dembedding, dadapter = net.architecture.embed_backward(dx, embedding)
     dlora = {"embedding": dadapter} if dadapter else {}
     return {**dembedding, "blocks": dblocks, **dnorm}, {**dlora, "blocks": dlora_blocks}
 
@@ -157,11 +150,11 @@ def _block_backward(dy: Gradient, net: Net, kept: Kept | Checkpoint) -> tuple[Gr
     """dx, dblock and dadapters of a block, from what was kept of it."""
     architecture, last = net.architecture, net.architecture.LAST
     if isinstance(kept, Checkpoint):
-        x, block, adapters, plan, last_cache = kept
+        x, block, adapters, plan, last_part = kept
         block, adapters = without_output(block, last), {**adapters, last: {}}
         constants = {"config": net.config, "plan": plan, "attend": attention_forward}
         cache: Kept = architecture.block_forward(x, block, adapters, **constants)[1]
-        cache.update({last: last_cache})
+        cache.update({last: last_part})
         return architecture.block_backward(dy, cache)
     return architecture.block_backward(dy, kept)
 

@@ -185,7 +185,8 @@ for check in checks:
 # %%
 no_adapters = {name: {} for name in gpt2.READS}
 plan = minilora.Plan(base=True)
-y, cache = gpt2.block_forward(x, block, no_adapters, config=sizes, plan=plan)
+constants = {"config": sizes, "plan": plan, "attend": ops.attention_forward}
+y, cache = gpt2.block_forward(x, block, no_adapters, **constants)
 dx, dblock, _ = gpt2.block_backward(dy, cache)
 values, _ = block_forward(x, block, heads=2)
 same_bits = {

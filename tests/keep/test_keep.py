@@ -10,6 +10,7 @@ from minilora import gpt2, keep, loss, ops
 from minilora.adapters import TARGETS, adapted_paths
 from minilora.keep import Kept, Plan, without_output
 from minilora.network import loss_and_grads, trunk_forward
+from minilora.ops import attention_forward
 from minilora.tree import flatten
 
 BASE, LORA, BOTH = Plan(base=True), Plan(lora=True), Plan(base=True, lora=True)
@@ -38,9 +39,8 @@ def with_its_whole_cache(x, net, i, adapters):
     """y of block i, and the caches of its parts in a dict that drops nothing."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpt2, "Kept", lambda plan, reads: {})
-        return gpt2.block_forward(
-            x, net.base["blocks"][i], adapters, config=net.config, plan=Plan()
-        )
+        constants = {"config": net.config, "plan": Plan(), "attend": attention_forward}
+        return gpt2.block_forward(x, net.base["blocks"][i], adapters, **constants)
 
 
 def by_the_whole_caches(net, tokens, targets, masks, *, base):
@@ -343,6 +343,7 @@ def test_writing_and_reading_leave_the_whole_cache_as_it_was():
 def test_reads_and_ends_name_the_linear_maps_in_the_order_of_the_pass():
     order, reads, ends = list(a_whole_cache("q")), gpt2.READS, gpt2.ENDS
     assert reads.keys() == ends.keys()
+    assert gpt2.LAST == list(reads)[-1] == order[-1]
     assert list(reads) == [name for name in order if name in reads]
     for name, source in reads.items():
         assert order.index(source) < order.index(name)

@@ -39,14 +39,17 @@ STEPS = 10
 
 def results() -> dict[str, np.ndarray]:
     """All that is compared, by name, computed with the package on the path."""
+    import minilora
     from minilora.tree import flatten, map_leaves
 
-    try:
+    package = Path(minilora.__path__[0])
+    assert package.parent == Path.cwd(), f"{package} is not the package of this checkout"
+    if (package / "network.py").exists():
         from minilora.adapters import LoRAConfig, dropout_masks, lora_init
         from minilora.gpt2 import GPTConfig, gpt_init
         from minilora.keep import Plan
         from minilora.network import Net, loss_and_grads
-    except ImportError:  # before 2026-11-25
+    else:  # up to 65f72d7
         from minilora.gpt import GPTConfig, gpt_init, loss_and_grads
 
         from minilora.lora import LoRAConfig, dropout_masks, lora_init

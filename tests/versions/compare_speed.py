@@ -78,9 +78,7 @@ def main() -> None:
     for shape in args.shapes.split(","):
         steps, batch, context = CASES[shape]
         for targets in TARGETS:
-            case = Case(
-                SHAPES[shape], batch=batch, context=context, targets=targets, steps=steps
-            )
+            case = Case(SHAPES[shape], batch=batch, context=context, targets=targets, steps=steps)
             times, peaks, kernel = compare(args.other, case, args.pairs, args.turns)
             print(
                 f"{shape:<6} {','.join(targets):<14} time {median(times):.3f} "
