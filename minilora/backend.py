@@ -20,11 +20,12 @@ Array: TypeAlias = np.ndarray[Any, Any]
 """An array of either library; CuPy's has the same methods as NumPy's."""
 
 DEVICES = ("cpu", "cuda", "auto")
+HOST = (np.ndarray, np.generic)  # NumPy's arrays and scalars
 
 
 def namespace(x: Array) -> Any:
     """The module whose functions take `x`: numpy, or cupy for an array on a GPU."""
-    if isinstance(x, np.ndarray | np.generic):
+    if isinstance(x, HOST):
         return np
     array = x.array if isinstance(x, Half) else x
     return sys.modules[type(array).__module__.split(".")[0]]
