@@ -84,7 +84,7 @@ class Kept(dict[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         part, recompute = super().__getitem__(name), self.recompute(name)
-        if recompute is None or not (self.plan.base or (self.plan.lora and part.adapters)):
+        if recompute is None or not (self.plan.base or part.adapters):
             return part
         x, adapters = recompute(), {}
         linear = part.linear._replace(x=x) if self.plan.base else part.linear

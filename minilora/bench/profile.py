@@ -94,14 +94,6 @@ def profiling(wait: Callable[[], None] = lambda: None) -> Iterator[Profile]:
             if wrapped(name, value) is not value:
                 undo.append(functools.partial(setattr, module, name, value))
                 setattr(module, name, wrapped(name, value))
-    for f in list(wrappers):  # functions that are the default of an argument
-        before = f.__kwdefaults__
-        if before:
-            undo.append(functools.partial(setattr, f, "__kwdefaults__", before))
-            f.__kwdefaults__ = {
-                key: wrappers.get(value, value) if callable(value) else value
-                for key, value in before.items()
-            }
     try:
         yield profile
     finally:

@@ -68,6 +68,7 @@ NOT_HERE = "Where the target is in another chunk, any column will do: 0 is subtr
 ONE_DEVICE = "All of the cache lies on one device."
 CACHE_UNUSED = "Attention recomputes P alone, and keeps it itself."
 ON_A_GPU = "A GPU takes all queries as one tile."
+AS_MANY = "A cache has as many entries as fields."
 BOTH_DROPPED = "`keep` drops what either is made of, or neither."
 
 # Survivors, by "module.function: before → after", and why the result is the same.
@@ -123,15 +124,15 @@ EXPLAINED: dict[str, str] = {
     "if dx_lora is not None:": BOTH_DROPPED,
     "lora.adapted_linear_backward: if dx is not None and dx_lora is not None: → "
     "if dx is not None or dx_lora is not None:": BOTH_DROPPED,
-    "keep.without: dropped, parts = (fields.get(type(cache), ()), zip(cache._fields, "
-    "cache, strict=True)) → "
-    "dropped, parts = (fields.get(type(cache), ()), zip(cache._fields, cache))": (
-        "A cache has as many entries as fields."
+    "keep.without: parts = zip(kind._fields, cache, strict=True) → "
+    "parts = zip(kind._fields, cache)": AS_MANY,
+    "keep.without: parts = zip(kind._fields, cache, strict=True) → "
+    "parts = zip(kind._fields, cache, strict=False)": AS_MANY,
+    "keep.ending_at_lowest: adapted = [name for name in architecture.READS if plan.lora and "
+    "adapters[name]] → "
+    "adapted = [name for name in architecture.READS if adapters[name]]": (
+        "Where neither base nor adapters are trained, nothing is kept whatever the end."
     ),
-    "keep.without: dropped, parts = (fields.get(type(cache), ()), zip(cache._fields, "
-    "cache, strict=True)) → "
-    "dropped, parts = (fields.get(type(cache), ()), zip(cache._fields, cache, "
-    "strict=False))": "A cache has as many entries as fields.",
     "gpt2.embed_backward: return ({'wte': dwte, 'wpe': dwpe}, {}) → "
     "return ({'wte': dwte, 'wpe': dwpe}, None)": "Either says that there is no adapter.",
     "network.trunk_forward: end = offset + tokens.shape[-1] → "
@@ -140,9 +141,11 @@ EXPLAINED: dict[str, str] = {
     "below = plan.base or adapter is not None": (
         "Where no gradient is wanted, no block keeps anything whatever is below it."
     ),
-    "network.trunk_backward: if dx is not None: → if True:": (
-        "Where dx is not wanted, nothing of the embedding is, and its backward pass turns "
-        "None into None."
+    "network.trunk_backward: dx, dblock, dadapters = (dx, {}, {}) if kept is None else "
+    "_block_backward(dx, net, kept) → "
+    "dx, dblock, dadapters = (dnorm, {}, {}) if kept is None else "
+    "_block_backward(dx, net, kept)": (
+        "Below the block where the pass ends nothing is made of dx."
     ),
     "network.loss_and_grads: if plan.base: → if True:": (
         "The loss of a trained table is the same, and its gradient dropped; tests/bench "
