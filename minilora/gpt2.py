@@ -127,7 +127,7 @@ def embed_forward(
     x, wte = ops.embedding_forward(base["wte"], index=tokens)
     lora = None
     if adapter is not None:
-        A, B, scale, *_ = adapter
+        A, B, scale = adapter.A, adapter.B, adapter.scale
         update, lora = lora_embedding_forward(A, B, index=tokens, scale=scale)
         x += update
     x, wpe = ops.position_forward(x, base["wpe"], offset=offset)

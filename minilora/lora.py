@@ -79,8 +79,7 @@ def lora_embedding_backward(dy: Array, cache: LoRAEmbeddingCache) -> tuple[Gradi
     if h is not None:
         dB = rows(h).T @ rows(dy)  # [LORA.8] dB = hᵀ dy
     if A is not None:
-        drows = rows(dy) @ B.T
-        drows *= scale
+        drows = scale * (rows(dy) @ B.T)
         dA = namespace(dy).zeros_like(A)
         namespace(dy).add.at(dA, indices.reshape(-1), drows)  # [LORA.9] dA_v = Σ_{index=v} s dy Bᵀ
     return dA, dB

@@ -62,7 +62,7 @@ class Net:
         return ARCHITECTURES[type(self.config)]
 
 
-# --- the trunk: all that lies below the head ---------------------------------------------------
+# --- the trunk, which is all below the head, then the whole ------------------------------------
 
 
 class Checkpoint(NamedTuple):
@@ -157,9 +157,6 @@ def _block_backward(dy: Gradient, net: Net, kept: Kept | Checkpoint) -> tuple[Gr
         cache.update({last: last_part})
         return architecture.block_backward(dy, cache)
     return architecture.block_backward(dy, kept)
-
-
-# --- the whole model ---------------------------------------------------------------------------
 
 
 def net_logits(net: Net, *, tokens: Array, masks: Mapping[str, Array] | None = None) -> Array:

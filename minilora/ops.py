@@ -27,11 +27,8 @@ import numpy as np
 from minilora.backend import Array, namespace
 from minilora.tiles import entrywise
 
-Gradient: TypeAlias = Array | None
-"""None where what it is made of is None in the cache."""
-
-Attend: TypeAlias = Callable[..., tuple[Array, Any]]
-"""An attention, called as `attention_forward` is."""
+Gradient: TypeAlias = Array | None  # None where what it is made of is None in the cache
+Attend: TypeAlias = Callable[..., tuple[Array, Any]]  # called as `attention_forward` is
 
 
 def rows(x: Array) -> Array:
@@ -109,8 +106,7 @@ class PositionCache(NamedTuple):
 
 def position_forward(x: Array, wpe: Array, *, offset: int = 0) -> tuple[Array, PositionCache]:
     """Learned positions, y_t = x_t + wpe_{offset+t} [POS.1].  (B, T, C), (P, C) -> (B, T, C)"""
-    T = x.shape[-2]
-    return x + wpe[offset : offset + T], PositionCache(wpe, offset)  # [POS.1]
+    return x + wpe[offset : offset + x.shape[-2]], PositionCache(wpe, offset)  # [POS.1]
 
 
 def position_backward(dy: Array, cache: PositionCache) -> tuple[Array, Gradient]:

@@ -119,7 +119,7 @@ def cast(value, dtype):
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", [n for n, p in PAIRS.items() if len(p.frozen) < len(p.arguments)])
 def test_a_backward_pass_that_computes_in_float32_is_noticed(name, seed):
     pair = PAIRS[name]
 
@@ -127,7 +127,9 @@ def test_a_backward_pass_that_computes_in_float32_is_noticed(name, seed):
         return cast(pair.backward(cast(dy, np.float32), cast(cache, np.float32)), np.float64)
 
     arguments, constants = pair.make(np.random.default_rng(seed))
-    given = {"seed": seed, "frozen": pair.frozen}
+    given = {
+        "seed": seed, "frozen": pair.frozen, "thin": pair.thin, "entries": pair.entries
+    }  # fmt: skip
     assert_close(check_pair(pair.forward, pair.backward, arguments, constants, **given))
     with pytest.raises(GradientError, match="tolerance 1e-08"):
         assert_close(check_pair(pair.forward, in_float32, arguments, constants, **given))
