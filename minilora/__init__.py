@@ -4,7 +4,8 @@
     corpus = minilora.load_corpus("python", model.tokenizer)
     adapted, trained = minilora.adapt(model, corpus, minilora.LoRAConfig(rank=2))
 
-The mathematics is in `minilora.ops`, `lora`, `gpt2`, `network` and `keep`; read them in this order.
+The mathematics is in `minilora.ops`, `loss`, `lora`, `gpt2`, `network` and `keep`: read them in
+this order.
 """
 
 from minilora.adapters import LoRAConfig, lora_init

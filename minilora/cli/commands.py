@@ -214,7 +214,7 @@ def gradcheck_command(args: argparse.Namespace) -> int:
     from minilora.pairs import PAIRS, page_of, table
 
     device = chosen_device(args)
-    print(f"{'pair':<31} {'max relative error':>18} {'entries':>8} {'seconds':>8}")
+    print(f"{'pair':<33} {'max relative error':>18} {'entries':>8} {'seconds':>8}")
     errors, wrong = {}, False
     try:
         for row in table(seed=args.seed, device=device):
@@ -223,7 +223,7 @@ def gradcheck_command(args: argparse.Namespace) -> int:
             verdict = "" if right else f"   ABOVE: see {page_of(row.name)}"
             wrong = wrong or not right
             figures = f"{row.error:>18.1e} {row.entries:>8} {row.seconds:>8.3f}"
-            print(f"{row.name:<31} {figures}{verdict}")
+            print(f"{row.name:<33} {figures}{verdict}")
     except GradientError as error:  # a gradient of the wrong shape or dtype, or one missing
         print(f"minilora: {error}", file=sys.stderr)
         return 1
