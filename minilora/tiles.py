@@ -15,7 +15,7 @@ import numpy as np
 from minilora import fused, kernels
 from minilora.backend import Array, namespace
 
-TILE = 2**17  # entries; of float32 half a MiB, above which NumPy reuses a temporary array
+TILE = 2**16  # entries; of float32 a quarter MiB, from which on NumPy reuses temporary arrays
 
 
 def entrywise(formula: Callable[..., Array]) -> Callable[..., Array]:

@@ -115,9 +115,6 @@ EXPLAINED: dict[str, str] = {
     "tiles.entrywise: y = np.empty_like(flat[0]) → y = np.empty_like(flat[-1])": ALIKE,
     "tiles.entrywise: return y.reshape(xs[0].shape) → return y.reshape(xs[1].shape)": ALIKE,
     "tiles.entrywise: return y.reshape(xs[0].shape) → return y.reshape(xs[-1].shape)": ALIKE,
-    "fused._tanh_u: return np.tanh(u, out=u) → return np.tanh(u)": (
-        "Writing into u saves an array and changes no number."
-    ),
     "lora.adapted_linear_backward: if dx is not None and dx_lora is not None: → "
     "if dx is not None:": BOTH_DROPPED,
     "lora.adapted_linear_backward: if dx is not None and dx_lora is not None: → "
