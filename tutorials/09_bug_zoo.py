@@ -187,7 +187,7 @@ _ = right.legend()
 #
 # ### 4. The scale in the forward pass only
 #
-# The backward pass lacks its $s$ in $\mathrm{d}A$. To see it we need another witness: the loss
+# The backward pass lacks its $s$ in $\mathrm{d}A$. To see it we need another check: the loss
 # itself. Move all $A$ a little along some direction $V$ and compare the change of the loss with
 # $\langle \mathrm{d}A, V \rangle$, in float64. (We take the right gradient for $V$.) The two should
 # agree; they differ by the factor $s$. But look at the training: Adam divides every gradient by its
