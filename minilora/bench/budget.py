@@ -362,7 +362,7 @@ def peaks_of_pass(step: Step) -> dict[str, int]:
     there = recomputed + step.adapter_parameters  # whose gradients these are
     found = {
         "the loss": max(count("N Z"), count("N Y + N C")) + count("2 N C + N", "N C + N + V C"),
-        "a GELU's backward": count("2 N C + 2 N F + 3 E", f"{above} + F C") + there,
+        "a GELU's backward": count("2 N C + 2 N F + 2 E", f"{above} + F C") + there,
     }
     if any(path.endswith("mlp.down") for path in step.adapters):
         found["a down's backward"] = count(f"2 N C + {4 if step.dropout else 3} N F") + there

@@ -9,7 +9,6 @@ from minilora.evaluation import evaluate_tokens
 from minilora.generate import new_cache, next_logits
 from minilora.model import load_model
 from minilora.network import Net, net_logits, trunk_forward
-from minilora.tiles import TILE
 from minilora.workers import SHARD_TOKENS
 
 RANK = 8
@@ -27,10 +26,10 @@ def most_at_once(net, N):
     """Bytes of what a forward pass needs of N tokens at its peak, inside the MLP.
 
     x and x' = x + h, and either the second layer norm's y with `up` and the update of `up`, or `up`
-    and GELU with two tiles on the way; with each adapter's s x A.
+    and GELU; with each adapter's s x A.
     """
     C, F = net.config.n_embd, net.config.inner
-    up, gelu = N * (3 * C + 2 * F), N * (2 * C + 2 * F) + 2 * min(TILE, N * F)
+    up, gelu = N * (3 * C + 2 * F), N * (2 * C + 2 * F)
     return 4 * (max(up, gelu) + N * RANK)
 
 

@@ -555,6 +555,12 @@ class PairCheck:
                 assert np.isfinite(gradient).all(), "exp has no maximum taken out"
 
 
+def as_printed(check: Callable[[], None]) -> None:
+    """The check of a formula that has no fused form."""
+    with patch.object(tiles, "fused", types.SimpleNamespace()):
+        check()
+
+
 def reached(function: Callable[..., Any]) -> set[str]:
     """The names, such as ops.rows, of a function and of those that it calls, and that they call."""
     found, left = set(), [function]
@@ -567,7 +573,7 @@ def reached(function: Callable[..., Any]) -> set[str]:
             left += [g for g in called if getattr(g, "__module__", "").startswith("minilora.")
                      and isinstance(g, types.FunctionType)]  # fmt: skip
     if "ops.gelu_gradient" in found:
-        found |= {"tiles.entrywise", "fused.gelu_gradient", "fused._tanh_u"}
+        found |= {"tiles.entrywise", "fused.gelu_gradient"}
     return found
 
 
@@ -753,6 +759,14 @@ def check_the_tiles() -> None:
     assert sizes == [(2, 2), (2, 4), (1, 5)], sizes
 
 
+def check_the_fused_form() -> None:
+    """Requires that a formula's fused form is computed where it has one."""
+    x = np.ones(5)
+    with patch.object(fused, "gelu_gradient") as in_place:
+        ops.gelu_gradient(x, x, scale=1.0, cubic=1.0)
+    assert in_place.call_count == 2  # tiles
+
+
 def check_without_output() -> None:
     """Requires that of a block all stays as it is but the last map, of which one column is left."""
     net, _ = tiny_model()
@@ -869,6 +883,9 @@ def results(word: str = "", make: Callable = mutants_of) -> Iterator[Result]:
                     checks = [pair for pair in pairs if mutant.place in pair.reached]
                     is_of_models = module in OF_MODELS or mutant.place in ALSO_OF_MODELS
                     checks += models * is_of_models + [check_the_tiles] * (module is ops)
+                    if module is tiles:
+                        checks += [functools.partial(as_printed, check) for check in checks]
+                        checks += [check_the_fused_form]
                     yield Result(mutant, fate(mutant, checks))
 
 
