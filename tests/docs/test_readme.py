@@ -11,7 +11,7 @@ from minilora import gradcheck, lora
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-QUOTED, PROGRAM = re.findall(r"^```python\n(.*?)^```", README, flags=re.M | re.S)
+QUOTED, CHECK, PROGRAM = re.findall(r"^```python\n(.*?)^```", README, flags=re.M | re.S)
 
 
 def test_the_quoted_function_is_the_whole_of_it():
@@ -19,11 +19,19 @@ def test_the_quoted_function_is_the_whole_of_it():
 
 
 def test_the_files_for_one_sitting_have_as_many_lines_as_it_says():
-    (names, lines) = re.search(r"in one sitting: (.*?), some ([\d,]+) lines", README, re.S).groups()
+    names, lines = re.search(
+        r"written in this way\. (.*?), some ([\d,]+)\s+lines.*one sitting", README, re.S
+    ).groups()
     paths = [ROOT / "minilora" / f"{name}.py" for name in re.findall(r"`(\w+)`", names)]
     assert len(paths) == 6
     counted = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
     assert abs(counted - int(lines.replace(",", ""))) <= 50, counted
+
+
+def test_the_comparison_prints_what_it_shows(capsys):
+    exec(CHECK, {})
+    (shown,) = re.findall(r"^```\n(dA\[0,0\].*?)^```", README, re.M | re.S)
+    assert capsys.readouterr().out == shown
 
 
 def test_every_link_to_a_file_leads_to_one():

@@ -91,4 +91,4 @@ def test_the_readme_gives_the_numbers(results):
     killed = [result for result in results if result.fate != "survived"]
     text = " ".join((HERE.parents[1] / "README.md").read_text(encoding="utf-8").split())
     of_them = f"of {len(results):,} mutants {len(killed):,} are noticed"
-    assert f"{of_them}, and for each of the {len(results) - len(killed)} others" in text
+    assert f"{of_them}, and each of the {len(results) - len(killed)} others" in text
