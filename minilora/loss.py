@@ -56,12 +56,15 @@ def cross_entropy_backward(dloss: Array | float, cache: CrossEntropyCache) -> tu
 def weigh(
     targets: Array, dtype: Any, *, ignore_index: int, count: int | None
 ) -> tuple[Array, Array]:
-    """Every row's target, 0 where it is ignored, and its weight in the mean, 1 / N or then 0."""
+    """Every row's target, 0 where it is ignored, and its weight in the mean, 1 / N or then 0.
+
+    With N = 0 every weight is 0, and so are the loss and its gradients.
+    """
     xp = namespace(targets)
     target = targets.reshape(-1)
     is_counted = target != ignore_index
     counted = is_counted.astype(dtype)
-    divisor = float(count) if count is not None else xp.maximum(counted.sum(), 1.0)
+    divisor = xp.maximum(counted.sum(), 1.0) if count is None else float(count or math.inf)
     return xp.where(is_counted, target, 0), counted / divisor
 
 

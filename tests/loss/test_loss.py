@@ -7,6 +7,11 @@ import pytest
 from helpers import normal
 
 from minilora import loss, ops
+from minilora.adapters import LoRAConfig, lora_init
+from minilora.gpt2 import GPTConfig, gpt_init
+from minilora.keep import Plan
+from minilora.network import Net, loss_and_grads
+from minilora.tree import flatten
 
 
 def close(actual, expected, **tolerance):
@@ -105,6 +110,41 @@ def test_cross_entropy_without_a_counted_target_is_zero():
     assert mean == 0
     assert dlogits.shape == (2, 3)
     assert not dlogits.any()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("targets", [[0, 2], [-100, -100]], ids=["targets", "no targets"])
+def test_with_a_count_of_zero_the_loss_and_every_gradient_are_zero(targets, dtype):
+    """For example, of a shard of a batch of which no target counts."""
+    x, table = normal(2, 3).astype(dtype), normal(4, 3).astype(dtype)
+    constants = {"targets": np.array(targets), "count": 0}
+    head, head_cache = loss.head_loss_forward(x, table, **constants)
+    frozen, frozen_cache = loss.frozen_head_loss_forward(x, table=table, **constants)
+    mean, dlogits = cross_entropy(x, **constants)
+    found = {
+        "cross_entropy": (mean, dlogits),
+        "head_loss": (head, *loss.head_loss_backward(1.0, head_cache)),
+        "frozen_head_loss": (frozen, *loss.frozen_head_loss_backward(1.0, frozen_cache)),
+    }
+    for name, arrays in found.items():
+        for array in arrays:
+            assert array.dtype == dtype and not np.any(array), (name, array)
+
+
+@pytest.mark.parametrize("base", [True, False], ids=["trained table", "frozen table"])
+def test_with_a_count_of_zero_a_model_gets_no_gradient(base):
+    lora_config = LoRAConfig(rank=2, targets=("qkv",))
+    config = GPTConfig(vocab_size=5, n_positions=4, n_embd=4, n_layer=1, n_head=1)
+    weights = gpt_init(config, seed=0)
+    net = Net(weights, config, lora_init(weights, lora_config, seed=0), lora_config)
+    tokens = np.array([[1, 2, 3]])
+    mean, *grads = loss_and_grads(
+        net, tokens=tokens, targets=tokens, count=0, plan=Plan(base=base, lora=True)
+    )
+    assert mean == 0
+    for tree in grads:
+        for path, gradient in flatten(tree or {}).items():
+            assert not np.any(gradient), (path, gradient)
 
 
 def test_ignore_index_may_be_an_existing_token():
