@@ -1,9 +1,9 @@
 """What a training step will need, by formula: parameters, bytes and FLOPs, for LoRA and in full.
 
 Nothing is allocated here, so the sizes may be GPT-3's. A formula is a text such as "3 N C + N" over
-the shape key (B, T, N = B T rows, C, H, F, V, P), and the same text is evaluated and printed. The
-functions named `kept_…` say what each pair's cache keeps beside parameters, which are there anyway;
-token ids, some bytes a row, are left out.
+the letters of docs/notation.md, and the same text is evaluated and printed. The functions named
+`kept_…` say what each pair's cache keeps beside parameters, which are there anyway; token ids, some
+bytes a row, are left out.
 """
 
 from __future__ import annotations
@@ -59,10 +59,11 @@ def weight_shapes(config: GPTConfig) -> dict[str, tuple[int, int]]:
 
 def base_parameters(config: GPTConfig, *, tied: bool = True) -> int:
     """How many numbers a base holds; `tied` without a table of its own for the head."""
-    tables = "V C + P C" if tied else "2 V C + P C"
+    tables = "V C + n_positions C" if tied else "2 V C + n_positions C"
     block = "4 C C + 4 C + 2 C F + F + C + 4 C"  # attention, MLP, two layer norms
     sizes = {
-        "V": config.vocab_size, "P": config.n_positions, "C": config.n_embd, "F": config.inner
+        "V": config.vocab_size, "C": config.n_embd, "F": config.inner,
+        "n_positions": config.n_positions,
     }  # fmt: skip
     return evaluate(f"{tables} + 2 C", sizes) + config.n_layer * evaluate(block, sizes)
 
@@ -185,7 +186,7 @@ class Step:
 
     @property
     def pairs(self) -> int:
-        """How many weights P_ts a head computes for a sequence: somewhat more than have s ≤ t."""
+        """How many entries P_ts a head computes for a sequence: somewhat more than have s ≤ t."""
         blocks = query_tiles(self.context, self.queries)
         return sum((t.stop - t.start) * s.stop for t, s in blocks)
 
@@ -200,7 +201,7 @@ class Step:
         config, batch = self.config, max(self.shards)
         return {
             "B": batch, "T": self.context, "N": batch * self.context, "C": config.n_embd,
-            "H": config.n_head, "F": config.inner, "V": config.vocab_size, "P": config.n_positions,
+            "H": config.n_head, "F": config.inner, "V": config.vocab_size,
         }  # fmt: skip
 
 

@@ -32,9 +32,26 @@ def test_the_formula_of_the_page_counts_the_flops(cost):
         for size in sizes:
             case = cost.case_of(knob, size)
             c = case.config
-            L, C, V, T, R = c.n_layer, c.n_embd, c.vocab_size, case.context, case.rank
-            page = (48 * L - 6) * C**2 + 7 * L * (T + 64) * C + 4 * C * V + (24 * L - 2) * R * C
+            n, C, V, T, R = c.n_layer, c.n_embd, c.vocab_size, case.context, case.rank
+            page = (48 * n - 6) * C**2 + 7 * n * (T + 64) * C + 4 * C * V + (24 * n - 2) * R * C
             assert cost.formulas(case)["flops"] == pytest.approx(case.tokens * page), (knob, size)
+
+
+def test_the_share_of_pairs_is_that_of_the_page(cost):
+    page = " ".join((ROOT / "docs" / "cost.md").read_text(encoding="utf-8").split())
+    center = cost.CENTER.context
+    assert "count: all at T = 64, three quarters at the center, 53 % at T = 1,024." in page
+    for context, share in ((64, 1.0), (center, 0.75), (1024, 0.53)):
+        pairs = cost.budget.Step(cost.CENTER.config, None, 1, context).pairs
+        assert pairs / context**2 == pytest.approx((context + 64) / (2 * context))
+        assert pairs / context**2 == pytest.approx(share, abs=0.005), context
+
+
+def test_the_head_is_half_of_the_work_where_the_page_says(cost):
+    C = cost.CENTER.config.n_embd
+    rest = cost.formulas(cost.CENTER)["flops"] / cost.CENTER.tokens
+    rest -= 4 * C * cost.CENTER.config.vocab_size
+    assert rest / (4 * C) / C == pytest.approx(50, abs=5)
 
 
 def test_one_size_varies_at_a_time(cost):

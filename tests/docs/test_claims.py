@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import minilora
-from minilora.adapters import LoRAConfig
+from minilora.adapters import LoRAConfig, adapters, lora_init
 from minilora.bench.budget import SHAPES, Step, evaluate, ledger, scaled
 from minilora.cli import main
+from minilora.tree import flatten
 
 ROOT = Path(minilora.__path__[0]).parent
 CLAIMS, BUDGET = (
@@ -113,6 +114,24 @@ def test_flops_of_the_models(figures):
     assert table(BUDGET, "model", "full", "LoRA", "LoRA / full") == expected
 
 
+def test_what_a_rank_adds_to_the_flops(figures):
+    options = "--model gpt2-xl --rank {} --targets qkv,o,up,down --batch 8 --context 128"
+    full = total_flops(figures(options.format(1), "full"))
+    rows = table(BUDGET, "rank", "LoRA", "LoRA / full")
+    assert [rank for rank, *_ in rows] == ["1", "64", "256", "1600"]
+    for rank, *cells in rows:
+        lora = total_flops(figures(options.format(rank)))
+        assert cells == [scaled(lora, "FLOP"), f"{lora / full:.3f}"], rank
+    assert f"fine-tuning takes {scaled(full, 'FLOP')}:" in " ".join(BUDGET.split())
+
+
+def test_the_tables_of_distilgpt2():
+    config = SHAPES["distilgpt2"]
+    tables = (config.vocab_size + config.n_positions) * config.n_embd
+    share = tables / Step(config, None).base_parameters
+    assert f"they are {share:.0%} of".replace("%", " %") in " ".join(BUDGET.split())
+
+
 def test_what_recomputing_saves(figures):
     saved = {}
     for method in ("lora", "full"):
@@ -176,6 +195,16 @@ def test_gpt3_s_checkpoints_and_memory(figures):
     assert f"{scaled(one, 'B')} of activations for a single sequence" in PROSE
     share = total_flops(lora) / total_flops(full)
     assert f"LoRA takes {share:.3f} of the FLOPs" in PROSE
+    options = f"{GPT3} --batch 8 --context 128 --recompute"
+    share = total_flops(figures(options)) / total_flops(figures(options, "full"))
+    assert f"does not save, it is {share:.3f} (" in PROSE
+    eight = 8 * full["base_parameters"]
+    assert f"The third is {eight / 2**40:.3f} TiB" in PROSE
+    assert 6 * full["base_parameters"] < 1.2e12 < eight, "between the second row and the third"
+    of_paper = 175_255.8e6
+    more = of_paper / full["base_parameters"] - 1
+    assert f"{more:.2%} more than".replace("%", " %") in PROSE
+    assert f"with that count the ratio is {of_paper / trained[1]:,.0f}" in PROSE
     small = figures("--model gpt2 --rank 4 --targets q,v")
     times = small["base_parameters"] / small["trainable_parameters"]
     assert f"`: {times:.0f} times" in PROSE
@@ -203,6 +232,29 @@ def test_figures_that_need_no_model():
     assert f"a speedup of {1 / (1 - 0.76):.1f}" in PROSE
     assert f"65 / 150 is {65 / 150:.1%}".replace("%", " %") in PROSE
     assert f"{32.5 * 3600 * 1e7 / 1e12:.2f} \\cdot 10^{{12}}" in PROSE
+    days = [f"{1e7 / gpus / 24:.0f} days on {gpus:,}" for gpus in (1024, 10_000)]
+    assert f"are {days[0]} GPUs and {days[1]}," in PROSE
+    assert f"is {6.91 / 0.32:.1f} times the 0.32" in PROSE
+    assert f"and {6.91 / 0.02:.0f} times the 0.02" in PROSE
+
+
+def test_gpt2_trains_more_than_a_percent_at_rank_16(figures):
+    shares = []
+    for rank in (8, 16):
+        found = figures(f"--model gpt2 --rank {rank} --targets qkv,o,up,down")
+        shares.append(found["trainable_parameters"] / found["base_parameters"])
+    assert shares[0] < 0.01 < shares[1]
+
+
+def test_an_adapter_s_update_is_of_low_rank_and_its_weight_is_not():
+    base = minilora.load_model().base
+    config = LoRAConfig(rank=3, targets=("qkv", "o", "up", "down"))
+    rng = np.random.default_rng(0)
+    for path, ab in adapters(lora_init(base, config, seed=0)).items():
+        W = flatten(base)[f"{path}.w"]
+        assert np.linalg.matrix_rank(W) == min(W.shape), path
+        B = rng.standard_normal(ab["B"].shape)
+        assert np.linalg.matrix_rank(ab["A"] @ B) == 3 < min(W.shape), path
 
 
 def test_what_lora_recovers_is_what_the_base_s_card_says():
