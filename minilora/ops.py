@@ -105,7 +105,7 @@ class PositionCache(NamedTuple):
 
 
 def position_forward(x: Array, wpe: Array, *, offset: int = 0) -> tuple[Array, PositionCache]:
-    """Learned positions, y_t = x_t + wpe_{offset+t} [POS.1].  (B, T, C), (P, C) -> (B, T, C)"""
+    """Learned positions, x_t + wpe_{offset+t} [POS.1].  (B, T, C), (n_positions, C) -> (B, T, C)"""
     return x + wpe[offset : offset + x.shape[-2]], PositionCache(wpe, offset)  # [POS.1]
 
 

@@ -26,10 +26,11 @@ target = x @ (W + change)
 # is half the squared error, averaged over the examples.
 #
 # A starts random and B starts at zero. The product A B is then zero, so training starts exactly at
-# the old map.
+# the old map. We choose α = 4, so that s is not 1: with s = 1 nobody would notice where it is
+# forgotten.
 
 # %%
-s = 2.0 / R
+s = 4.0 / R
 A = rng.uniform(-1 / np.sqrt(I), 1 / np.sqrt(I), (I, R))
 B = np.zeros((R, O))
 

@@ -376,7 +376,7 @@ _ = axes.legend(fontsize=9, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1)
 #
 # - With $s = \alpha / R$ and a fixed $\alpha$, one direction per weight does nearly all of the
 #   work. With $s = 1$ the same experiment seems to say the opposite.
-# - At an equal budget, every weight at a low rank beats one weight at a high rank.
+# - At an equal budget, every weight at a low rank beat one weight at a high rank.
 # - Trainings agree on a few directions, and on little else. Compare with chance, always.
 #
 # ## Exercises
@@ -399,6 +399,9 @@ if not SMALL:
         of = {name: place_loss[name, seed] for name in PLACES}
         assert of["all, R=2"] < of["q k v o, R=4"] < of["q, R=16"] < before, "spreading helps"
         assert of["q v, R=8"] < of["q, R=16"], "q and v beat q alone at the same budget"
+        best_of_attention = min(loss for name, loss in of.items() if name != "all, R=2")
+        assert of["all, R=2"] < best_of_attention, "the MLP's weights add nothing"
+        assert of["q, R=16"] == max(of.values()), "q alone is not the worst of these"
     assert flat > 0.8, "with a fixed α rank 1 is nearly enough"
     assert steep < flat - 0.1, "with α = R the rank seems to matter more"
     for t in "qv":

@@ -5,7 +5,7 @@
 # save? All of this can be calculated before anything runs. We do so for models from a toy to GPT-3,
 # and where a machine at hand can check the formula, we check it.
 #
-# The letters: a model has $L$ blocks of width $C$; a weight is (I, O), an adapter of rank $R$ has
+# The letters: a model has `n_layer` blocks of width $C$; a weight is (I, O), an adapter of rank $R$ has
 # $A$ (I, R) and $B$ (R, O). A step reads $N$ tokens.
 
 # %%
@@ -51,8 +51,8 @@ for name, sizes in MODELS.items():
     print(f"{name:12} {sizes.n_embd:7} {full:18,} {lora:10,} {full / lora:13,.0f}")
 
 # %% [markdown]
-# The last line is the paper's "18.9M": 96 blocks of two adapters with $2 \cdot 4 \cdot 12{,}288$
-# numbers each. Its "4.7M" is the same with rank 1. A formula is worth little until somebody
+# The last line is the paper's "18.8M" (cut, not rounded): 96 blocks of two adapters with
+# $2 \cdot 4 \cdot 12{,}288$ numbers each. Its "4.7M" is the same with rank 1. A formula is worth little until somebody
 # counted; for the smallest model we can.
 
 # %%
@@ -109,8 +109,10 @@ _ = axes.set(xlabel="TB", title="GPT-3, activations aside")
 
 # %% [markdown]
 # The 350 GB are the weights alone, and LoRA's own share hardly shows. The adapter's "35 MB" is
-# right. The 1.2 TB fit no simple recipe: three copies in float16 are less, four are more. Such
-# figures are worth recalculating before you quote them.
+# right. That three times as much is needed in full follows, if weights, m and v are counted. The
+# 1.2 TB itself fits no simple recipe: three copies in float16 are less, four are more. (Four are
+# 1.27 TiB, which may have been cut to 1.2: a guess.) Such figures are worth recalculating before
+# you quote them.
 #
 # ## Memory, the part that comes and goes
 #
@@ -204,6 +206,7 @@ def predicted_peak(batch, context, adapted):
     return max(size for place, size in found.items() if place != "the update")
 
 
+EVERY_WEIGHT = ("qkv", "o", "up", "down")
 METHODS = {"LoRA": LoRAConfig(rank=8, targets=("q", "v")), "full": None}
 CASES = [(1, 128), (4, 64)] if SMALL else [(1, 128), (4, 64), (4, 128), (2, 512), (16, 64)]
 both_peaks = {
@@ -230,8 +233,13 @@ for (name, batch, context), (predicted, measured) in both_peaks.items():
 # and one addition for each pair. Backwards there are two products of the same size,
 # $\mathrm{d}x = \mathrm{d}y\,W^\top$ and $\mathrm{d}W = x^\top \mathrm{d}y$. So full fine-tuning
 # takes 6 FLOPs for each weight and token, 2 forwards and 4 backwards. With frozen weights
-# $\mathrm{d}W$ falls away, and 4 of the 6 remain. **LoRA cannot save more than a third of the
-# FLOPs**, whatever its rank, as long as the adapters begin in the first block.
+# $\mathrm{d}W$ falls away, and 4 of the 6 remain. **LoRA saves about a third of the FLOPs**, as
+# long as its rank is far below the width and the adapters begin in the first block.
+#
+# "About", because some products do not follow this rule. Those of the attention have no weights,
+# so nothing is saved there. Of the head it is half: its logits are not kept, and full fine-tuning
+# computes them twice, which makes 8 against 4. In the first block the way back ends at the adapter.
+# And LoRA's own products grow with the rank.
 
 # %%
 work = {name: flops(Step(tiny, adapted, 8, 128)) for name, adapted in METHODS.items()}
@@ -241,7 +249,27 @@ top_only = LoRAConfig(rank=8, targets=("blocks.3.attn.[qv]",))
 ratio_top = flops(Step(tiny, top_only, 8, 128)).total / work["full"].total
 print(f"adapters in the last block only: {ratio_top:.1%}")
 
+
+def flops_ratio(sizes, adapted, batch, context):
+    lora, full = (flops(Step(sizes, method, batch, context)).total for method in (adapted, None))
+    return lora / full
+
+
+ratios = {
+    name: flops_ratio(sizes, METHODS["LoRA"], 1, 1024)
+    for name, sizes in {"distilgpt2": SHAPES["distilgpt2"], **MODELS}.items()
+}
+print("LoRA / full, 1,024 tokens:", *(f"{name} {share:.3f}" for name, share in ratios.items()))
+by_rank = {
+    rank: flops_ratio(SHAPES["gpt2-xl"], LoRAConfig(rank, targets=EVERY_WEIGHT), 8, 128)
+    for rank in (1, 64, 256, 1600)
+}
+print("GPT-2 XL, every weight:", *(f"rank {rank} {share:.3f}" for rank, share in by_rank.items()))
+
 # %% [markdown]
+# GPT-2 small saves more than a third, since much of its work is in the head. And a rank as large as
+# the width costs more than full fine-tuning.
+#
 # And in time? We run the step on one core and look where its time goes. (Each operation is timed
 # from outside while the step runs. Figures of one machine at one moment: yours will differ.)
 
@@ -336,7 +364,8 @@ for name, adapted in {"LoRA": PAPER, "full": None}.items():
 # - The trained share is about $R / 3C$: it shrinks with the width.
 # - A trained number costs four times a frozen one. LoRA saves that, for nearly all numbers.
 # - Activations stay. With long batches they are most of the memory.
-# - LoRA saves at most a third of the FLOPs, and less of the time.
+# - At a small rank LoRA saves about a third of the FLOPs, less of the time of the two passes, and
+#   nearly all of the update's.
 #
 # ## Exercises
 #
@@ -348,7 +377,7 @@ for name, adapted in {"LoRA": PAPER, "full": None}.items():
 
 # %%
 assert counted == counts["tiny"], "the formula does not count what is there"
-assert counts["gpt3"][1] == 18_874_368 and rank_1 == 4_718_592, "the paper's 18.9M and 4.7M"
+assert counts["gpt3"][1] == 18_874_368 and rank_1 == 4_718_592, "the paper's 18.8M and 4.7M"
 assert 9_000 < counts["gpt3"][0] / counts["gpt3"][1] < 10_000, "about 10,000 times fewer"
 for name, sizes in MODELS.items():
     if name != "tiny":  # there the embeddings count
@@ -356,9 +385,13 @@ for name, sizes in MODELS.items():
         assert lora / full < 4 / (3 * sizes.n_embd), f"{name}: more than R / 3C"
 assert round(weights / 1e9) == 349 and 37 < trained / 1e6 < 38, "350 GB and 35 MB"
 assert 3 * weights < 1.2e12 < 4 * weights, "1.2 TB lies between two recipes"
+assert f"{4 * weights / 2**40:.2f}" == "1.27", "four copies in TiB"
 assert total["LoRA"] < total["full"] < 2 * total["LoRA"], "activations stay"
 assert (np.diff(saved) < 0).all(), "the more tokens, the less is saved"
 for (name, *case), (predicted, measured) in both_peaks.items():
     assert abs(measured / predicted - 1) < 0.1, f"{name} {case}: the prediction is off"
-assert 2 / 3 <= ratio < 0.75, "a third of the FLOPs"
+assert 2 / 3 <= ratio < 0.75, "about a third of the FLOPs"
+assert ratios["distilgpt2"] < ratios["gpt2"] < 2 / 3 < ratios["gpt2-xl"], "more in few blocks"
+assert abs(ratios["gpt3"] - 2 / 3) < 0.01, "GPT-3 saves a third"
+assert by_rank[1] < 2 / 3 < by_rank[64] < by_rank[256] < 1 < by_rank[1600], "the rank counts"
 assert ratio_top < ratio, "no gradient has to reach the lower blocks"

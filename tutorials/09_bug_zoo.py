@@ -534,15 +534,20 @@ print(f"adapter {table_losses[-1]:.3f}, merged {SEEN['16 embedding merged']:.3f}
 # ## The zoo at a glance
 #
 # What a user sees of the bugs that strike after training. Each bar is the loss of the model that
-# comes out; the dotted line is the base, without any training, and the solid one what that adapter
-# really reached.
+# comes out; the dotted line is the base, without any training, and the solid one what would have
+# come out without the bug.
 
 # %%
-reached = {"8 k and v swapped": qv_losses[-1], "16 embedding merged": table_losses[-1]}
+without_the_bug = {
+    "5 trained with s²": doubled_losses[-1],
+    "8 k and v swapped": qv_losses[-1],
+    "15 factors averaged": mixed,
+    "16 embedding merged": table_losses[-1],
+}
 figure, axes = plt.subplots(figsize=(7.5, 4))
 for i, (name, loss) in enumerate(SEEN.items()):
     axes.barh(i, loss, color="#2171b5" if name == "no bug" else "#d94801")
-    axes.plot([reached.get(name, after)] * 2, [i - 0.4, i + 0.4], color="black")
+    axes.plot([without_the_bug.get(name, after)] * 2, [i - 0.4, i + 0.4], color="black")
 axes.axvline(before, color="#636363", linestyle=":")
 axes.set_yticks(range(len(SEEN)), list(SEEN))
 axes.invert_yaxis()
@@ -593,3 +598,6 @@ if not SMALL:
     assert merge_losses[2] > after + 0.1, "13: twice is as good as once"
     assert SEEN["15 factors averaged"] > mixed + 0.05, "15: averaging the factors does no harm"
     assert SEEN["16 embedding merged"] > table_losses[-1], "16: merging does no harm"
+    for name, loss in SEEN.items():
+        lost = loss - without_the_bug.get(name, after)
+        assert (lost > 0) == (name != "no bug"), f"{name}: the bug costs {lost:.4f}"

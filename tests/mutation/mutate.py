@@ -899,6 +899,8 @@ def shares(found: list[Result]) -> tuple[float, float]:
 def main(words: list[str]) -> None:
     start = time.perf_counter()
     found = list(results(*words))
+    if not found:
+        sys.exit(f"no function to break has {' '.join(words)!r} in its name")
     print(f"{'function':32s} mutants  noticed by a check  raised  survived")
     for place in dict.fromkeys(result.mutant.place for result in found):
         of_function = [result for result in found if result.mutant.place == place]
