@@ -77,7 +77,7 @@ def generate(
 
 
 class KeyValues(NamedTuple):
-    """The keys and values of one block, (B, H, length, K) each: written once, at their positions."""
+    """The keys and values of one block, (B, H, length, K): written once, at their positions."""
 
     keys: Array
     values: Array

@@ -306,9 +306,10 @@ for rate, losses in with_adamw.items():
 # $\alpha^2 / (3I)$, at any rank, for the other.
 #
 # Adam is another matter. Its first step moves every entry of $B$ by the same amount $\eta$,
-# whatever the size of the gradient (as long as that is far above Adam's $\varepsilon$). The loss then falls by $\eta s$ times the sum of the
-# $|A^\top \mathrm{d}W|$ over all entries, of $r$ rows. So the progress goes as $s\,r$: it is
-# $\alpha$ for $\alpha / r$, and $\alpha \sqrt r$ for the other. The roles are exchanged!
+# whatever the size of the gradient (as long as that is far above Adam's $\varepsilon$). The loss
+# then falls by $\eta s$ times the sum of the $|A^\top \mathrm{d}W|$ over all entries, of $r$ rows.
+# So the progress goes as $s\,r$: it is $\alpha$ for $\alpha / r$, and $\alpha \sqrt r$ for the
+# other. The roles are exchanged!
 #
 # Both can be measured. We draw a dense gradient and many $A$, and take one real step with each
 # optimiser.

@@ -357,9 +357,9 @@ for ax, corner in zip(axes, ("lower left", "upper left"), strict=True):
 
 # %% [markdown]
 # Read both from left to right. Through the branches alone the gradient gets smaller at almost
-# every block; after six, little is left of it. In a deeper model the first blocks would
-# hardly learn. With the road it arrives at full length, even longer than it started. The cosine shows
-# how it turns on the way: it is a sum of what every block above has added.
+# every block; after six, little is left of it. In a deeper model the first blocks would hardly
+# learn. With the road it arrives at full length, even longer than it started. The cosine shows how
+# it turns on the way: it is a sum of what every block above has added.
 #
 # Why is it so long at the input? A layer norm divides by the standard deviation σ of each token's
 # vector. Its backward pass therefore multiplies by 1/σ [LN.6]. The stream is short at the

@@ -402,9 +402,9 @@ for ax in axes:
 
 # %% [markdown]
 # Each row of $\mathrm{d}S$ sums to zero, so each row has both colours, or none: a head can only
-# move its attention, not add to it. Where $P$ is nearly zero so is the gradient, whatever the loss
-# might wish: the head cannot learn what it does not look at. Therefore most of the colour is on
-# the spaces, too, as the first line below says.
+# move its attention, not add to it. Where $P$ is nearly zero so is the gradient, however large
+# $\mathrm{d}P$ is there: a head hardly learns to look where it does not look yet. Therefore most of
+# the colour is on the spaces, too, as the first line below says.
 #
 # Is the picture right? We change the scores of this one head by $-\varepsilon\,\mathrm{d}S$ and
 # run the rest of the model. The loss must fall by
@@ -464,10 +464,11 @@ _ = ax.legend(fontsize=8, loc="lower center", ncols=2)
 # %% [markdown]
 # The head that looks at the byte before, with nearly all of its weight, passes the least: a
 # saturated softmax hardly learns any more. On the left are heads that spread their weight over
-# many bytes. They pass little, too, since each entry is multiplied by a small weight.
+# many bytes. They pass less, too, since each entry is multiplied by a small weight. The heads
+# between the two, from about 0.3 to 0.85, pass most.
 #
 # Saturation is one reason for the factor $1/\sqrt K$. Without it the scores would be $\sqrt K$
-# times as large, and many heads would be saturated before they had learned anything.
+# times as large, and heads would be saturated sooner, perhaps before they had learned anything.
 #
 # ## Claims, asserted
 
@@ -488,6 +489,9 @@ assert shares[chosen["spaces"]]["spaces"] > 3 * is_space.mean(), "no head looks 
 assert on_spaces > 0.5, "the gradient is elsewhere"
 assert abs(by_differences / by_hand - 1) < 1e-5, "the gradient of the scores is wrong"
 assert passed[0, 0] == min(passed.values()), "another head is more saturated"
+spread = np.mean([passed[place] for place in found if strongest[place] < 0.3])
+between = np.mean([passed[place] for place in found if 0.3 < strongest[place] < 0.9])
+assert passed[0, 0] < spread < between, "the heads between the two do not pass most"
 
 # %% [markdown]
 # ## Exercises

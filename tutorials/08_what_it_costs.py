@@ -5,8 +5,8 @@
 # save? All of this can be calculated before anything runs. We do so for models from a toy to GPT-3,
 # and where a machine at hand can check the formula, we check it.
 #
-# The letters: a model has `n_layer` blocks of width $C$; a weight is (I, O), an adapter of rank $R$ has
-# $A$ (I, R) and $B$ (R, O). A step reads $N$ tokens.
+# The letters: a model has `n_layer` blocks of width $C$; a weight is (I, O), an adapter of rank $R$
+# has $A$ (I, R) and $B$ (R, O). A step reads $N$ tokens.
 
 # %%
 import os
@@ -52,8 +52,8 @@ for name, sizes in MODELS.items():
 
 # %% [markdown]
 # The last line is the paper's "18.8M" (cut, not rounded): 96 blocks of two adapters with
-# $2 \cdot 4 \cdot 12{,}288$ numbers each. Its "4.7M" is the same with rank 1. A formula is worth little until somebody
-# counted; for the smallest model we can.
+# $2 \cdot 4 \cdot 12{,}288$ numbers each. Its "4.7M" is the same with rank 1. A formula is worth
+# little until somebody has counted; for the smallest model we can.
 
 # %%
 tiny = SHAPES["tiny"]

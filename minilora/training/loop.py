@@ -48,7 +48,7 @@ class TrainConfig:
 
     `batch` sequences of `context` tokens a step; the first `short_steps` steps read as many tokens
     in sequences of `short_context`, from which nearby positions are learned sooner (Press et al.
-    2021, Shortformer, §4, there without learned positions). `warmup`, `eval_every`, `log_every` and `checkpoint_every` are numbers
+    2021, Shortformer, §4). `warmup`, `eval_every`, `log_every` and `checkpoint_every` are numbers
     of steps; `clip` bounds the gradient's global norm; `eval_tokens` bounds the held-out text that
     an evaluation reads; `threads` share each batch (0: one for each core). `recompute` keeps only
     the input of each block for the backward pass, and computes the rest a second time.

@@ -87,6 +87,11 @@ def test_every_survivor_is_explained(mutate, results):
     assert not stale, "\n".join(["explained, but not one mutant:", *stale])
 
 
+def test_a_word_that_is_in_no_name_is_said_to_be(mutate):
+    with pytest.raises(SystemExit, match="no function to break has 'rsm' in its name"):
+        mutate.main(["rsm"])
+
+
 def test_the_readme_gives_the_numbers(results):
     killed = [result for result in results if result.fate != "survived"]
     text = " ".join((HERE.parents[1] / "README.md").read_text(encoding="utf-8").split())
