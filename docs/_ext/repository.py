@@ -31,12 +31,14 @@ LISTED = (
     "tests/**/*.py",
     "docs/*.py",
     "docs/_ext/*.py",
+    "noxfile.py",
     "pyproject.toml",
     ".ci/run",
 )
 OUTSIDE = {
     "README.md": "project/readme",
     "CONTRIBUTING.md": "project/contributing",
+    "CHANGELOG.md": "project/changelog",
     "minilora/base/README.md": "project/model_card",
 }
 FOLDERS = {
