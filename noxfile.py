@@ -29,8 +29,8 @@ EMULATOR = ROOT.parent / "shared" / "cupy_on_cpu"  # of CUDA's calls; no part of
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """The tests that need nothing but Python, as README runs them."""
-    session.install(".[test]")
+    """The tests that need nothing but Python, as README runs them, and those of the hub."""
+    session.install(".[test,hf]")
     session.run("python", "-m", "pytest", "--durations=10", *session.posargs)
 
 

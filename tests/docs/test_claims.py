@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import minilora
 from minilora.adapters import LoRAConfig
 from minilora.bench.budget import SHAPES, Step, evaluate, ledger, scaled
 from minilora.cli import main
 
-ROOT = Path(minilora.__path__[0]).parent
+ROOT = Path(__file__).parents[2]
 CLAIMS, BUDGET = (
     (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("claims", "budget")
 )
