@@ -8,6 +8,8 @@ The mathematics is in `minilora.ops`, `loss`, `lora`, `gpt2`, `network` and `kee
 this order.
 """
 
+from typing import TYPE_CHECKING
+
 from minilora.adapters import LoRAConfig, lora_init
 from minilora.data import load_corpus
 from minilora.errors import MiniloraError
@@ -21,7 +23,21 @@ from minilora.network import Net, loss_and_grads
 from minilora.training.loop import TrainConfig
 from minilora.training.runs import adapt
 
-__version__ = "0.1.0"
+__version__: str  # looked up when it is asked for
+
+if not TYPE_CHECKING:  # for a type checker, a module with this function has every name
+
+    def __getattr__(name: str) -> str:
+        """`__version__`, from the metadata of the installed package."""
+        from importlib import metadata
+
+        if name != "__version__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        try:
+            return metadata.version("minilora")
+        except metadata.PackageNotFoundError:  # a folder of sources that was never installed
+            return "unknown"
+
 
 __all__ = [
     "GPTConfig",

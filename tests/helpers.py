@@ -1,8 +1,12 @@
-"""What tests of several rooms need: random arrays and models, walks through caches, peaks."""
+"""What several test files need: random arrays and models, walks through caches, stops, streams."""
 
 import contextlib
+import io
+import sys
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +16,7 @@ from minilora import loss, ops, tiles
 from minilora.adapters import LoRAConfig, dropout_masks, lora_init
 from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.network import Net
+from minilora.training.loop import Progress
 from minilora.tree import Tree, flatten, map_leaves
 
 CONFIG = GPTConfig(vocab_size=11, n_positions=6, n_embd=8, n_layer=2, n_head=2, n_inner=12)
@@ -28,7 +33,12 @@ def normal(*shape: int, seed: int = 0, dtype: Any = np.float64) -> np.ndarray:
 def moved(tree: Tree, seed: int) -> Tree:
     """The tree with every leaf moved, so that nothing is zero, one or as it was drawn."""
     rng = np.random.default_rng(seed)
-    return map_leaves(lambda x: x + 0.3 * rng.standard_normal(x.shape), tree)
+    return map_leaves(lambda x: x + 0.3 * rng.standard_normal(x.shape).astype(x.dtype), tree)
+
+
+def copied(tree: Tree) -> Tree:
+    """The same numbers in other memory."""
+    return map_leaves(np.copy, tree)
 
 
 def a_base(config: GPTConfig = CONFIG) -> Tree:
@@ -69,7 +79,7 @@ def small_tiles() -> Iterator[None]:
         yield
 
 
-# --- trees and caches --------------------------------------------------------------------------
+# --- comparison --------------------------------------------------------------------------
 
 
 def assert_trees_equal(actual: Tree, expected: Tree) -> None:
@@ -86,6 +96,14 @@ def assert_trees_close(actual: Tree, expected: Tree, rtol: float = 1e-9) -> None
     assert actual.keys() == expected.keys()
     for path, leaf in expected.items():
         np.testing.assert_allclose(actual[path], leaf, rtol=rtol, atol=1e-12, err_msg=path)
+
+
+def close(actual: Any, expected: Any, **tolerance: float) -> None:
+    """The same numbers up to the rounding of a few operations in float64."""
+    np.testing.assert_allclose(actual, expected, **{"rtol": 1e-12, "atol": 1e-13, **tolerance})
+
+
+# --- caches --------------------------------------------------------------------------------------
 
 
 def parts_of(value: Any, path: str = "") -> dict[str, Any]:
@@ -129,6 +147,46 @@ def numbers_kept(cache: Any, *, of: Tree) -> dict[str, np.ndarray]:
             seen.add(id(x))
             kept[path] = x
     return kept
+
+
+# --- runs ----------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def killed_at(step: int) -> Callable[[Progress], None]:
+    """A report that ends the run at a step."""
+
+    def report(progress: Progress) -> None:
+        if progress.step == step:
+            raise Killed
+
+    return report
+
+
+def adapter_bytes(folder: Path) -> list[bytes]:
+    """The two files of an adapter."""
+    return [
+        (folder / name).read_bytes()
+        for name in ("adapter_model.safetensors", "adapter_config.json")
+    ]
+
+
+# --- streams -------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def set_stdin(patch: pytest.MonkeyPatch, data: bytes) -> None:
+    """Put these bytes on standard input."""
+    patch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
 
 
 # --- memory ------------------------------------------------------------------------------------

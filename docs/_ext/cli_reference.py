@@ -1,4 +1,8 @@
-"""The directive `cli-reference`: every command and option, from the parsers themselves."""
+"""The directive `cli-reference`: every command and option, from the parsers themselves.
+
+Usage, values and defaults are those of `--help`, from the parser's own formatter. autoprogram and
+sphinx-argparse leave out defaults or values, and sphinx-argparse-cli formats the usage anew.
+"""
 
 from __future__ import annotations
 

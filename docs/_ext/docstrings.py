@@ -2,7 +2,8 @@
 
 Sphinx takes docstrings for reStructuredText, in which a lone * or _ and an indented line have
 meanings of their own; ours are plain text with `code`, lists and indented blocks. And it spells
-types out, so that Array would become numpy.ndarray[Any, Any].
+types out, so that Array would become numpy.ndarray[Any, Any]; autodoc_type_aliases does not reach
+into tuples or the fields of a NamedTuple. (intersphinx would fetch from the network in each build.)
 """
 
 from __future__ import annotations

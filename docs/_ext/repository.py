@@ -31,12 +31,14 @@ LISTED = (
     "tests/**/*.py",
     "docs/*.py",
     "docs/_ext/*.py",
+    "noxfile.py",
     "pyproject.toml",
     ".ci/run",
 )
 OUTSIDE = {
     "README.md": "project/readme",
     "CONTRIBUTING.md": "project/contributing",
+    "CHANGELOG.md": "project/changelog",
     "minilora/base/README.md": "project/model_card",
 }
 FOLDERS = {
@@ -223,6 +225,11 @@ def link_files(doctree: nodes.document, page: str) -> None:
     """Relative links and pictures, as seen from where the page lies in the repository."""
     origins = {page: path for path, page in outside().items()}
     folder = (ROOT / origins.get(page, f"docs/{page}")).parent
+    for raw in list(doctree.findall(nodes.raw)):  # a picture in HTML
+        html = re.sub(
+            r'(?<=src=")docs/(_static/[^"]+)', lambda m: from_page(page, m[1]), raw.astext()
+        )
+        raw.replace_self(nodes.raw("", html, format=raw["format"]))
     for node in list(doctree.findall(nodes.Element)):
         if isinstance(node, nodes.image) and (folder / node["uri"]).exists():
             node["uri"] = relpath(folder / node["uri"], (ROOT / "docs" / page).parent)

@@ -6,9 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import minilora
-
-ROOT = Path(minilora.__path__[0]).parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

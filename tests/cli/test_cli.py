@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import Terminal, adapter_bytes
 
 from minilora import complete, load_adapter, load_base, load_corpus, load_model
 from minilora.cli import main
@@ -212,10 +213,6 @@ def test_a_path_with_a_space_is_quoted_in_the_next_command(cli, quick):
 
 
 def test_a_bar_on_a_terminal(cli, quick, monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
     monkeypatch.setattr(io, "StringIO", Terminal)
     result = cli(*quick)
     assert result.status == 0
@@ -266,11 +263,6 @@ def test_the_demo_shows_what_changed_and_documents_its_figures(cli, tmp_path, te
 # --- stops -------------------------------------------------------------------------------------
 
 
-def result_of(folder):
-    names = ("adapter_model.safetensors", "adapter_config.json")
-    return [(folder / name).read_bytes() for name in names]
-
-
 @pytest.fixture
 def ctrl_c(monkeypatch):
     """Press Ctrl-C when the report of a step is shown."""
@@ -304,7 +296,7 @@ def test_ctrl_c_saves_exits_130_and_resumes(cli, quick, tmp_path, ctrl_c):
     result = cli(*quick, "--out", "out", "--resume")
     assert result.status == 0
     assert [line.split(",")[0] for line in result.lines] == ["adapt: step 4/4"]
-    assert result_of(tmp_path / "out") == result_of(tmp_path / "whole")
+    assert adapter_bytes(tmp_path / "out") == adapter_bytes(tmp_path / "whole")
 
 
 def test_resuming_a_finished_run_only_writes_its_figures_again(cli, quick, tmp_path):

@@ -1,14 +1,13 @@
 """Bad input: one sentence that names it, status 2, no traceback, and nothing written."""
 
-import io
 import json
 import os
 import re
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import set_stdin
 
 from minilora import tree
 from minilora.adapters import LoRAConfig, lora_init
@@ -58,18 +57,14 @@ def test_good_data_does_not_hide_bad(refused, quick):
     refused("missing", *quick[:2], "missing", *quick[2:])
 
 
-def standard_input(monkeypatch, data):
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
-
-
 @pytest.mark.parametrize(
     ("data", "pattern"),
     [(b"", "standard input is empty"), (b"\xff\xfe", "standard input is not text in UTF-8")],
 )
 def test_standard_input(refused, monkeypatch, base, data, pattern):
-    standard_input(monkeypatch, data)
+    set_stdin(monkeypatch, data)
     refused(pattern, "evaluate", "-", "--base", base)
-    standard_input(monkeypatch, data)
+    set_stdin(monkeypatch, data)
     refused(pattern, "generate", "--prompt", "-", "--base", base)
 
 

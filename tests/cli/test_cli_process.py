@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers import adapter_bytes
 
 from minilora.cli import main
 
@@ -52,12 +53,7 @@ def whole(command, tmp_path, monkeypatch):
     """The files of the run that is never stopped, made in this process."""
     monkeypatch.chdir(tmp_path)
     assert main([*map(str, command), "--out", "whole"]) == 0
-    return result_of(tmp_path / "whole")
-
-
-def result_of(folder):
-    names = ("adapter_model.safetensors", "adapter_config.json")
-    return [(folder / name).read_bytes() for name in names]
+    return adapter_bytes(tmp_path / "whole")
 
 
 def test_killed_at_random_moments_it_ends_in_the_same_bytes(command, whole, tmp_path):
@@ -72,7 +68,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(command, whole, tmp_
     status, out, err = finish(start(*command, "--resume", "--out", "out", cwd=tmp_path))
     assert status == 0, err
     assert "saved in out" in out
-    assert result_of(tmp_path / "out") == whole
+    assert adapter_bytes(tmp_path / "out") == whole
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["adapter_config.json", "adapter_model.safetensors", "training.json"]
 
@@ -101,7 +97,7 @@ def test_killed_before_every_kind_of_renaming(command, whole, tmp_path):
         )
         killed += finish(process)[0] == 9
         assert main([*map(str, command), "--resume", "--out", str(which)]) == 0
-        assert result_of(tmp_path / str(which)) == whole, f"killed before renaming {which}"
+        assert adapter_bytes(tmp_path / str(which)) == whole, f"killed before renaming {which}"
     assert killed == 6
     process = start(18, *command, "--out", "other", code=KILL_IN_REPLACE, cwd=tmp_path)
     assert finish(process)[0] == 0  # there is no 18th
@@ -122,7 +118,7 @@ def test_ctrl_c_in_a_process(command, tmp_path, monkeypatch):
     assert out == ""
     assert main([*map(str, command), "--out", "out", "--resume"]) == 0
     assert main([*map(str, command), "--out", "whole"]) == 0
-    assert result_of(tmp_path / "out") == result_of(tmp_path / "whole")
+    assert adapter_bytes(tmp_path / "out") == adapter_bytes(tmp_path / "whole")
 
 
 def test_a_reader_that_goes_away_ends_generation_quietly(base, tmp_path):

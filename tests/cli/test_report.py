@@ -1,10 +1,10 @@
 """What a run shows: plain lines, a bar on a terminal, a plot."""
 
-import io
 import struct
 import sys
 
 import pytest
+from helpers import Terminal
 
 from minilora.cli.report import ProgressBar, check_plot, plot_losses, smoothed, time_left
 from minilora.errors import MiniloraError
@@ -16,11 +16,6 @@ HISTORY = History(
     train=[(step, 3.0 / step**0.5) for step in range(1, 41)],
     held_out=[(0, 3.1), (20, 1.0), (40, 0.6)],
 )
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
 
 
 def progress(step, held_out=None, loss=2.5):

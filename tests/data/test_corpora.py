@@ -1,12 +1,10 @@
 """Sources, the held-out part, and the streams that documents are joined into."""
 
-import io
-import sys
 import sysconfig
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import set_stdin
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -43,10 +41,6 @@ def write(folder, files):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
-
-
-def set_stdin(monkeypatch, data):
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from minilora.bench.budget import SHAPES, Step, evaluate, ledger, scaled
 from minilora.cli import main
 from minilora.tree import flatten
 
-ROOT = Path(minilora.__path__[0]).parent
+ROOT = Path(__file__).parents[2]
 CLAIMS, BUDGET = (
     (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("claims", "budget")
 )

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from helpers import Killed, killed_at
 
 from minilora import tree
 from minilora.adapters import LoRAConfig, lora_init
@@ -183,20 +184,13 @@ def test_a_base_trained_on_the_device_loads_anywhere(device, model, corpus, tmp_
 
 
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(device, model, corpus, tmp_path):
-    class Stop(Exception):
-        """Stands for a machine that goes away."""
-
-    def stop(progress):
-        if progress.step == 15:
-            raise Stop
-
     settings = dataclasses.replace(SETTINGS, checkpoint_every=10)
 
     def run(folder, **options):
         return adapt_in_folder(model, corpus, SAVED, settings, folder, device=device, **options)
 
     whole = run(tmp_path / "whole")
-    with pytest.raises(Stop):
-        run(tmp_path / "parts", report=stop)
+    with pytest.raises(Killed):
+        run(tmp_path / "parts", report=killed_at(15))
     parts = run(tmp_path / "parts", resume=True)
     np.testing.assert_allclose(parts.history.train, whole.history.train, rtol=1e-5)

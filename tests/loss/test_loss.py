@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from helpers import normal
+from helpers import close, normal
 
 from minilora import loss, ops
 from minilora.adapters import LoRAConfig, lora_init
@@ -12,10 +12,6 @@ from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.keep import Plan
 from minilora.network import Net, loss_and_grads
 from minilora.tree import flatten
-
-
-def close(actual, expected, **tolerance):
-    np.testing.assert_allclose(actual, expected, **{"rtol": 1e-12, "atol": 1e-13, **tolerance})
 
 
 def close_in_each(actual, expected, **tolerance):

@@ -6,14 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import minilora
 from minilora.adapters import LoRAConfig, lora_init
 from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.lora import merge
 from minilora.mix import mix
 from minilora.tree import map_leaves
 
-ROOT = Path(minilora.__path__[0]).parent
+ROOT = Path(__file__).parents[2]
 CONFIG = GPTConfig(vocab_size=11, n_positions=6, n_embd=32, n_layer=1, n_head=2)
 LORA = LoRAConfig(rank=2, alpha=3.0, targets=("q", "v", "o", "up", "down"))
 

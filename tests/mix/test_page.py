@@ -12,7 +12,7 @@ from minilora.adapters import LoRAConfig, lora_init
 from minilora.cli import main
 from minilora.tree import flatten, map_leaves
 
-PAGE = Path(minilora.__path__[0]).parent / "docs" / "mixing.md"
+PAGE = Path(__file__).parents[2] / "docs" / "mixing.md"
 
 
 def blocks(language):

@@ -4,14 +4,9 @@ import math
 
 import numpy as np
 import pytest
-from helpers import normal
+from helpers import close, normal
 
 from minilora import fused, ops, tiles
-
-
-def close(actual, expected, **tolerance):
-    np.testing.assert_allclose(actual, expected, **{"rtol": 1e-12, "atol": 1e-13, **tolerance})
-
 
 # --- linear, head, embedding, position -----------------------------------------------------------
 

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from helpers import assert_trees_close, assert_trees_equal
+from helpers import assert_trees_close, assert_trees_equal, copied
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,10 +19,6 @@ def random_tree(seed, dtype=np.float64):
     rng = np.random.default_rng(seed)
     leaves = {name: np.asarray(rng.standard_normal(shape), dtype) for name, shape in SHAPES.items()}
     return {"w": leaves["w"], "blocks": [{"b": leaves["b"]}, {}], "t": [leaves["table"]]}
-
-
-def copied(arrays):
-    return tree.map_leaves(np.copy, arrays)
 
 
 def plain_adamw(p, gradients, *, lrs, beta1, beta2, eps, weight_decay):

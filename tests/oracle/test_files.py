@@ -8,6 +8,7 @@ import re
 
 import numpy as np
 import pytest
+from helpers import moved
 
 from minilora.adapters import LoRAConfig, lora_init
 from minilora.errors import MiniloraError
@@ -15,7 +16,6 @@ from minilora.formats import load_adapter, load_base, save_adapter, save_base
 from minilora.formats.tensors import read_tensors
 from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.network import Net, net_logits
-from minilora.tree import map_leaves
 
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
 
@@ -73,12 +73,6 @@ def oracle():
                 return model(torch.from_numpy(tokens)).logits.float().numpy()
 
     return Oracle()
-
-
-def moved(tree, seed, scale=0.2):
-    """The tree with every number moved, so that biases, norms and B count."""
-    rng = np.random.default_rng(seed)
-    return map_leaves(lambda x: x + scale * rng.standard_normal(x.shape).astype(x.dtype), tree)
 
 
 def logits_of(*net):

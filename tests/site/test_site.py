@@ -3,19 +3,18 @@
     sphinx-build -W --keep-going -n docs docs/_build/html
     python -m pytest -m site
 
-The browser is Chromium or Chrome (CHROMIUM names another path). It opens every page in a wide
-window, light and dark, and as a phone does; screenshots go to docs/_build/screenshots.
+Playwright drives the Chromium or Chrome that is here (CHROMIUM names another path; where there is
+none, `playwright install chromium` fetches one). It opens every page in a wide window, light and
+dark, and as a phone does; screenshots go to docs/_build/screenshots.
 """
 
-import base64
+import contextlib
 import functools
 import html
 import http.server
-import json
 import os
 import re
 import shutil
-import subprocess
 import threading
 from html.parser import HTMLParser
 from pathlib import Path
@@ -33,9 +32,9 @@ SCREENSHOTS = ROOT / "docs" / "_build" / "screenshots"
 PAGES = sorted(path.relative_to(SITE).as_posix() for path in SITE.rglob("*.html"))
 READ = [page for page in PAGES if not page.startswith(("source/", "genindex", "py-modindex"))]
 VIEWS = {
-    "light": {"width": 1280, "height": 900, "scheme": "light"},
-    "dark": {"width": 1280, "height": 900, "scheme": "dark"},
-    "phone": {"width": 390, "height": 844, "scheme": "light"},
+    "light": {"viewport": {"width": 1280, "height": 900}, "color_scheme": "light"},
+    "dark": {"viewport": {"width": 1280, "height": 900}, "color_scheme": "dark"},
+    "phone": {"viewport": {"width": 390, "height": 844}, "color_scheme": "light"},
 }
 
 
@@ -148,119 +147,25 @@ def test_every_option_is_on_the_page_of_the_command_line():
 # --- a browser -----------------------------------------------------------------------------------
 
 
-class Browser:
-    """Chromium without a window, spoken to through pipes in its DevTools protocol."""
-
-    def __init__(self, program, profile):
-        from_us, to_browser = os.pipe()
-        from_browser, to_us = os.pipe()
-
-        def as_three_and_four():
-            os.dup2(from_us, 13)
-            os.dup2(to_us, 14)
-            os.dup2(13, 3)
-            os.dup2(14, 4)
-
-        self.process = subprocess.Popen(
-            [
-                *(program, "--headless", "--remote-debugging-pipe", "--no-sandbox"),
-                *("--disable-gpu", "--disable-dev-shm-usage", f"--user-data-dir={profile}"),
-                "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
-            ],
-            preexec_fn=as_three_and_four,
-            close_fds=False,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        os.close(from_us)
-        os.close(to_us)
-        self.to, self.back = os.fdopen(to_browser, "wb"), os.fdopen(from_browser, "rb")
-        self.number, self.rest, self.events, self.session = 0, b"", [], None
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
-        self.session = attached["sessionId"]
-        for domain in ("Page", "Network", "Runtime", "Log"):
-            self.call(f"{domain}.enable")
-
-    def call(self, method, **params):
-        """The result of one command; events that arrive meanwhile are kept."""
-        self.number += 1
-        message = {"id": self.number, "method": method, "params": params}
-        if self.session:
-            message["sessionId"] = self.session
-        self.to.write(json.dumps(message).encode() + b"\0")
-        self.to.flush()
-        while True:
-            answer = self.receive()
-            if answer.get("id") == self.number:
-                assert "error" not in answer, (method, answer["error"])
-                return answer["result"]
-
-    def receive(self):
-        while b"\0" not in self.rest:
-            read = os.read(self.back.fileno(), 1 << 16)
-            assert read, "the browser has gone"
-            self.rest += read
-        message, _, self.rest = self.rest.partition(b"\0")
-        answer = json.loads(message)
-        if "method" in answer:
-            self.events.append(answer)
-        return answer
-
-    def open(self, url, view):
-        """Open a page and wait until it is loaded and its mathematics is set; what happened."""
-        self.call(
-            "Emulation.setDeviceMetricsOverride",
-            width=view["width"],
-            height=view["height"],
-            deviceScaleFactor=1,
-            mobile=view["width"] < 600,
-        )
-        scheme = {"name": "prefers-color-scheme", "value": view["scheme"]}
-        self.call("Emulation.setEmulatedMedia", features=[scheme])
-        self.events = []
-        self.call("Page.navigate", url=url)
-        while not any(event["method"] == "Page.loadEventFired" for event in self.events):
-            self.receive()
-        self.ask("window.MathJax ? MathJax.startup.promise.then(() => true) : true")
-        return self.events
-
-    def ask(self, expression):
-        """The value of an expression of JavaScript on the page."""
-        answer = self.call(
-            "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True
-        )
-        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
-        return answer["result"].get("value")
-
-    def screenshot(self, path, *, longest=4000):
-        """The whole page, or as much of it as is `longest` pixels high."""
-        size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": size["width"], "height": min(size["height"], longest)}
-        shot = self.call(
-            "Page.captureScreenshot", captureBeyondViewport=True, clip={**clip, "scale": 1}
-        )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(base64.b64decode(shot["data"]))
-
-    def close(self):
-        self.process.terminate()
-        self.process.wait(timeout=30)
-        self.to.close()
-        self.back.close()
-
-
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory):
+def browser():
+    from playwright.sync_api import sync_playwright
+
     names = ("chromium", "chromium-browser", "chromium-headless-shell", "google-chrome", "chrome")
     found = [os.environ.get("CHROMIUM"), *map(shutil.which, names)]
-    program = next(filter(None, found), None)
-    assert program, (
-        "no Chromium is installed: apt-get install chromium, or set CHROMIUM to its path"
-    )
-    browser = Browser(program, tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.close()
+    nothing_else = "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(
+            executable_path=next(filter(None, found), None), args=[nothing_else]
+        )
+
+
+@pytest.fixture(scope="module", params=VIEWS)
+def view(request, browser):
+    """The name of a view, and a browser's windows in it."""
+    context = browser.new_context(**VIEWS[request.param], is_mobile=request.param == "phone")
+    yield request.param, context
+    context.close()
 
 
 @pytest.fixture(scope="module")
@@ -301,36 +206,37 @@ Math.max(...parts.map(part => part.scrollWidth - part.clientWidth))
 """
 
 
-@pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("path", READ)
-def test_a_page_in_the_browser(browser, address, path, view):
-    events = browser.open(address + path, VIEWS[view])
-    browser.screenshot(SCREENSHOTS / view / f"{path.removesuffix('.html')}.png")
+def test_a_page_in_the_browser(view, address, path):
+    name, context = view
+    with contextlib.closing(context.new_page()) as page:
+        requested, failed, said = [], [], []
+        page.on("request", lambda request: requested.append(request.url))
+        page.on("requestfailed", lambda request: failed.append(request.url))
+        page.on("response", lambda answer: answer.ok or failed.append(answer.url))
+        page.on("console", lambda message: said.append((message.type, message.text)))
+        page.on("pageerror", lambda error: said.append(("error", error)))
+        page.goto(address + path)
+        page.evaluate("window.MathJax ? MathJax.startup.promise.then(() => true) : true")
+        take_picture(page, SCREENSHOTS / name / f"{path.removesuffix('.html')}.png")
 
-    requests = [
-        e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"
-    ]
-    outside = [url for url in requests if not url.startswith((address, "data:"))]
-    assert not outside, f"requests to other hosts: {outside}"
-    answers = [e["params"]["response"] for e in events if e["method"] == "Network.responseReceived"]
-    failed = [answer["url"] for answer in answers if answer["status"] >= 400]
-    failed += [e["params"] for e in events if e["method"] == "Network.loadingFailed"]
-    assert not failed, f"failed requests: {failed}"
+        outside = [url for url in requested if not url.startswith((address, "data:"))]
+        assert requested and not outside, f"requests to other hosts: {outside}"
+        assert not failed, f"failed requests: {failed}"
+        errors = [entry for entry in said if entry[0] in ("error", "warning", "assert")]
+        assert not errors, f"in the console: {errors}"
 
-    said = [e["params"] for e in events if e["method"] == "Runtime.consoleAPICalled"]
-    errors = [entry for entry in said if entry["type"] in ("error", "warning", "assert")]
-    errors += [
-        e["params"] for e in events if e["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")
-    ]
-    assert not errors, f"in the console: {errors}"
+        formulas = page.locator(".math.notranslate").count()
+        assert page.locator("mjx-container").count() == formulas
+        assert page.locator("mjx-merror, [data-mjx-error]").all_text_contents() == []
+        assert page.evaluate(LEFT_OVER) == []
+        source = (SITE / path).read_text(encoding="utf-8")
+        assert page.locator("mjx-container a").count() == len(re.findall(r"\\href\{", source))
+        assert page.evaluate(TOO_WIDE) <= 1, "the page scrolls sideways"
 
-    formulas = browser.ask("document.querySelectorAll('.math.notranslate').length")
-    assert browser.ask("document.querySelectorAll('mjx-container').length") == formulas
-    wrong = "[...document.querySelectorAll('mjx-merror, [data-mjx-error]')].map(e => e.textContent)"
-    assert browser.ask(wrong) == []
-    assert browser.ask(LEFT_OVER) == []
-    tags = browser.ask("[...document.querySelectorAll('mjx-container a')].length")
-    source = (SITE / path).read_text(encoding="utf-8")
-    assert tags == len(re.findall(r"\\href\{", source))
 
-    assert browser.ask(TOO_WIDE) <= 1, "the page scrolls sideways"
+def take_picture(page, path, *, longest=4000):
+    """The whole page, or as much of it as is `longest` pixels high."""
+    width, height = page.evaluate("(({scrollWidth: w, scrollHeight: h}) => [w, h])(document.body)")
+    clip = {"x": 0, "y": 0, "width": width, "height": min(height, longest)}
+    page.screenshot(path=path, full_page=True, clip=clip)

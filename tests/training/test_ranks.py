@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import Killed, killed_at
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -219,16 +220,9 @@ def test_a_run_in_a_folder_tells_what_was_summed(tmp_path):
     assert [run.was_finished for run in again] == [True, True]
 
 
-class Killed(BaseException):
-    """Stands for the end of all processes."""
-
-
 def test_a_killed_run_goes_on_from_what_the_first_has(tmp_path):
-    def killed(progress):
-        if progress.step == 4:
-            raise Killed
-
     expected = together(2, run)[0]
+    killed = killed_at(4)
     with pytest.raises(Killed):
         together(2, lambda ranks: run(ranks, folder=tmp_path / str(ranks.rank), report=killed))
     for trained in together(2, lambda ranks: run(ranks, folder=tmp_path / str(ranks.rank))):

@@ -6,6 +6,7 @@ import threading
 
 import numpy as np
 import pytest
+from helpers import Killed, killed_at
 
 from minilora import tree
 from minilora.adapters import LoRAConfig, lora_init
@@ -65,18 +66,6 @@ def assert_same_result(actual, expected):
     assert actual.history == expected.history
     # Blocks without an adapter have no leaves, but they have their places.
     assert len(actual.params.get("blocks", [])) == len(expected.params.get("blocks", []))
-
-
-class Killed(BaseException):
-    """Stands for the end of the process."""
-
-
-def killed_at(step):
-    def report(progress):
-        if progress.step == step:
-            raise Killed
-
-    return report
 
 
 def ctrl_c_at(step):

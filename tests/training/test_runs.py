@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from helpers import Killed, killed_at
 
 from minilora import tree
 from minilora.adapters import LoRAConfig
@@ -68,18 +69,6 @@ def result(folder):
     return {name: (folder / name).read_bytes() for name in names(folder) if name != RECORD}
 
 
-class Killed(BaseException):
-    """Stands for the end of the process."""
-
-
-def stop_at(step):
-    def report(progress):
-        if progress.step == step:
-            raise Killed
-
-    return report
-
-
 def test_a_run_leaves_the_adapter_and_a_record(tmp_path, model):
     finished = run(model, tmp_path / "out")
     assert names(tmp_path / "out") == ADAPTER_FILES
@@ -136,7 +125,7 @@ def test_pretraining_leaves_a_base_in_the_dtype_asked_for(tmp_path, dtype):
 def test_a_stopped_run_ends_in_the_same_files(tmp_path, model, step):
     run(model, tmp_path / "whole")
     with pytest.raises(Killed):
-        run(model, tmp_path / "out", report=stop_at(step))
+        run(model, tmp_path / "out", report=killed_at(step))
     finished = run(model, tmp_path / "out", resume=True)
     assert result(tmp_path / "out") == result(tmp_path / "whole")
     assert not finished.was_finished
@@ -193,7 +182,7 @@ def test_killed_while_the_result_is_written(tmp_path, model, monkeypatch, state)
 def test_a_finished_run_is_not_run_again(tmp_path, model):
     first = run(model, tmp_path / "out")
     before = {name: (tmp_path / "out" / name).read_bytes() for name in ADAPTER_FILES}
-    again = run(model, tmp_path / "out", resume=True, report=stop_at(1))
+    again = run(model, tmp_path / "out", resume=True, report=killed_at(1))
     assert again.was_finished
     assert again.figures == first.figures
     assert again.history.held_out == [list(point) for point in first.history.held_out]
@@ -231,7 +220,7 @@ def test_a_run_that_cannot_begin_leaves_no_empty_folder(tmp_path, model, monkeyp
 
 def test_a_run_that_fails_later_keeps_its_checkpoint(tmp_path, model):
     with pytest.raises(Killed):
-        run(model, tmp_path / "out", report=stop_at(2))
+        run(model, tmp_path / "out", report=killed_at(2))
     assert names(tmp_path / "out") == [CHECKPOINT]
 
 
@@ -246,7 +235,7 @@ def test_another_device_is_another_run(tmp_path, model, monkeypatch, finished):
                         resume=resume, report=report)  # fmt: skip
 
     with contextlib.nullcontext() if finished else pytest.raises(Killed):
-        on("cuda", report=stop_at(5 if finished else 3))
+        on("cuda", report=killed_at(5 if finished else 3))
     with pytest.raises(MiniloraError, match="with device cuda, but this one has cpu"):
         on("cpu", resume=True)
     on("cuda", resume=True)
@@ -276,7 +265,7 @@ def test_resuming_as_another_run_is_refused(tmp_path, model, finished, changes, 
         run(model, folder)
     else:
         with pytest.raises(Killed):
-            run(model, folder, report=stop_at(3))
+            run(model, folder, report=killed_at(3))
     before = {path: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(MiniloraError, match=f"with [a-z ]*{name} .* but this one has"):
         run(model, folder, resume=True, **changes)

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from helpers import copied
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -50,10 +51,6 @@ def assert_same_bits(actual, expected):
     for name, leaf in expected.items():
         assert actual[name].dtype == leaf.dtype
         np.testing.assert_array_equal(actual[name], leaf, err_msg=name)
-
-
-def copied(arrays):
-    return tree.map_leaves(np.copy, arrays)
 
 
 # --- what training changes ---------------------------------------------------------------------
