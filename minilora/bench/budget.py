@@ -119,6 +119,8 @@ class Step:
         for name in ("batch", "context"):
             if getattr(self, name) < 1:
                 raise MiniloraError(f"{name} {getattr(self, name)} is too small; it is at least 1")
+            if getattr(self, name) >= 2**31:
+                raise MiniloraError(f"{name} {getattr(self, name)} is too large; it is below 2^31")
         if self.context > self.config.n_positions:
             raise MiniloraError(
                 f"{self.context} tokens exceed the model's context of {self.config.n_positions}"

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from minilora.bench import command, peft
@@ -175,6 +176,7 @@ def test_peft_trains_as_many_numbers():
     [
         ("--batch 0", "batch 0 is too small; it is at least 1"),
         ("--steps 0", "steps 0 is too small; it is at least 1"),
+        (f"--batch {10**400}", "0 is too large; it is below 2^31"),
         ("--rounds 0 --versus 1", "rounds 0 is too small; it is at least 1"),
         ("--rank -1", "rank -1 is too small; it is at least 1"),
         ("--context 1025", "1025 tokens exceed the model's context of 1024"),
@@ -272,6 +274,9 @@ def test_the_threads_of_a_case_are_all_that_there_are(changes, in_blas):
 
 def test_a_case_survives_the_way_to_its_process():
     assert Case.from_json(MICRO.to_json()) == MICRO
+    assert Case.from_json(
+        Case(CONFIG, batch=np.int64(2), context=8, rank=2, steps=2).to_json()
+    ) == (MICRO)
     assert MICRO.tokens == 16
     assert Case(CONFIG, what="generate", context=16 - PROMPT).tokens == 8
 
