@@ -218,10 +218,10 @@ class Corpus:
 def load_corpus(
     sources: Source | Sequence[Source], tokenizer: Tokenizer, *, held_out: float = 0.05
 ) -> Corpus:
-    """Read sources (see `read_documents`) and keep a share of each apart.
+    """Read sources (see `read_documents`) and hold out a share of each.
 
     Held out is the last `held_out` of the characters of every file; of `python`, whole files,
-    chosen by a hash of their names, so that about the same share is apart on every machine.
+    chosen by a hash of their names, so that they are much the same on every machine.
     Raises MiniloraError for a bad source or a share outside [0, 1).
     """
     if not 0 <= held_out < 1:

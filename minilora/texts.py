@@ -82,7 +82,7 @@ def read_documents(source: Source) -> tuple[list[Document], list[LeftOut]]:
         return [Document(name, text)], []
     documents, left_out = read_folder(Path(name))
     if not documents:
-        because = f" ({report(left_out)})" if left_out else ""
+        because = f" ({summary(left_out)})" if left_out else ""
         raise MiniloraError(f"{name} is a folder without text{because}; expected UTF-8 files in it")
     return documents, [LeftOut(os.path.join(name, path), reason) for path, reason in left_out]
 
@@ -232,7 +232,7 @@ def read_python() -> tuple[list[Document], list[LeftOut]]:
     return documents, left_out
 
 
-def report(left_out: Iterable[LeftOut]) -> str:
+def summary(left_out: Iterable[LeftOut]) -> str:
     """One line that says how many files were left out for each reason, and names the first."""
     by_reason: dict[str, list[str]] = {}
     for name, reason in left_out:

@@ -1,4 +1,4 @@
-"""`minilora bench`: every measurement in a process of its own, and what they found, printed."""
+"""`minilora bench`: each measurement in a process of its own, and a table of their figures."""
 
 from __future__ import annotations
 

@@ -189,7 +189,7 @@ def row(operation: str, seconds: float, products: float, calls: int) -> dict[str
 
 
 def step(case: Case, model: Tree, workers: Workers) -> Callable[[], None]:
-    """A training step, of the parts that the loop of `train` makes it of."""
+    """A training step, made of the same parts as that of `train`."""
     text, rng = case.text(), np.random.default_rng(0)
     trees = {"base": model["base"], "lora": model.get("lora")}
     lora = case.method == "lora"
@@ -248,7 +248,7 @@ def seconds_of(run: Callable[[], Any]) -> float:
 
 
 def synchronize(device: str) -> None:
-    """Wait until a GPU has done what it was given."""
+    """Wait until a GPU has finished its work."""
     if device != "cpu":
         import cupy
 
@@ -271,7 +271,7 @@ def peak_rss() -> int:
 
 
 def page_faults() -> int:
-    """How often this process was given a page of memory; 0 where that is not known."""
+    """The page faults of this process so far; 0 where they are not counted."""
     try:
         import resource
     except ImportError:
@@ -308,7 +308,7 @@ def _peak_on_windows() -> int:
 
 
 def blas() -> dict[str, Any]:
-    """NumPy's BLAS as it is set now: its name and version, kernel and threads."""
+    """NumPy's BLAS as it is set now: name and version, kernel, threads."""
     from threadpoolctl import threadpool_info
 
     for library in threadpool_info():

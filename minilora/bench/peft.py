@@ -1,8 +1,8 @@
 """The same case in PyTorch, with transformers and PEFT: their best way that we know of.
 
-No dropout, no caching where nothing is generated, the loss from the logits directly, AdamW on the
-adapters alone, and both of transformers' attentions: the caller takes the better one. Beside it our
-own matrix products in PyTorch, which say how much of a difference lies in the libraries of these.
+No dropout, no cache of keys where nothing is generated, the loss from the logits directly, AdamW on
+the adapters alone, and both of transformers' attentions: the caller takes the better one. Beside it
+our own matrix products in PyTorch: how much of a difference is due to the BLAS libraries.
 """
 
 from __future__ import annotations

@@ -368,10 +368,10 @@ def pairs_of(entries: list[str], kind: Callable[[str], Any], option: str) -> dic
 
 def print_left_out(left_out: Sequence[Any]) -> None:
     """Say, beside the results, which files in folders were not read, and why."""
-    from minilora.texts import report
+    from minilora.texts import summary
 
     if left_out:
-        print(f"minilora: {report(left_out)}", file=sys.stderr)
+        print(f"minilora: {summary(left_out)}", file=sys.stderr)
 
 
 def progress_bar(args: argparse.Namespace, what: str) -> Any:

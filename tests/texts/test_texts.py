@@ -14,7 +14,7 @@ from minilora.data import ByteTokenizer, load_corpus, load_text
 from minilora.errors import MiniloraError
 from minilora.gpt2 import GPTConfig
 from minilora.model import BUILT_IN, load_model
-from minilora.texts import LeftOut, is_json_lines, read_documents, read_folder, report
+from minilora.texts import LeftOut, is_json_lines, read_documents, read_folder, summary
 from minilora.training.loop import TrainConfig
 from minilora.training.runs import adapt_in_folder, pretrain_in_folder
 
@@ -258,7 +258,7 @@ def test_a_name_that_is_not_unicode_is_read_and_can_be_printed(tmp_path):
     write(tmp_path, {os.fsdecode(b"caf\xe9.txt"): "text", os.fsdecode(b"\xff.bin"): b"\0"})
     corpus = load_corpus(tmp_path, BYTES)
     assert corpus.files == 1
-    assert report(corpus.left_out).encode("utf-8").endswith(b"?.bin)")
+    assert summary(corpus.left_out).encode("utf-8").endswith(b"?.bin)")
 
 
 def test_a_null_character_in_a_name_is_answered(tmp_path):
@@ -266,11 +266,11 @@ def test_a_null_character_in_a_name_is_answered(tmp_path):
         read_documents(str(tmp_path / "a\0b"))
 
 
-def test_the_report_counts_by_reason_and_names_the_first():
+def test_the_summary_counts_by_reason_and_names_the_first():
     left_out = [LeftOut(f"{i}.png", "not text") for i in range(5)] + [
         LeftOut("\x1b[2Jc", "in UTF-16")
     ]
-    assert report(left_out) == (
+    assert summary(left_out) == (
         "left out: 5 not text (0.png, 1.png, 2.png and 2 more); 1 in UTF-16 (?[2Jc)"
     )
 
