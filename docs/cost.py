@@ -113,7 +113,7 @@ def sweep(knob: str) -> list[dict[str, float]]:
         turns = [[min(process.answer("3")) for process in processes] for _ in range(ROUNDS)]
         seconds = np.min(turns, axis=0).tolist()  # the turn that nothing else disturbed
         for size, taken, process in zip(SIZES[knob], seconds, processes, strict=True):
-            found = process.answer()
+            found = process.end()
             points.append({
                 "size": size,
                 "seconds": taken,

@@ -19,9 +19,9 @@ import numpy as np
 import minilora
 from minilora.adapters import LoRAConfig, adapters, weight_of
 from minilora.data import Corpus
+from minilora.evaluation import evaluate_tokens
 from minilora.lora import merge, unmerge
 from minilora.mix import mix
-from minilora.model import evaluate_stream
 from minilora.tree import Tree, flatten, map_leaves
 
 LORA = LoRAConfig(rank=2, alpha=2.0, targets=("qkv", "o", "up", "down"))
@@ -118,7 +118,9 @@ def main() -> None:
         """Nats per token on the held-out text of both corpora."""
         adapted = model.with_adapter(lora, lora_config)
         held_out = [corpus.held_out[:TOKENS] for corpus in (source, reference)]
-        return " | ".join(f"{evaluate_stream(adapted, t, len(t)).loss:.3f}" for t in held_out)
+        return " | ".join(
+            f"{evaluate_tokens(adapted, t, text_bytes=len(t)).loss:.3f}" for t in held_out
+        )
 
     first = trained(source, seed=0)
     print("| adapter | update, off by | loss on source | loss on reference |")

@@ -55,13 +55,18 @@ class LoRAConfig:
         if not self.targets:
             raise MiniloraError(f"targets is empty; it names some of {', '.join(TARGETS)}")
         for rank in (self.rank, *self.rank_pattern.values()):
-            if not isinstance(rank, int) or rank < 1:
+            if not isinstance(rank, int | np.integer) or rank < 1:
                 raise MiniloraError(f"rank {rank} is not a whole number of at least 1")
+            if rank >= 2**31:
+                raise MiniloraError(f"rank {rank} is too large; it is below 2^31")
         for alpha in (self.alpha, *self.alpha_pattern.values()):
             if not (math.isfinite(alpha) and alpha > 0):
                 raise MiniloraError(f"alpha {alpha} is not a positive number")
         if not 0.0 <= self.dropout < 1.0:
             raise MiniloraError(f"dropout {self.dropout} is not in [0, 1)")
+        alpha = min((self.alpha, *self.alpha_pattern.values()))
+        if alpha / max((self.rank, *self.rank_pattern.values())) < np.finfo(np.float32).tiny:
+            raise MiniloraError(f"alpha {alpha} is too small: the scale alpha / rank would be 0")
 
     def rank_of(self, path: str) -> int:
         """R of the adapter at a LoRA path."""

@@ -104,6 +104,25 @@ def to_host(arrays: Any) -> Any:
     return tree.map_leaves(lambda x: x if namespace(x) is np else x.get(), arrays)
 
 
+def check_ids(
+    ids: Array, vocab_size: int, *, name: str = "token id", ignored: int | None = None
+) -> None:
+    """Raise MiniloraError unless every id is in [0, vocab_size) or is the one that is `ignored`.
+
+    Ids on a GPU are not checked: the answer would have to be waited for and copied.
+    """
+    if not isinstance(ids, HOST):
+        return
+    is_outside, but = (ids < 0) | (ids >= vocab_size), ""
+    if ignored is not None:
+        is_outside, but = is_outside & (ids != ignored), f" and is not ignore_index, {ignored}"
+    if is_outside.any():
+        raise MiniloraError(
+            f"{name} {ids[is_outside][0]} is outside the base's vocabulary of {vocab_size} tokens"
+            + but
+        )
+
+
 # --- weights in float16 ------------------------------------------------------------------------
 
 SMALLEST = 1e-37  # a row of zeros is divided by it

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import codecs
 import os
-import sys
-import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from minilora.errors import MiniloraError
+from minilora.texts import Document, LeftOut, Source, read_documents
 
 END_OF_TEXT = "<|endoftext|>"  # the token that GPT-2 puts between documents
-PYTHON_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
 # --- Tokenizers --------------------------------------------------------------------------------
@@ -177,88 +175,7 @@ def load_tokenizer(folder: str | Path, vocab_size: int) -> Tokenizer:
     return BPETokenizer(tokenizer, vocab_size)
 
 
-# --- Text --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text and where it came from: a path, or a path within the standard library."""
-
-    name: str
-    text: str
-
-
-def read_documents(source: str) -> list[Document]:
-    """The documents of one source, in an order that does not depend on the machine.
-
-    A source is a file, a folder (every text file below it; hidden, empty and binary files are
-    skipped), `python` (the standard library of this interpreter, without its tests; write
-    `./python` for a file or folder of that name) or `-` (standard input). Newlines become `\\n`
-    and a byte-order mark is dropped. Raises MiniloraError for a source that is missing or empty
-    or, unless a folder led to it, not UTF-8 text.
-    """
-    if source == "python":
-        return read_python()
-    if source == "-":
-        return [Document("standard input", check_text(sys.stdin.buffer.read(), "standard input"))]
-    if not os.path.isdir(source):
-        return [Document(source, check_text(read_bytes(Path(source)), source))]
-    documents = read_folder(Path(source))
-    if not documents:
-        raise MiniloraError(f"{source} is a folder without text; expected UTF-8 files below it")
-    return documents
-
-
-def read_bytes(path: Path) -> bytes:
-    """The contents of a file; MiniloraError where the system refuses."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise MiniloraError(
-            f"cannot read {path} ({error.strerror}); expected a file, a folder, `python` or `-`"
-        ) from error
-
-
-def check_text(data: bytes, name: str) -> str:
-    """`decode_text` of a source that must be text; MiniloraError where it is none or is empty."""
-    text = decode_text(data)
-    if text is None:
-        raise MiniloraError(f"{name} is not text in UTF-8")
-    if not text:
-        raise MiniloraError(f"{name} is empty; expected text")
-    return text
-
-
-def decode_text(data: bytes) -> str | None:
-    """UTF-8 bytes as text with `\\n` newlines and no byte-order mark; None for anything else."""
-    if b"\0" in data:  # valid UTF-8, yet only binary files have it
-        return None
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def read_folder(folder: Path, pattern: str = "*", skipped: Iterable[str] = ()) -> list[Document]:
-    """Every text file below a folder, sorted, named by its path within the folder."""
-    documents = []
-    for parts in sorted(path.relative_to(folder).parts for path in folder.rglob(pattern)):
-        path = folder.joinpath(*parts)
-        if any(part.startswith(".") or part in skipped for part in parts) or not path.is_file():
-            continue
-        if text := decode_text(read_bytes(path)):
-            documents.append(Document("/".join(parts), text))
-    return documents
-
-
-def read_python() -> list[Document]:
-    """The .py files of this interpreter's standard library but for tests and packages."""
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    documents = read_folder(folder, "*.py", PYTHON_SKIPPED)
-    if not documents:
-        raise MiniloraError(f"the standard library has no .py files in {folder}")
-    return documents
+# --- Streams -----------------------------------------------------------------------------------
 
 
 def join_documents(texts: Sequence[str], tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
@@ -287,7 +204,7 @@ def end_with_blank_line(text: str) -> str:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text to train on and text kept apart to judge by, each one stream of tokens."""
+    """Text to train on and held-out text, each one stream of tokens."""
 
     train: np.ndarray  # 1-D int32
     held_out: np.ndarray  # 1-D int32
@@ -295,25 +212,28 @@ class Corpus:
     held_out_bytes: int
     files: int
     name: str
+    left_out: tuple[LeftOut, ...] = ()  # the files in folders that were not read
 
 
 def load_corpus(
-    sources: str | Sequence[str], tokenizer: Tokenizer, *, held_out: float = 0.05
+    sources: Source | Sequence[Source], tokenizer: Tokenizer, *, held_out: float = 0.05
 ) -> Corpus:
-    """Read sources (see `read_documents`) and keep a share of each apart.
+    """Read sources (see `read_documents`) and hold out a share of each.
 
     Held out is the last `held_out` of the characters of every file; of `python`, whole files,
-    chosen by a hash of their names, so that about the same share is apart on every machine.
+    chosen by a hash of their names, so that they are much the same on every machine.
     Raises MiniloraError for a bad source or a share outside [0, 1).
     """
     if not 0 <= held_out < 1:
         raise MiniloraError(f"held_out {held_out} is not in [0, 1)")
-    sources = [sources] if isinstance(sources, str) else sources
+    sources = as_list(sources)
     train: list[str] = []
     apart: list[str] = []
     files = 0
+    left_out: list[LeftOut] = []
     for source in sources:
-        documents = read_documents(source)
+        documents, not_read = read_documents(source)
+        left_out += not_read
         split = split_files if source == "python" else split_tails
         source_train, source_apart = split(documents, held_out)
         train += source_train
@@ -321,9 +241,15 @@ def load_corpus(
         files += len(documents)
     train_tokens, train_bytes = join_documents(train, tokenizer)
     apart_tokens, apart_bytes = join_documents(apart, tokenizer)
+    name = " ".join(map(str, sources))
     return Corpus(
-        train_tokens, apart_tokens, train_bytes, apart_bytes, files, " ".join(map(str, sources))
+        train_tokens, apart_tokens, train_bytes, apart_bytes, files, name, tuple(left_out)
     )
+
+
+def as_list(sources: Source | Sequence[Source]) -> Sequence[Source]:
+    """Several sources, or the only one."""
+    return [sources] if isinstance(sources, str | os.PathLike) else sources
 
 
 def split_tails(documents: Sequence[Document], held_out: float) -> tuple[list[str], list[str]]:
@@ -359,14 +285,22 @@ def name_hash(name: str) -> bytes:
     """Bytes that depend on nothing but the name."""
     import hashlib  # brings a library of megabytes that nothing else here needs
 
-    return hashlib.sha256(name.encode("utf-8")).digest()
+    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
 
 
-def load_text(sources: str | Sequence[str], tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
-    """All the text of the sources as one stream of tokens, and its number of bytes."""
-    sources = [sources] if isinstance(sources, str) else sources
-    texts = [document.text for source in sources for document in read_documents(source)]
-    return join_documents(texts, tokenizer)
+class Text(NamedTuple):
+    """All the text of some sources as one stream of tokens, and how many UTF-8 bytes that is."""
+
+    tokens: np.ndarray  # 1-D int32
+    bytes: int
+    left_out: tuple[LeftOut, ...]  # the files in folders that were not read
+
+
+def load_text(sources: Source | Sequence[Source], tokenizer: Tokenizer) -> Text:
+    """All the text of the sources (see `read_documents`), nothing of it held out."""
+    read = [read_documents(source) for source in as_list(sources)]
+    tokens, size = join_documents([d.text for documents, _ in read for d in documents], tokenizer)
+    return Text(tokens, size, tuple(entry for _, left_out in read for entry in left_out))
 
 
 # --- Batches -----------------------------------------------------------------------------------

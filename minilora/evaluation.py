@@ -1,4 +1,4 @@
-"""The loss on text: of a whole stream, or of windows spread over what was held out."""
+"""The loss on text: of a whole stream, or of windows spread evenly over the held-out text."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def generate(
 
     `temperature`, `top_k` and `top_p` shape the distribution (see `distribution`); temperature 0
     always takes the likeliest token. When the context of n_positions tokens is full, its last half
-    is read again as a new prompt and the text goes on from there. Raises MiniloraError, before
+    becomes the prompt and the text continues from there. Raises MiniloraError, before
     anything is computed, for a prompt that is empty, longer than the context or outside the
     vocabulary, and for an option out of its range.
     """

@@ -22,6 +22,7 @@ from minilora.evaluation import Evaluation, evaluate_tokens
 from minilora.generate import generate
 from minilora.mix import check_weights, mix
 from minilora.network import Net, net_logits
+from minilora.texts import Source
 from minilora.tree import Tree
 
 BUILT_IN = Path(__file__).parent / "base"
@@ -119,22 +120,17 @@ def load_model(
 
 
 def evaluate(
-    model: Model, sources: str | Sequence[str], *, threads: int = 0, device: str = "cpu"
+    model: Model, sources: Source | Sequence[Source], *, threads: int = 0, device: str = "cpu"
 ) -> Evaluation:
-    """The loss on all the text of the sources (see `data.read_documents`), nats and bits per byte.
+    """The loss on all the text of the sources (see `texts.read_documents`), nats and bits per byte.
 
     Windows of the base's whole context follow each other, so that every token but the very first is
     predicted exactly once. Raises MiniloraError for a bad source or fewer than two tokens.
     """
-    tokens, text_bytes = load_text(sources, model.tokenizer)
-    return evaluate_stream(model, tokens, text_bytes, threads=threads, device=device)
-
-
-def evaluate_stream(
-    model: Model, tokens: np.ndarray, text_bytes: int, *, threads: int = 0, device: str = "cpu"
-) -> Evaluation:
-    """`evaluate` of token ids that stand for `text_bytes` bytes of text."""
-    return evaluate_tokens(model, tokens, text_bytes=text_bytes, threads=threads, device=device)
+    text = load_text(sources, model.tokenizer)
+    return evaluate_tokens(
+        model, text.tokens, text_bytes=text.bytes, threads=threads, device=device
+    )
 
 
 def complete(

@@ -1,8 +1,8 @@
 """The network of any architecture: embedding, blocks, last norm, head, loss, and all gradients.
 
 Two trees go in: the base, every weight of the architecture, and the adapters, A and B at the same
-places. A base may hold a table "head" (V, C); without it the head is tied, that is, logits are
-computed with the embedding's table wte. Gradients come back as trees of the same structure.
+places. A base without a table "head" (V, C) is tied: logits are computed with the embedding's
+table wte. Gradients come back as trees of the same structure.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from minilora import gpt2, loss
 from minilora.adapters import Adapters, LoRAConfig, placed_adapters
-from minilora.backend import Array, to_device
+from minilora.backend import Array, check_ids, to_device
 from minilora.errors import MiniloraError
 from minilora.keep import Kept, Plan, ending_at_lowest, unwanted, without, without_output
 from minilora.lora import AdaptedLinearCache
@@ -27,10 +27,7 @@ INFERENCE, LORA = Plan(), Plan(lora=True)
 
 @dataclass(frozen=True)
 class Net:
-    """A base with its sizes and, where `lora` is not None, an adapter on top.
-
-    Raises MiniloraError for an adapter without its configuration.
-    """
+    """A base with its sizes and perhaps adapters; MiniloraError where these lack `lora_config`."""
 
     base: Tree
     config: gpt2.GPTConfig
@@ -97,10 +94,10 @@ def trunk_forward(
 
     `masks` are the adapters' dropout masks by LoRA path. The tokens stand at position `offset` and
     on. `attends` are the blocks' attentions where they are others than `attention_forward`. Raises
-    MiniloraError for positions beyond n_positions.
+    MiniloraError for positions beyond n_positions, and on a CPU for ids outside the vocabulary.
     """
-    end = offset + tokens.shape[-1]
-    if end > net.config.n_positions:
+    check_ids(tokens, net.config.vocab_size)
+    if (end := offset + tokens.shape[-1]) > net.config.n_positions:
         raise MiniloraError(f"{end} tokens exceed the model's context of {net.config.n_positions}")
     placed, architecture = net.adapters(masks), net.architecture
     adapter = placed[""]["wte"].get("embedding")
@@ -177,13 +174,16 @@ def loss_and_grads(
 ) -> tuple[Array, Tree | None, Tree | None]:
     """The mean loss in nats per counted target, and the gradients that the plan wants.
 
-    loss, dbase, dlora; a tree that is not wanted is None, and a frozen base costs neither memory
-    nor products for weight gradients. `count` replaces the number of counted targets as the
-    divisor, so that the losses and gradients of a batch's shards add up to the batch's. Raises
-    MiniloraError for a plan that wants gradients of adapters that are not there.
+    loss, dbase, dlora; an unwanted tree is None, and a frozen base costs neither memory nor
+    products for weight gradients. `count` replaces the number of counted targets as the divisor, so
+    that a batch's shards add up to the batch. Raises MiniloraError for wanted adapters that are not
+    there, targets not of the tokens' shape and, on a CPU, ids outside the vocabulary.
     """
     if plan.lora and net.lora is None:
         raise MiniloraError("the plan wants gradients of adapters, but there are none")
+    if targets.shape != tokens.shape:
+        raise MiniloraError(f"targets are of shape {targets.shape}, tokens of {tokens.shape}")
+    check_ids(targets, net.config.vocab_size, name="target", ignored=ignore_index)
     x, trunk = trunk_forward(net, tokens=tokens, masks=masks, plan=plan)
     batch: dict[str, Any] = {"targets": targets, "ignore_index": ignore_index, "count": count}
     head: Any

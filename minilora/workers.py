@@ -1,4 +1,4 @@
-"""Threads that share a batch: NumPy frees the lock both in matrix products and in ufuncs."""
+"""Threads that share a batch: NumPy releases the GIL in matrix products and in ufuncs alike."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def cores() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to use freed memory again rather than give it back to the system at once.
+    """Tell glibc to reuse freed memory rather than return it to the system at once.
 
-    A large array is otherwise new to the system every time, and zeroed page by page where it is
-    first written: half of the time of a small model's step. Other C libraries are left as they are.
+    Otherwise every large array is new memory, which the system zeroes page by page as it is first
+    written: half of the time of a small model's step. Other C libraries are left as they are.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not in musl
@@ -38,11 +38,11 @@ def keep_freed_memory() -> None:
             M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
             mallopt(M_MMAP_THRESHOLD, 2**30)
             mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-            mallopt(M_ARENA_MAX, 1)  # one store for all threads, which has no upper bound
+            mallopt(M_ARENA_MAX, 1)  # one heap for all threads: what one has freed, another can use
 
 
 class Workers:
-    """Threads that share a batch, each with single-threaded BLAS: NumPy frees the lock in both.
+    """So many threads in all (0: one for each core): they share a batch, and BLAS has one in each.
 
     The shards' gradients are added in the order of the shards, so results do not depend on timing.
     """
@@ -55,7 +55,7 @@ class Workers:
         from threadpoolctl import threadpool_limits
 
         keep_freed_memory()
-        self._limits = threadpool_limits(1 if self.threads > 1 else None, user_api="blas")
+        self._limits = threadpool_limits(1, user_api="blas")
         # An overflow ends in a loss that is not finite, which is reported as such.
         self._pool = ThreadPoolExecutor(self.threads, initializer=np.seterr, initargs=("ignore",))
         return self

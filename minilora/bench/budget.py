@@ -120,6 +120,8 @@ class Step:
         for name in ("batch", "context"):
             if getattr(self, name) < 1:
                 raise MiniloraError(f"{name} {getattr(self, name)} is too small; it is at least 1")
+            if getattr(self, name) >= 2**31:
+                raise MiniloraError(f"{name} {getattr(self, name)} is too large; it is below 2^31")
         if self.context > self.config.n_positions:
             raise MiniloraError(
                 f"{self.context} tokens exceed the model's context of {self.config.n_positions}"
@@ -208,7 +210,7 @@ class Step:
 # --- the ledger: what caches keep --------------------------------------------------------------
 
 
-class Kept(NamedTuple):
+class Stored(NamedTuple):
     """One array, or a few, that the cache of a pair keeps, and the formula of how many numbers."""
 
     pair: str
@@ -216,57 +218,57 @@ class Kept(NamedTuple):
     formula: str
 
 
-def kept_layer_norm() -> Iterator[Kept]:
+def kept_layer_norm() -> Iterator[Stored]:
     """The normalised input, frozen or not: dx is made of it [LN.6]."""
-    yield Kept("layer norm", "x̂, 1/√(σ² + ε)", "N C + N")
+    yield Stored("layer norm", "x̂, 1/√(σ² + ε)", "N C + N")
 
 
 def kept_lora(
     name: str, n_in: str, rank: int, *, dropout: float, recomputed: bool
-) -> Iterator[Kept]:
+) -> Iterator[Stored]:
     """h, for dB [LORA.3], the mask [DROP.2] where there is dropout, and what it leaves of the
     input, for dA [LORA.5], unless the input is recomputed."""
     if dropout:
-        yield Kept(f"dropout {name}", "mask", f"N {n_in}")
+        yield Stored(f"dropout {name}", "mask", f"N {n_in}")
     if not recomputed:
-        yield Kept(f"LoRA {name}", "x ∘ mask" if dropout else "x", f"N {n_in}")
-    yield Kept(f"LoRA {name}", "h", f"N {rank}")
+        yield Stored(f"LoRA {name}", "x ∘ mask" if dropout else "x", f"N {n_in}")
+    yield Stored(f"LoRA {name}", "h", f"N {rank}")
 
 
-def kept_attention() -> Iterator[Kept]:
+def kept_attention() -> Iterator[Stored]:
     """q, k, v [ATT.4-8]; the weights P are recomputed."""
-    yield Kept("attention", "q, k, v", "3 N C")
+    yield Stored("attention", "q, k, v", "3 N C")
 
 
-def kept_gelu() -> Iterator[Kept]:
+def kept_gelu() -> Iterator[Stored]:
     """The input; tanh u is recomputed [GELU.4]."""
-    yield Kept("GELU", "x", "N F")
+    yield Stored("GELU", "x", "N F")
 
 
-def kept_head_loss(*, frozen: bool) -> Iterator[Kept]:
+def kept_head_loss(*, frozen: bool) -> Iterator[Stored]:
     """Each row's weight in the mean, and what dx is made of: Σ p E where the table is frozen
     [HL.3], else x and log Σ exp z, of which the logits are recomputed [HL.4]."""
     if frozen:
-        yield Kept("head and loss", "Σ p E, weights", "N C + N")
+        yield Stored("head and loss", "Σ p E, weights", "N C + N")
     else:
-        yield Kept("head and loss", "x, log Σ exp, weights", "N C + 2 N")
+        yield Stored("head and loss", "x, log Σ exp, weights", "N C + 2 N")
 
 
 def kept_adapted_linear(
     step: Step, path: str, n_in: str, *, recomputed: bool = True
-) -> Iterator[Kept]:
+) -> Iterator[Stored]:
     """The linear map at a path such as `blocks.0.attn.qkv`, and the adapters on it: the input, for
     dW [LIN.3], unless W is frozen or the input is recomputed, and what the adapters keep."""
     name = path.rpartition(".")[2]
     if step.trains_base and not recomputed:
-        yield Kept(f"linear {name}", "x", f"N {n_in}")
+        yield Stored(f"linear {name}", "x", f"N {n_in}")
     for adapter in adapters_on(path):
         if adapter in step.adapters:
             target, rank = adapter.rpartition(".")[2], step.adapters[adapter][1]
             yield from kept_lora(target, n_in, rank, dropout=step.dropout, recomputed=recomputed)
 
 
-def kept_block(step: Step, block: int) -> Iterator[Kept]:
+def kept_block(step: Step, block: int) -> Iterator[Stored]:
     """The parts of a block in the order of its forward pass; what it keeps without recompute.
 
     Where the backward pass ends in this block, what lies below its lowest adapter keeps nothing,
@@ -288,16 +290,16 @@ def kept_block(step: Step, block: int) -> Iterator[Kept]:
     yield from kept_adapted_linear(step, f"{path}.mlp.down", "F")
 
 
-def kept_with_recompute(step: Step, block: int) -> Iterator[Kept]:
+def kept_with_recompute(step: Step, block: int) -> Iterator[Stored]:
     """With recompute: the block's input, its dropout masks, and the h of an adapter on `down`,
     whose product is not computed a second time."""
     lines = list(kept_block(step, block))
     if lines:
-        yield Kept("block", "x", "N C")
+        yield Stored("block", "x", "N C")
     yield from (line for line in lines if is_mask(line) or line[:2] == ("LoRA down", "h"))
 
 
-class Entry(NamedTuple):
+class LedgerLine(NamedTuple):
     """A line of the ledger, evaluated: `place` is `blocks.3`, `embedding`, `ln_f` or `head`."""
 
     place: str
@@ -307,26 +309,26 @@ class Entry(NamedTuple):
     numbers: int
 
 
-def ledger(step: Step) -> list[Entry]:
+def ledger(step: Step) -> list[LedgerLine]:
     """Everything that the caches of one pass keep when its forward pass is done."""
-    kept: list[tuple[str, Kept]] = []
+    kept: list[tuple[str, Stored]] = []
     if "embedding" in step.adapters:
         rank = step.adapters["embedding"][1]
-        kept += [("embedding", Kept("LoRA embedding", "h", f"N {rank}"))]
+        kept += [("embedding", Stored("LoRA embedding", "h", f"N {rank}"))]
     for block in range(step.config.n_layer):
         lines = kept_with_recompute if step.recompute else kept_block
         kept += [(f"blocks.{block}", line) for line in lines(step, block)]
     kept += [("ln_f", line) for line in kept_layer_norm()]
     kept += [("head", line) for line in kept_head_loss(frozen=not step.trains_base)]
-    return [Entry(place, *line, evaluate(line.formula, step.sizes)) for place, line in kept]
+    return [LedgerLine(place, *line, evaluate(line.formula, step.sizes)) for place, line in kept]
 
 
-def is_mask(line: Kept | Entry) -> bool:
+def is_mask(line: Stored | LedgerLine) -> bool:
     """Whether it is a dropout mask, which is made before the step, for the whole batch."""
     return line.keeps == "mask"
 
 
-def activation_bytes(step: Step, lines: list[Entry]) -> int:
+def activation_bytes(step: Step, lines: list[LedgerLine]) -> int:
     """What these lines of the ledger take in all passes that run at once."""
     largest = max(step.shards)
     return ITEMSIZE[step.dtype] * sum(
@@ -560,7 +562,7 @@ def report(name: str, lora: Step, full: Step) -> Iterator[str]:
 
 
 def compared(
-    steps: tuple[Step, Step], key: Callable[[Entry], Any]
+    steps: tuple[Step, Step], key: Callable[[LedgerLine], Any]
 ) -> Iterator[tuple[Any, tuple[str, ...]]]:
     """Bytes of LoRA and full by a key of the ledger's entries: full's in order, then LoRA's own."""
     lora, full = (ledger(step) for step in steps)

@@ -11,6 +11,7 @@ import numpy as np
 
 from minilora.adapters import LoRAConfig
 from minilora.errors import MiniloraError
+from minilora.formats.files import plain
 from minilora.gpt2 import GPTConfig
 
 PROMPT = 8  # tokens that a generation starts from
@@ -44,6 +45,8 @@ class Case:
         for name in ("batch", "context", "rank", "threads", "steps"):
             if getattr(self, name) < 1:
                 raise MiniloraError(f"{name} {getattr(self, name)} is too small; it is at least 1")
+            if getattr(self, name) >= 2**31:
+                raise MiniloraError(f"{name} {getattr(self, name)} is too large; it is below 2^31")
         length = self.context + (PROMPT if self.what == "generate" else 0)
         if length > self.config.n_positions:
             raise MiniloraError(
@@ -65,7 +68,7 @@ class Case:
         return np.random.default_rng(0).integers(self.config.vocab_size, size=size, dtype=np.int32)
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
+        return json.dumps(dataclasses.asdict(self), default=plain)
 
     @classmethod
     def from_json(cls, text: str) -> Case:

@@ -1,4 +1,4 @@
-"""`minilora bench`: every measurement in a process of its own, and what they found, printed."""
+"""`minilora bench`: each measurement in a process of its own, and a table of their figures."""
 
 from __future__ import annotations
 
@@ -24,15 +24,19 @@ OURS = """\
 import time; started = time.perf_counter()
 import sys
 from minilora.bench.case import Case
-from minilora.bench.measure import measure
-measure(Case.from_json(sys.argv[1]), started=started, how=sys.argv[2])
+from minilora.bench.measure import measure, questions
+measure(Case.from_json(sys.argv[1]), questions(), started=started, how=sys.argv[2])
 """
 THEIRS = """\
 import sys
 from minilora.bench.case import Case
+from minilora.bench.measure import questions
 from minilora.bench.peft import measure_peft, measure_products
 case, how = Case.from_json(sys.argv[1]), sys.argv[2]
-measure_products(case) if how == "products" else measure_peft(case, attention=how)
+if how == "products":
+    measure_products(case, questions())
+else:
+    measure_peft(case, questions(), attention=how)
 """
 
 Ways: TypeAlias = dict[str, tuple[str, Case, str]]
@@ -94,13 +98,17 @@ class Process:
                 stream.close()  # type: ignore[union-attr]
         self.process.wait()
 
+    def end(self) -> Any:
+        """What it says when nothing more will be asked."""
+        with suppress(OSError):
+            self.process.stdin.close()  # type: ignore[union-attr]
+        return self.answer()
+
     def answer(self, question: str | None = None) -> Any:
-        """What it says to a line, or, with none, at the end of its input."""
+        """What it says to a line or, with none, of its own accord."""
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
-            if question is None:
-                self.process.stdin.close()
-            else:
+            if question is not None:
                 self.process.stdin.write(question + "\n")
                 self.process.stdin.flush()
             return json.loads(self.process.stdout.readline())
@@ -205,7 +213,7 @@ def side_by_side(case: Case, ways: Ways, rounds: int) -> dict[str, dict[str, Any
         for _ in range(rounds):
             for name, process in processes.items():
                 seconds[name].append(process.answer(str(case.steps)))
-        found = {name: process.answer() for name, process in processes.items()}
+        found = {name: process.end() for name, process in processes.items()}
 
     print(f"\n{'':<15}{'median':>12}{'minimum':>12}{'tokens/s':>10}{'peak':>12}{'import':>9}"
           f"{'first run':>11}")  # fmt: skip

@@ -1,16 +1,19 @@
-"""Times one case in this process, which is there for nothing else, so that its peak means it."""
+"""Times one case in a process of its own, so that the process's peak memory is the case's."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Literal
 
 import numpy as np
@@ -39,7 +42,8 @@ from minilora.training.loop import batch_loss_and_grads
 from minilora.tree import Tree
 from minilora.workers import Workers
 
-PROFILED = 3
+PROFILED = 3  # runs
+TO_ANSWER = 3.0
 
 
 def random_model(case: Case) -> dict[str, Tree]:
@@ -50,8 +54,14 @@ def random_model(case: Case) -> dict[str, Tree]:
     return {"base": base, "lora": lora_init(base, case.lora_config, seed=0)}
 
 
-def measure(case: Case, *, started: float, how: Literal["floor", "alone", "products"]) -> None:
-    """Run the case beside its products, or either of them when told to (see `serve`).
+def measure(
+    case: Case,
+    asked: Iterable[bytes],
+    *,
+    started: float,
+    how: Literal["floor", "alone", "products"],
+) -> None:
+    """Run the case beside its products, or either of them when asked to (see `serve`).
 
     `started` is the time.perf_counter() when this process began to import.
     """
@@ -62,8 +72,9 @@ def measure(case: Case, *, started: float, how: Literal["floor", "alone", "produ
         "idle_rss_bytes": peak_rss(),  # Python and its libraries, before there is a model
     }
     model = random_model(case)
-    sharing = 1 if case.what == "generate" else case.threads  # one text: only its products share
-    with threadpool_limits(case.threads, user_api="blas"), Workers(sharing, case.device) as workers:
+    # A text is generated row by row, so its threads are BLAS's; a batch is shared by its rows.
+    sharing, in_blas = (1, case.threads) if case.what == "generate" else (case.threads, 1)
+    with Workers(sharing, case.device) as workers, threadpool_limits(in_blas, user_api="blas"):
         run: Callable[[], Any]
         if how == "products":
             run = products_alone(products_of(case, model), workers, case.device)
@@ -73,7 +84,7 @@ def measure(case: Case, *, started: float, how: Literal["floor", "alone", "produ
         figures |= blas()
         run()
         if how != "floor":
-            serve(run, figures)
+            serve(run, figures, asked)
             return
         figures["peak_rss_bytes"] = peak_rss()  # of the runs alone
         faults = page_faults()
@@ -83,13 +94,32 @@ def measure(case: Case, *, started: float, how: Literal["floor", "alone", "produ
         print(json.dumps(figures))
 
 
-def serve(run: Callable[[], Any], figures: dict[str, Any]) -> None:
-    """Answer every number on standard input with the seconds of so many runs, its end with figures.
+def questions() -> Iterator[bytes]:
+    """The lines of standard input, read by a thread, so that this process ends with its parent.
+
+    However the parent ends, its side of the pipe is closed; a last answer gets TO_ANSWER seconds.
+    """
+    lines: SimpleQueue[bytes] = SimpleQueue()
+
+    def read() -> None:
+        with open(0, "rb", buffering=0, closefd=False) as pipe:  # no buffer to be locked at exit
+            for line in pipe:
+                lines.put(line)
+        lines.put(b"")
+        time.sleep(TO_ANSWER)
+        os._exit(1)
+
+    threading.Thread(target=read, daemon=True).start()
+    return iter(lines.get, b"")
+
+
+def serve(run: Callable[[], Any], figures: dict[str, Any], asked: Iterable[bytes]) -> None:
+    """Answer every number that is asked with the seconds of so many runs, the end with figures.
 
     So the processes that are compared can take turns, each waiting while the other runs.
     """
-    for line in sys.stdin:
-        print(json.dumps([seconds_of(run) for _ in range(int(line))]), flush=True)
+    for times in asked:
+        print(json.dumps([seconds_of(run) for _ in range(int(times))]), flush=True)
     print(json.dumps(figures | {"peak_rss_bytes": peak_rss()}))
 
 
@@ -159,7 +189,7 @@ def row(operation: str, seconds: float, products: float, calls: int) -> dict[str
 
 
 def step(case: Case, model: Tree, workers: Workers) -> Callable[[], None]:
-    """A training step, of the parts that the loop of `train` makes it of."""
+    """A training step, made of the same parts as that of `train`."""
     text, rng = case.text(), np.random.default_rng(0)
     trees = {"base": model["base"], "lora": model.get("lora")}
     lora = case.method == "lora"
@@ -218,7 +248,7 @@ def seconds_of(run: Callable[[], Any]) -> float:
 
 
 def synchronize(device: str) -> None:
-    """Wait until a GPU has done what it was given."""
+    """Wait until a GPU has finished its work."""
     if device != "cpu":
         import cupy
 
@@ -241,7 +271,7 @@ def peak_rss() -> int:
 
 
 def page_faults() -> int:
-    """How often this process was given a page of memory; 0 where that is not known."""
+    """The page faults of this process so far; 0 where they are not counted."""
     try:
         import resource
     except ImportError:
@@ -278,7 +308,7 @@ def _peak_on_windows() -> int:
 
 
 def blas() -> dict[str, Any]:
-    """NumPy's BLAS as it is set now: its name and version, kernel and threads."""
+    """NumPy's BLAS as it is set now: name and version, kernel, threads."""
     from threadpoolctl import threadpool_info
 
     for library in threadpool_info():

@@ -1,8 +1,8 @@
 """The same case in PyTorch, with transformers and PEFT: their best way that we know of.
 
-No dropout, no caching where nothing is generated, the loss from the logits directly, AdamW on the
-adapters alone, and both of transformers' attentions: the caller takes the better one. Beside it our
-own matrix products in PyTorch, which say how much of a difference lies in the libraries of these.
+No dropout, no cache of keys where nothing is generated, the loss from the logits directly, AdamW on
+the adapters alone, and both of transformers' attentions: the caller takes the better one. Beside it
+our own matrix products in PyTorch: how much of a difference is due to the BLAS libraries.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -46,8 +46,8 @@ def check(case: Case) -> None:
             )
 
 
-def measure_peft(case: Case, *, attention: str) -> None:
-    """Run the case when told to, as `measure` does."""
+def measure_peft(case: Case, asked: Iterable[bytes], *, attention: str) -> None:
+    """Run the case when asked to, as `measure` does."""
     started = time.perf_counter()
     warnings.simplefilter("ignore")
     import peft  # noqa: F401
@@ -60,11 +60,11 @@ def measure_peft(case: Case, *, attention: str) -> None:
     run = RUNS[case.what](case, model.to(case.device))
     figures["first_step_seconds"] = seconds_of(run)
     run()
-    serve(run, figures)
+    serve(run, figures, asked)
 
 
-def measure_products(case: Case) -> None:
-    """Run the case's matrix products alone when told to, each for the whole batch."""
+def measure_products(case: Case, asked: Iterable[bytes]) -> None:
+    """Run the case's matrix products alone when asked to, each for the whole batch."""
     started = time.perf_counter()
     import torch
 
@@ -80,7 +80,7 @@ def measure_products(case: Case) -> None:
 
     figures["first_step_seconds"] = seconds_of(run)
     run()
-    serve(run, figures)
+    serve(run, figures, asked)
 
 
 def products_in_torch(case: Case) -> list[list[Any]]:

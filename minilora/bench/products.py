@@ -1,9 +1,9 @@
 """The matrix products of a computation: found by running it once, then repeated alone.
 
-Their time is the floor under that of the computation. They are the very products that are timed,
-since arrays that note what is multiplied run through it once. Repeated, each has operands and an
-output of the same shapes that were allocated before: weights are the model's own, all else lies
-contiguous in buffers that products of equal shapes share, so that nothing but products is timed.
+Their time is a lower bound on that of the computation. The products are recorded, not listed by
+hand: the computation runs once on arrays that log every matmul. Each is then repeated with operands
+and an output allocated beforehand: weights are the model's own, and everything else lies contiguous
+in buffers that products of equal shapes share, so that only products are timed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Operand(NamedTuple):
     """A matrix, or a stack of them; `array` only if it is a weight, or a view of one."""
 
     shape: tuple[int, ...]
-    transposed: bool  # its columns are what lies contiguous
+    transposed: bool  # its columns are contiguous
     dtype: np.dtype[Any]
     array: Array | None
 
@@ -76,7 +76,7 @@ def owner(x: Any) -> Any:
 
 
 class Recorded(np.ndarray):
-    """An array that computes as any other, and notes in the log what is multiplied."""
+    """An array that computes as any other, and logs what is multiplied."""
 
     log: ClassVar[Log | None] = None
 
@@ -107,7 +107,7 @@ def plain(x: Any) -> Any:
 
 
 class RecordingWorkers(Workers):
-    """Workers that run one item after the other and note the products of each."""
+    """Workers that run one item after the other and log the products of each."""
 
     def map(self, f: Callable[..., Any], *items: Any) -> Iterator[Any]:
         for arguments in zip(*items, strict=True):
@@ -131,7 +131,7 @@ def recording(weights: Tree, operation: Callable[[], str] = lambda: "") -> Itera
 
 
 def recorded(tree: Tree) -> Tree:
-    """The same arrays, as Recorded ones."""
+    """The same arrays, as Recorded."""
     return map_leaves(lambda x: x.view(Recorded), tree)
 
 

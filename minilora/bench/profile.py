@@ -76,7 +76,7 @@ class Profile:
 
 @contextmanager
 def profiling(wait: Callable[[], None] = lambda: None) -> Iterator[Profile]:
-    """Within, every operation that the package calls is timed, until a `wait` after it is over."""
+    """Within, every operation that the package calls is timed, `wait` after it included."""
     profile = Profile(wait)
     wrappers: dict[Callable[..., Any], Callable[..., Any]] = {}
     undo: list[Callable[[], None]] = []

@@ -11,7 +11,7 @@ import argparse
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ def adapt_command(args: argparse.Namespace) -> int:
     if args.half:
         model = model.on(device, half=True)
     corpus = load_corpus(args.data, model.tokenizer)
+    print_left_out(corpus.left_out)
     with progress_bar(args, "adapt") as report:
         run = adapt_in_folder(
             model, corpus, lora_config, settings, args.out,
@@ -92,6 +93,7 @@ def pretrain_command(args: argparse.Namespace) -> int:
         raise MiniloraError(f"--width, --layers, --heads: {error}") from None
     device = chosen_device(args)
     corpus = load_corpus(args.data, ByteTokenizer())
+    print_left_out(corpus.left_out)
     with progress_bar(args, "pretrain") as report:
         run = pretrain_in_folder(
             config, corpus, settings, args.out,
@@ -106,7 +108,7 @@ def pretrain_command(args: argparse.Namespace) -> int:
 
 def evaluate_command(args: argparse.Namespace) -> int:
     from minilora.data import check_length, load_corpus, load_text
-    from minilora.model import evaluate_stream
+    from minilora.evaluation import evaluate_tokens
 
     device = chosen_device(args)
     model = chosen_model(args)
@@ -115,12 +117,15 @@ def evaluate_command(args: argparse.Namespace) -> int:
     name = " ".join(args.data)
     if args.held_out:
         corpus = load_corpus(args.data, model.tokenizer)
-        tokens, text_bytes = corpus.held_out, corpus.held_out_bytes
+        tokens, text_bytes, left_out = corpus.held_out, corpus.held_out_bytes, corpus.left_out
         name = f"the held-out part of {name}"
     else:
-        tokens, text_bytes = load_text(args.data, model.tokenizer)
+        tokens, text_bytes, left_out = load_text(args.data, model.tokenizer)
+    print_left_out(left_out)
     check_length(tokens, context=1, name=name)
-    result = evaluate_stream(model, tokens, text_bytes, threads=args.threads, device=device)
+    result = evaluate_tokens(
+        model, tokens, text_bytes=text_bytes, threads=args.threads, device=device
+    )
     figures = {
         "loss": result.loss,
         "bits_per_byte": result.bits_per_byte,
@@ -132,14 +137,14 @@ def evaluate_command(args: argparse.Namespace) -> int:
 
 
 def generate_command(args: argparse.Namespace) -> int:
-    from minilora.data import read_documents
     from minilora.model import complete
+    from minilora.texts import read_documents
 
     device = chosen_device(args)
     model = chosen_model(args).on(device, half=args.half)
     prompt = "\n" if args.prompt is None else args.prompt
     if prompt == "-":
-        prompt = read_documents("-")[0].text
+        prompt = read_documents("-")[0][0].text
     drawn = complete(
         model, prompt, max_tokens=args.tokens, temperature=args.temperature,
         top_k=args.top_k, top_p=args.top_p, seed=args.seed,
@@ -359,6 +364,14 @@ def pairs_of(entries: list[str], kind: Callable[[str], Any], option: str) -> dic
         if not equals or not pattern:
             raise MiniloraError(f"{option} {entry!r} is not PATTERN=NUMBER, such as down=4")
     return pairs
+
+
+def print_left_out(left_out: Sequence[Any]) -> None:
+    """Say, beside the results, which files in folders were not read, and why."""
+    from minilora.texts import summary
+
+    if left_out:
+        print(f"minilora: {summary(left_out)}", file=sys.stderr)
 
 
 def progress_bar(args: argparse.Namespace, what: str) -> Any:

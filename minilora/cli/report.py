@@ -12,7 +12,12 @@ from minilora.formats.files import replacing
 from minilora.training.checkpoint import History
 from minilora.training.loop import Progress
 
-PLOTS = (".png", ".svg", ".pdf")
+# By the end of the name, what is written into the file: no date.
+PLOTS: dict[str, dict[str, None]] = {
+    ".png": {},
+    ".svg": {"Date": None},
+    ".pdf": {"CreationDate": None},
+}
 
 
 class ProgressBar:
@@ -92,6 +97,7 @@ def plot_losses(history: History, path: str | Path, *, title: str) -> None:
     """Draw the training and held-out losses (nats per token) against the step; PNG, SVG or PDF."""
     path = Path(path)
     check_plot(path)
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -106,8 +112,9 @@ def plot_losses(history: History, path: str | Path, *, title: str) -> None:
     axes.plot(steps, losses, color="#d94801", marker="o", markersize=3, label="held out")
     axes.grid(alpha=0.3)
     axes.legend()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=150, format=path.suffix.lstrip("."))
+    kind = path.suffix.lower()
+    with replacing(path) as temporary, rc_context({"svg.hashsalt": "minilora"}):
+        figure.savefig(temporary, dpi=150, format=kind.lstrip("."), metadata=PLOTS[kind])
 
 
 def smoothed(losses: tuple[float, ...], decay: float = 0.95) -> list[float]:

@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from minilora.errors import MiniloraError
 
 Scalar = TypeVar("Scalar", int, float, bool, str)
@@ -58,7 +60,15 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, document: Mapping[str, Any]) -> None:
     """Replace the file in one step by a JSON object with sorted keys, two spaces deep."""
-    write_text(path, json.dumps(document, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    text = json.dumps(document, indent=2, sort_keys=True, allow_nan=False, default=plain)
+    write_text(path, text + "\n")
+
+
+def plain(value: Any) -> Any:
+    """A NumPy scalar as the number that it is, which JSON can hold; TypeError for anything else."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} is not JSON")
 
 
 def make_folder(path: str | Path) -> Path:

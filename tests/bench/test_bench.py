@@ -1,15 +1,20 @@
 """`minilora bench` at sizes that take no time: its processes, its figures and its errors."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from minilora.bench import command, peft
 from minilora.bench.case import PROMPT, Case
 from minilora.bench.command import Process, bench
-from minilora.bench.measure import blas, peak_rss
+from minilora.bench.measure import TO_ANSWER, blas, peak_rss
 from minilora.cli import main
 from minilora.errors import MiniloraError
 from minilora.gpt2 import GPTConfig
@@ -171,6 +176,7 @@ def test_peft_trains_as_many_numbers():
     [
         ("--batch 0", "batch 0 is too small; it is at least 1"),
         ("--steps 0", "steps 0 is too small; it is at least 1"),
+        (f"--batch {10**400}", "0 is too large; it is below 2^31"),
         ("--rounds 0 --versus 1", "rounds 0 is too small; it is at least 1"),
         ("--rank -1", "rank -1 is too small; it is at least 1"),
         ("--context 1025", "1025 tokens exceed the model's context of 1024"),
@@ -216,8 +222,61 @@ def test_a_process_is_ended_when_it_is_left():
     assert process.process.returncode is not None
 
 
+def is_alive(pid):
+    """Whether a process runs; one that has ended may wait for an init to take note of it."""
+    try:
+        os.kill(pid, 0)
+        status = Path(f"/proc/{pid}/stat")
+        return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+PARENT = """
+import sys
+from minilora.bench.case import Case
+from minilora.bench.command import OURS, Process
+with Process(OURS, Case.from_json(sys.argv[1]), how := sys.argv[2]) as process:
+    if how != "floor":
+        process.answer("0")
+    print(process.process.pid, flush=True)
+    process.answer(None if how == "floor" else "1000000000")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="os.kill is another thing there")
+@pytest.mark.parametrize(
+    ("how", "name"), [("floor", "SIGKILL"), ("alone", "SIGKILL"), ("alone", "SIGTERM")]
+)
+def test_a_process_ends_with_its_parent_even_while_it_computes(how, name):
+    case = Case(**{**vars(MICRO), "steps": 10**9})
+    command = [sys.executable, "-c", PARENT, case.to_json(), how]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        child = int(parent.stdout.readline())
+        assert is_alive(child)
+        parent.send_signal(getattr(signal, name))
+    deadline = time.monotonic() + 30
+    while is_alive(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if is_alive(child):
+        os.kill(child, signal.SIGKILL)
+        pytest.fail(f"it still ran {TO_ANSWER} seconds and more after its parent's {name}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "in_blas"), [({}, 1), ({"threads": 1}, 1), ({"what": "generate", "context": 4}, 2)]
+)
+def test_the_threads_of_a_case_are_all_that_there_are(changes, in_blas):
+    case = Case(**{**vars(MICRO), **changes})
+    with Process(command.OURS, case, "alone") as process:
+        assert process.end()["blas_threads"] == in_blas
+
+
 def test_a_case_survives_the_way_to_its_process():
     assert Case.from_json(MICRO.to_json()) == MICRO
+    assert Case.from_json(
+        Case(CONFIG, batch=np.int64(2), context=8, rank=2, steps=2).to_json()
+    ) == (MICRO)
     assert MICRO.tokens == 16
     assert Case(CONFIG, what="generate", context=16 - PROMPT).tokens == 8
 

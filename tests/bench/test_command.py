@@ -101,6 +101,7 @@ def test_dropout_keeps_masks_and_threads_share_the_batch(budget):
         (["--rank", "769"], "rank 769 is above the smaller side of blocks.0.attn.qkv"),
         (["--targets", "key"], "unknown target 'key'"),
         (["--batch", "0"], "batch 0 is too small"),
+        (["--batch", "9" * 400], "9 is too large; it is below 2^31"),
         (["--context", "1025"], "1025 tokens exceed the model's context of 1024"),
         (["--threads", "-1"], "is not a whole number of at least 0"),
         (["--base", "nowhere"], "nowhere"),

@@ -1,10 +1,10 @@
 """Bytes by formula, compared with what the caches really hold and tracemalloc sees of a step."""
 
 import dataclasses
-import tracemalloc
 
 import numpy as np
 import pytest
+from helpers import peak_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -177,16 +177,6 @@ each_shape = pytest.mark.parametrize(
 )
 
 
-def allocated_by(f):
-    """The most that was allocated at any one time while `f` ran, in bytes."""
-    tracemalloc.start()
-    try:
-        result = f()  # noqa: F841  kept until the peak is read
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-
-
 @each_shape
 @each_method
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
@@ -194,7 +184,7 @@ def test_the_peak_of_a_pass_is_predicted(method, shape, recompute):
     config, batch, context, dtype = shape
     step = Step(config, METHODS[method], batch, context, dtype, recompute=recompute)
     net, options = inputs_of(step)
-    measured = allocated_by(lambda: loss_and_grads(net, **options))
+    measured = peak_of(lambda: loss_and_grads(net, **options))
     if options["masks"]:  # they are made before the pass, and the ledger counts them
         measured += sum(mask.nbytes for mask in options["masks"].values())
     found = peaks(step)
@@ -219,7 +209,7 @@ def test_the_peak_of_a_whole_step_is_predicted(method, shape):
         grads, _ = clip_by_global_norm(grads, 1.0)
         return adamw(params, grads, state, step=1, lr=1e-3)
 
-    measured = allocated_by(whole_step)
+    measured = peak_of(whole_step)
     predicted = figures(step)["peak_bytes"]
     assert predicted == pytest.approx(measured, rel=0.02), f"{predicted / measured:.4f}"
 

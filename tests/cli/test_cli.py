@@ -11,14 +11,12 @@ import numpy as np
 import pytest
 from helpers import Terminal, adapter_bytes
 
-from minilora import complete, load_adapter, load_base, load_corpus, load_model
+from minilora import complete, evaluate, load_adapter, load_base, load_corpus, load_model
 from minilora.cli import main
 from minilora.cli.parser import json_option
 from minilora.cli.table import COMMANDS, DATA, SEED, Option
-from minilora.data import load_text
 from minilora.formats import save_base
 from minilora.gpt2 import GPTConfig, gpt_init
-from minilora.model import evaluate_stream
 from minilora.training.ranks import Ranks
 
 ROWS = {row.name: row for row in COMMANDS}
@@ -369,7 +367,7 @@ def test_evaluate_is_the_loss_of_the_whole_text(cli, tmp_path, base, adapter, te
     assert found["tokens"] == size - 1
     assert found["bits_per_byte"] == pytest.approx(found["loss"] / np.log(2))  # a byte is a token
     model = load_model(base, adapter)
-    expected = evaluate_stream(model, *load_text(str(text), model.tokenizer))
+    expected = evaluate(model, text)
     assert found["loss"] == pytest.approx(expected.loss, rel=1e-6)
     assert cli("evaluate", text, "--base", base, "--json", "y.json").status == 0
     assert figures(tmp_path / "y.json", "evaluate")["loss"] != found["loss"]

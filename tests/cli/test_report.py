@@ -1,6 +1,7 @@
 """What a run shows: plain lines, a bar on a terminal, a plot."""
 
 import struct
+import subprocess
 import sys
 
 import pytest
@@ -139,3 +140,22 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MiniloraError, match=r"pip install 'minilora\[plot\]'"):
         check_plot(tmp_path / "losses.png")
+
+
+@pytest.mark.parametrize("name", ["losses.png", "losses.svg", "losses.pdf", "losses.PDF"])
+def test_a_plot_of_the_same_losses_is_the_same_file(tmp_path, monkeypatch, name):
+    """At another time, which matplotlib would write into it, and in another process."""
+    pytest.importorskip("matplotlib")
+    code = (
+        "import sys; from minilora.cli.report import plot_losses; "
+        "from minilora.training.checkpoint import History; "
+        "plot_losses(History([(1, 2.0), (2, 1.5)], [(0, 2.5), (2, 1.0)]), sys.argv[1], title='x')"
+    )
+    found = []
+    for run in range(2):
+        path = tmp_path / str(run) / name
+        path.parent.mkdir()
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", str(10**9 * run))
+        subprocess.run([sys.executable, "-c", code, str(path)], check=True)
+        found.append(path.read_bytes())
+    assert found[0] == found[1]

@@ -10,15 +10,14 @@ from hypothesis import strategies as st
 
 from minilora.data import (
     ByteTokenizer,
-    Document,
     join_documents,
     load_corpus,
     load_text,
-    read_documents,
     split_files,
     split_tails,
 )
 from minilora.errors import MiniloraError
+from minilora.texts import Document, read_documents
 
 BYTES = ByteTokenizer()
 DOCUMENTS = st.lists(st.text(min_size=1, max_size=60), min_size=1, max_size=8).map(
@@ -68,9 +67,9 @@ def library(tmp_path, monkeypatch):
 def test_a_file_is_read_as_text(tmp_path, monkeypatch, data, text):
     write(tmp_path, {"a.txt": data})
     path = str(tmp_path / "a.txt")
-    assert read_documents(path) == [Document(path, text)]
+    assert read_documents(path) == ([Document(path, text)], [])
     set_stdin(monkeypatch, data)
-    assert read_documents("-") == [Document("standard input", text)]
+    assert read_documents("-") == ([Document("standard input", text)], [])
 
 
 def test_a_folder_gives_its_text_files_sorted(tmp_path):
@@ -87,18 +86,18 @@ def test_a_folder_gives_its_text_files_sorted(tmp_path):
         "zeros.bin": b"\0\0text",
     }
     write(tmp_path, files)
-    documents = read_documents(str(tmp_path))
+    documents, _ = read_documents(str(tmp_path))
     assert [document.name for document in documents] == ["a/deep/y.py", "a/z.md", "a.txt", "b.txt"]
     assert [document.text for document in documents] == ["y", "z", "a", "b"]
 
 
 def test_a_hidden_folder_that_is_named_is_read(tmp_path):
     write(tmp_path, {".notes/a.txt": "a"})
-    assert len(read_documents(str(tmp_path / ".notes"))) == 1
+    assert len(read_documents(str(tmp_path / ".notes"))[0]) == 1
 
 
 def test_python_is_the_standard_library_without_tests():
-    documents = read_documents("python")
+    documents, _ = read_documents("python")
     names = [document.name for document in documents]
     assert {"argparse.py", "json/decoder.py"} <= set(names)
     assert all(name.endswith(".py") for name in names)
@@ -111,8 +110,8 @@ def test_python_is_the_standard_library_without_tests():
 def test_python_the_file_is_reached_by_its_path(tmp_path, monkeypatch, library):
     write(tmp_path, {"python": "a file"})
     monkeypatch.chdir(tmp_path)
-    assert read_documents("./python")[0].text == "a file"
-    assert len(read_documents("python")) == 40
+    assert read_documents("./python")[0][0].text == "a file"
+    assert len(read_documents("python")[0]) == 40
 
 
 @pytest.mark.parametrize(
@@ -265,9 +264,9 @@ def test_the_end_of_text_stands_between_documents_and_counts_no_byte():
 
 def test_load_text_is_everything_as_it_is(tmp_path):
     write(tmp_path, {"a.txt": "début\r\n" * 10, "b.txt": "end"})
-    tokens, size = load_text([str(tmp_path / "a.txt")], BYTES)
+    tokens, size, _ = load_text([str(tmp_path / "a.txt")], BYTES)
     assert BYTES.decode(tokens) == "début\n" * 10
     assert size == 70
-    tokens, size = load_text([str(tmp_path)], BYTES)
+    tokens, size, _ = load_text([str(tmp_path)], BYTES)
     assert BYTES.decode(tokens) == "début\n" * 10 + "\nend"
     assert size == 74

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from minilora.errors import MiniloraError
@@ -111,3 +112,21 @@ def test_json_refuses_what_json_cannot_say(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         files.write_json(tmp_path / "a.json", {"loss": float("nan")})
     assert not list(tmp_path.iterdir())
+
+
+def test_numpy_scalars_are_numbers_in_json(tmp_path):
+    document = {
+        "int": np.int64(3),
+        "float": np.float32(0.5),
+        "bool": np.True_,
+        "list": [np.uint8(1)],
+    }
+    files.write_json(tmp_path / "x.json", document)
+    assert files.read_json(tmp_path / "x.json") == {
+        "int": 3,
+        "float": 0.5,
+        "bool": True,
+        "list": [1],
+    }
+    with pytest.raises(TypeError, match="set is not JSON"):
+        files.write_json(tmp_path / "x.json", {"set": {1}})

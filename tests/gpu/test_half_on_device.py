@@ -7,8 +7,9 @@ from minilora import tree
 from minilora.adapters import LoRAConfig, lora_init
 from minilora.backend import Half, to_device, to_device_in_half, to_host
 from minilora.errors import MiniloraError
+from minilora.evaluation import evaluate_tokens
 from minilora.keep import OF_WEIGHTS, without
-from minilora.model import complete, evaluate_stream
+from minilora.model import complete
 from minilora.network import Net, loss_and_grads
 from minilora.ops import head_forward, linear_backward, linear_forward
 from minilora.training.loop import TrainConfig
@@ -97,8 +98,8 @@ def test_a_base_in_half_is_adapted_evaluated_and_generates(device, model, corpus
         trained_on_half.history.train, trained.history.train, rtol=16 * ROUNDING
     )
     assert all(x.dtype == np.float32 for x in tree.flatten(trained_on_half.params).values())
-    found = evaluate_stream(on_device, corpus.held_out, 300, device=device)
-    expected = evaluate_stream(full, corpus.held_out, 300)
+    found = evaluate_tokens(on_device, corpus.held_out, text_bytes=300, device=device)
+    expected = evaluate_tokens(full, corpus.held_out, text_bytes=300)
     assert found.loss == pytest.approx(expected.loss, rel=16 * ROUNDING)
     assert len(list(complete(on_device.on(device), "ab", max_tokens=5))) == 5
 

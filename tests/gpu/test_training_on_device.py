@@ -9,8 +9,8 @@ from helpers import Killed, killed_at
 from minilora import tree
 from minilora.adapters import LoRAConfig, lora_init
 from minilora.backend import namespace, to_device, to_host
+from minilora.evaluation import evaluate_tokens
 from minilora.formats import load_adapter, load_base
-from minilora.model import evaluate_stream
 from minilora.optim import adamw, adamw_init
 from minilora.training.checkpoint import (
     CHECKPOINT,
@@ -78,7 +78,8 @@ def test_evaluation_is_that_of_the_host(device, model, corpus):
     )
     adapted = model.with_adapter(lora, LORA_CONFIG)
     host, on_device = (
-        evaluate_stream(adapted, corpus.held_out, 300, device=place) for place in ("cpu", device)
+        evaluate_tokens(adapted, corpus.held_out, text_bytes=300, device=place)
+        for place in ("cpu", device)
     )
     assert on_device.loss == pytest.approx(host.loss, rel=1e-5)
     assert on_device.tokens == host.tokens == 299
@@ -133,7 +134,7 @@ def test_a_step_sends_its_batch_and_its_masks_alone(device, copied, model, corpu
 def test_an_evaluation_is_read_in_one_copy(device, copied, model, corpus):
     on_device = model.on(device)
     before = copied().to_host
-    evaluate_stream(on_device, np.tile(corpus.held_out, 20), 1, device=device)
+    evaluate_tokens(on_device, np.tile(corpus.held_out, 20), text_bytes=1, device=device)
     assert copied().to_host - before == 1
 
 

@@ -228,3 +228,21 @@ def test_an_adapter_of_the_embedding_cannot_be_merged():
     config = LoRAConfig(targets=("embedding",))
     with pytest.raises(MiniloraError, match="embedding"):
         merge(base(), lora_init(base(), config, seed=0), config)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 10**400, "alpha": 1.0}, "rank 10+ is too large; it is below 2.31"),
+        ({"rank_pattern": {"q": 2**31}}, "rank 2147483648 is too large"),
+        ({"alpha": 5e-324}, "alpha 5e-324 is too small: the scale alpha / rank would be 0"),
+        ({"alpha_pattern": {"q": 1e-40}}, "alpha 1e-40 is too small"),
+    ],
+)
+def test_numbers_that_no_arithmetic_can_use_are_refused(options, message):
+    with pytest.raises(MiniloraError, match=message):
+        LoRAConfig(**options)
+
+
+def test_a_rank_may_be_a_numpy_integer():
+    assert LoRAConfig(rank=np.int64(4)).rank_of("embedding") == 4

@@ -132,8 +132,8 @@ EXPLAINED: dict[str, str] = {
     ),
     "gpt2.embed_backward: return ({'wte': dwte, 'wpe': dwpe}, {}) → "
     "return ({'wte': dwte, 'wpe': dwpe}, None)": "Either says that there is no adapter.",
-    "network.trunk_forward: end = offset + tokens.shape[-1] → "
-    "end = offset + tokens.shape[1]": "Tokens are (B, T).",
+    "network.trunk_forward: if (end := (offset + tokens.shape[-1])) > net.config.n_positions: → "
+    "if (end := (offset + tokens.shape[1])) > net.config.n_positions:": "Tokens are (B, T).",
     "network.trunk_forward: below = plan.base or (plan.lora and adapter is not None) → "
     "below = plan.base or adapter is not None": (
         "Where no gradient is wanted, no block keeps anything whatever is below it."
@@ -818,17 +818,27 @@ def check_the_refusals() -> None:
     network.loss_and_grads(bare, **inputs, plan=Plan(base=True))
     network.trunk_forward(bare, tokens=np.zeros((1, 5), int))
     network.trunk_forward(bare, tokens=np.zeros((1, 2), int), offset=3)
-    for refused in (
-        lambda: network.loss_and_grads(bare, **inputs),
-        lambda: network.loss_and_grads(bare, **inputs, plan=Plan(base=True, lora=True)),
-        lambda: network.trunk_forward(bare, tokens=np.zeros((1, 6), int)),
-        lambda: network.trunk_forward(bare, tokens=np.zeros((1, 2), int), offset=4),
+    lora, both = Plan(lora=True), Plan(base=True, lora=True)
+    tokens, targets = batch.tokens, batch.targets
+    outside = [np.where(targets == 2, number, targets) for number in (-1, net.config.vocab_size)]
+    for words, refused in (
+        ("adapters", lambda: network.loss_and_grads(bare, **inputs, plan=lora)),
+        ("adapters", lambda: network.loss_and_grads(bare, **inputs, plan=both)),
+        ("6 tokens", lambda: network.trunk_forward(bare, tokens=np.zeros((1, 6), int))),
+        ("6 tokens", lambda: network.trunk_forward(bare, tokens=np.zeros((1, 2), int), offset=4)),
+        ("token id -1", lambda: network.trunk_forward(bare, tokens=tokens - 1 - tokens.min())),
+        ("shape", lambda: network.loss_and_grads(net, tokens=tokens, targets=targets[:, :1])),
+        ("target -1", lambda: network.loss_and_grads(net, tokens=tokens, targets=outside[0])),
+        ("target 7", lambda: network.loss_and_grads(net, tokens=tokens, targets=outside[1])),
+        ("target -100", lambda: network.loss_and_grads(net, **inputs, ignore_index=-1)),
     ):
         try:
             refused()
-        except MiniloraError:
-            continue
-        raise AssertionError("it was not refused")
+        except MiniloraError as error:
+            if words in str(error):
+                continue
+            raise
+        raise AssertionError(f"not refused: {words}")
 
 
 # --- the run -------------------------------------------------------------------------------------

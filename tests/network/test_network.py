@@ -346,6 +346,65 @@ def test_gradients_of_adapters_that_are_not_there_are_refused(plan):
         loss_and_grads(net, **a_batch(net), plan=plan)
 
 
+@pytest.mark.parametrize("token", [-1, -CONFIG.vocab_size, CONFIG.vocab_size, 2**31 - 1])
+def test_a_token_outside_the_vocabulary_is_named(token):
+    net = a_net("q", "embedding")
+    batch = a_batch(net)
+    batch["tokens"][1, 2] = token
+    message = f"token id {token} is outside the base's vocabulary of 11 tokens"
+    with pytest.raises(MiniloraError, match=message):
+        net_logits(net, tokens=batch["tokens"])
+    for plan in (LORA, BOTH):
+        with pytest.raises(MiniloraError, match=message):
+            loss_and_grads(net, **batch, plan=plan)
+    cache = new_cache(net, length=1)
+    with pytest.raises(MiniloraError, match=message):
+        next_logits(net, tokens=np.array([[token]]), cache=cache, position=0)
+
+
+@each_plan
+@pytest.mark.parametrize(
+    ("target", "ignored"), [(-1, -100), (11, -100), (-300, -100), (-100, -1), (-1, 0), (2**31, 5)]
+)
+def test_a_target_outside_the_vocabulary_is_named(plan, target, ignored):
+    net = a_net("q")
+    batch = a_batch(net)
+    batch["targets"][2, 4] = target
+    message = f"target {target} is outside .* 11 tokens and is not ignore_index, {ignored}"
+    with pytest.raises(MiniloraError, match=message):
+        loss_and_grads(net, **batch, plan=plan, ignore_index=ignored)
+
+
+@each_plan
+@pytest.mark.parametrize("ignored", [-100, -1, 0, 10, 11, 2**40])
+def test_the_ignored_target_may_be_any_number(plan, ignored):
+    """And counts as little as it would by another name."""
+    net = a_net("q")
+    batch = a_batch(net)
+    batch["targets"][batch["targets"] == ignored] = 5
+    is_ignored = np.arange(15).reshape(3, 5) % 3 == 0
+    expected, found = (
+        loss_and_grads(
+            net,
+            **batch | {"targets": np.where(is_ignored, number, batch["targets"])},
+            plan=plan,
+            ignore_index=number,
+        )
+        for number in (-7, ignored)
+    )
+    assert found[0] == expected[0]
+    for trees in zip(found[1:], expected[1:], strict=True):
+        assert trees == (None, None) or assert_trees_equal(*trees) is None
+
+
+@pytest.mark.parametrize("shape", [(15,), (3, 1), (5, 3), (3, 4)])
+def test_targets_of_another_shape_than_the_tokens_are_refused(shape):
+    net = a_net()
+    batch = a_batch(net) | {"targets": np.zeros(shape, int)}
+    with pytest.raises(MiniloraError, match=r"targets are of shape .*, tokens of \(3, 5\)"):
+        loss_and_grads(net, **batch, plan=BASE)
+
+
 @pytest.mark.parametrize("name", ["vocab_size", "n_positions", "n_embd", "n_layer"])
 def test_sizes_that_no_machine_can_hold_are_refused(name):
     with pytest.raises(MiniloraError, match=f"{name} 20000000 is above 16,777,216"):

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora.adapters import TARGETS, LoRAConfig, adapted_paths
+from minilora.errors import MiniloraError
 from minilora.gpt2 import GPTConfig
 from minilora.keep import Plan
 from minilora.network import Net, loss_and_grads, net_logits
@@ -183,6 +184,29 @@ def test_transformers_own_loss_is_ours_of_the_next_token(twin, make_model):
     expected = twin(net).model(input_ids=torch.from_numpy(text), labels=torch.from_numpy(labels))
     loss, _, _ = loss_and_grads(net, tokens=text[:, :-1], targets=labels[:, 1:], plan=Plan())
     assert float(loss) == pytest.approx(expected.loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("ignored", [-100, -1, 0, 10, 11])
+@pytest.mark.parametrize("target", [-300, -100, -1, 0, 10, 11])
+def test_a_target_is_refused_where_torch_refuses_it_and_ignored_where_torch_ignores_it(
+    make_model, target, ignored
+):
+    import torch
+
+    config = GPTConfig(vocab_size=11, n_positions=4, n_embd=8, n_layer=1, n_head=2)
+    net = make_model(config, None, seed=0, dtype=np.float64)
+    tokens, targets = np.array([[1, 2, 3, 4]]), np.array([[5, 6, target, 7]])
+    options = {"tokens": tokens, "targets": targets, "plan": Plan(), "ignore_index": ignored}
+    logits = torch.from_numpy(net_logits(net, tokens=tokens)[0])
+    try:
+        expected = torch.nn.functional.cross_entropy(
+            logits, torch.from_numpy(targets[0]), ignore_index=ignored
+        )
+    except IndexError:
+        with pytest.raises(MiniloraError, match=f"target {target} is outside"):
+            loss_and_grads(net, **options)
+    else:
+        assert float(loss_and_grads(net, **options)[0]) == pytest.approx(expected.item(), rel=1e-9)
 
 
 def test_an_adapted_embedding_leaves_the_tied_head_as_it_is(twin, make_model):

@@ -28,12 +28,13 @@ from minilora import kernels, model, ops, optim, tree
 from minilora.adapters import LoRAConfig, lora_init
 from minilora.backend import load_cupy, to_device, to_device_in_half, to_host
 from minilora.data import ByteTokenizer, Corpus
+from minilora.evaluation import evaluate_tokens
 from minilora.formats import load_adapter
 from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.keep import Plan
 from minilora.kernels import gelu_gradient
 from minilora.mix import mix
-from minilora.model import Model, complete, evaluate_stream
+from minilora.model import Model, complete
 from minilora.network import loss_and_grads
 from minilora.ops import normalise_forward
 from minilora.pairs import PAIRS, tiny_model
@@ -129,7 +130,7 @@ def everything(place: str, folder: Path) -> dict[str, np.ndarray]:
     lora, _ = load_adapter(folder / place, CONFIG)
     results["saved"] = tree.map_leaves(np.zeros_like, lora)
     adapted = model.with_adapter(tree.map_leaves(random_like, lora), LORA_CONFIG)
-    figures = vars(evaluate_stream(adapted, corpus.held_out, 40, device=place))
+    figures = vars(evaluate_tokens(adapted, corpus.held_out, text_bytes=40, device=place))
     results["evaluation"] = {name: np.array(figure) for name, figure in figures.items()}
     adapted = adapted.on(place)
     results["text"] = np.array(list(complete(adapted, "a", max_tokens=10)))

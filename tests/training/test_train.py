@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from minilora import tree
 from minilora.adapters import LoRAConfig, dropout_masks, lora_init
+from minilora.bench.measure import blas
 from minilora.data import Corpus, draw_batch
 from minilora.errors import MiniloraError
 from minilora.evaluation import evaluate_tokens, held_out_batches
@@ -247,6 +248,18 @@ def test_a_gpu_takes_the_batch_at_once():
     assert Workers(4, "cuda").shards(64, 1024) == [slice(0, 64)]
     assert Workers(3).threads == 3
     assert Workers(0).threads >= 1
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_blas_has_one_thread_while_workers_share_a_batch_and_as_many_as_before_afterwards(threads):
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(2, user_api="blas"):
+        if blas()["blas_threads"] != 2:
+            pytest.skip("this BLAS cannot be told its threads")
+        with Workers(threads):
+            assert blas()["blas_threads"] == 1
+        assert blas()["blas_threads"] == 2
 
 
 def test_results_come_in_the_order_of_the_shards_whatever_ends_first():

@@ -27,10 +27,9 @@ class Process:
     """A fresh Python that runs a case with the package of one checkout."""
 
     def __init__(self, checkout: Path, case: str) -> None:
-        from minilora.bench.command import OURS
-
+        program = "from minilora.bench.command import OURS; exec(OURS)"  # that checkout's
         self.process = subprocess.Popen(
-            [sys.executable, "-c", OURS, case, "alone"],
+            [sys.executable, "-c", program, case, "alone"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=checkout,
             env=os.environ | {"PYTHONPATH": str(checkout.resolve())},
         )  # fmt: skip

@@ -1,0 +1,245 @@
+"""Text from files, folders, standard input and Python's own library, and what was left out of it.
+
+A folder is read as far as it is text; each file that is not is named, with the reason.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import stat
+import sys
+import sysconfig
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+from minilora.errors import MiniloraError
+
+PYTHON_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+NAMED = 3  # files that a report names for each reason
+
+NOT_TEXT, NOT_REGULAR, JSON_LINES = "not text", "not a regular file", "in JSON Lines"
+READ_ALREADY, OF_A_MODEL = "read by another path", "with a model or a training run"
+# The files of a folder that holds all of one of these sets are a model's or a run's.
+OF_MODELS = (
+    {"adapter_config.json"},
+    {"adapter_model.safetensors"},
+    {"checkpoint.safetensors"},
+    {"training.json"},
+    {"config.json", "model.safetensors"},
+    {"config.json", "model.safetensors.index.json"},
+)
+MARKS = {  # UTF-32's first: UTF-16's is the beginning of it
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+CONTROLS = bytes({*range(32), 127} - set(b"\t\n\v\f\r\x1b"))
+
+Source: TypeAlias = str | os.PathLike[str]
+
+
+class LeftOut(NamedTuple):
+    """A file that was not read, or a folder whose files were not, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text and where it came from: a path, or a path within the standard library."""
+
+    name: str
+    text: str
+
+
+def read_documents(source: Source) -> tuple[list[Document], list[LeftOut]]:
+    """The documents of one source, in an order that no machine changes, and what was left out.
+
+    A source is a file, a folder (every text file below it), `python` (the standard library of this
+    interpreter, without its tests; a file or folder of that name is `./python` or a Path) or `-`
+    (standard input). Newlines become `\\n` and a byte-order mark is dropped. Raises MiniloraError
+    for a source that is missing or empty or, unless a folder led to it, not UTF-8 text or JSON
+    Lines, which only standard input takes as text.
+    """
+    if source == "python":
+        return read_python()
+    name = "standard input" if source == "-" else os.fspath(source)
+    if source == "-":
+        return [Document(name, check_text(sys.stdin.buffer.read(), name))], []
+    if not os.path.isdir(name):
+        text = check_text(read_bytes(Path(name)), name)
+        if is_json_lines(name, text):
+            raise MiniloraError(
+                f"{name} is JSON Lines, whose records would be learned as raw text; expected text "
+                "(as standard input, `-`, it is taken as it stands)"
+            )
+        return [Document(name, text)], []
+    documents, left_out = read_folder(Path(name))
+    if not documents:
+        because = f" ({summary(left_out)})" if left_out else ""
+        raise MiniloraError(f"{name} is a folder without text{because}; expected UTF-8 files in it")
+    return documents, [LeftOut(os.path.join(name, path), reason) for path, reason in left_out]
+
+
+# --- one file ----------------------------------------------------------------------------------
+
+
+def read_bytes(path: Path) -> bytes:
+    """The contents of a file; MiniloraError where the system refuses."""
+    try:
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        reason = getattr(error, "strerror", None) or error
+        raise MiniloraError(
+            f"cannot read {path} ({reason}); expected a file, a folder, `python` or `-`"
+        ) from error
+
+
+def check_text(data: bytes, name: str) -> str:
+    """`decode_text` of a source that must be text; MiniloraError where it is none or is empty."""
+    text = decode_text(data)
+    if text is None:
+        encoding = encoding_of(data)
+        but = "" if encoding == NOT_TEXT else f" but {encoding}; convert it first"
+        raise MiniloraError(f"{name} is not text in UTF-8{but}")
+    if not text:
+        raise MiniloraError(f"{name} is empty; expected text")
+    return text
+
+
+def decode_text(data: bytes) -> str | None:
+    """UTF-8 bytes as text with `\\n` newlines and no byte-order mark; None for anything else."""
+    if b"\0" in data:  # valid UTF-8, yet only binary files have it
+        return None
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def encoding_of(data: bytes) -> str:
+    """The encoding of what is not UTF-8, by its byte-order mark or as a guess; else NOT_TEXT."""
+    for mark, encoding in MARKS.items():
+        if data.startswith(mark):
+            return f"in {encoding}"
+    try:
+        data.decode("cp1252")
+    except UnicodeDecodeError:
+        return NOT_TEXT
+    return NOT_TEXT if data.translate(None, CONTROLS) != data else "perhaps in cp1252"
+
+
+def is_json_lines(name: str, text: str) -> bool:
+    """Whether a text is JSON Lines: by its name, or as every line is a JSON object."""
+    if name.lower().endswith((".jsonl", ".ndjson")):
+        return True
+    lines = [line for line in text.split("\n") if line.strip()] if text.lstrip()[:1] == "{" else []
+    return len(lines) > 1 and all(map(is_json_object, lines))
+
+
+def is_json_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+# --- folders -----------------------------------------------------------------------------------
+
+
+def read_folder(
+    folder: Path, suffix: str = "", skipped: Collection[str] = ()
+) -> tuple[list[Document], list[LeftOut]]:
+    """Every text file below a folder, sorted, by its path within the folder; and what is left out.
+
+    Hidden files, `skipped` names, those without the suffix, and empty files are nobody's loss.
+    """
+    documents: list[Document] = []
+    left_out: list[LeftOut] = []
+    for parts, found in sorted(walk(folder, skipped), key=lambda entry: entry[0]):
+        name = "/".join(parts)
+        if not name.endswith(suffix):
+            continue
+        text, reason = ("", found) if found else read_file(folder / name)
+        if text:
+            documents.append(Document(name, text))
+        elif reason:
+            left_out.append(LeftOut(name or ".", reason))
+    return documents, left_out
+
+
+def read_file(path: Path) -> tuple[str, str]:
+    """The text of a file in a folder; or none, and the reason why it is left out."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:  # it may not be read, or was deleted since it was listed
+        return "", unreadable(error)
+    text = decode_text(data)
+    if text is None:
+        return "", encoding_of(data)
+    return ("", JSON_LINES) if is_json_lines(path.name, text) else (text, "")
+
+
+def unreadable(error: OSError) -> str:
+    return f"unreadable: {error.strerror}"
+
+
+def walk(folder: Path, skipped: Collection[str]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Every file below a folder, by the parts of its path, and the reason if it is left out.
+
+    Links come last, so that a file or folder goes by its own path; each is visited once, so that
+    none leads round in a circle.
+    """
+    visited: set[str] = set()
+    waiting: list[tuple[str, ...]] = [()]
+    links: list[tuple[str, ...]] = []
+    while waiting or links:
+        parts = waiting.pop() if waiting else links.pop(0)
+        path = folder.joinpath(*parts)
+        try:
+            place, kind = os.path.realpath(path), path.stat().st_mode
+            names = sorted(os.listdir(path)) if stat.S_ISDIR(kind) else []
+        except OSError as error:  # also a link to nothing
+            yield parts, unreadable(error)
+            continue
+        if place in visited:
+            yield parts, READ_ALREADY
+        elif not stat.S_ISDIR(kind):
+            yield parts, "" if stat.S_ISREG(kind) else NOT_REGULAR
+        elif any(files <= set(names) for files in OF_MODELS):
+            yield parts, OF_A_MODEL
+            names = [name for name in names if (path / name).is_dir()]
+        if place not in visited:
+            visited.add(place)
+            for name in names:
+                if not (name.startswith(".") or name in skipped):
+                    (links if (path / name).is_symlink() else waiting).append((*parts, name))
+
+
+def read_python() -> tuple[list[Document], list[LeftOut]]:
+    """The .py files of this interpreter's standard library but for tests and packages."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    documents, left_out = read_folder(folder, ".py", PYTHON_SKIPPED)
+    if not documents:
+        raise MiniloraError(f"the standard library has no .py files in {folder}")
+    return documents, left_out
+
+
+def summary(left_out: Iterable[LeftOut]) -> str:
+    """One line that says how many files were left out for each reason, and names the first."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in left_out:
+        shown = "".join(c if c.isprintable() else "?" for c in name)
+        by_reason.setdefault(reason, []).append(shown)
+    parts = []
+    for reason, names in by_reason.items():
+        more = f" and {len(names) - NAMED} more" if names[NAMED:] else ""
+        parts.append(f"{len(names)} {reason} ({', '.join(names[:NAMED])}{more})")
+    return f"left out: {'; '.join(parts)}"
