@@ -18,6 +18,7 @@ from typing import Any
 from minilora.errors import MiniloraError
 
 ADAPT_LR = {"lora": 5e-3, "full": 1e-3}
+ADAPT_LORA: dict[str, Any] = {"rank": 2, "targets": ("qkv", "o", "up", "down")}
 
 
 def demo_command(args: argparse.Namespace) -> int:
@@ -29,6 +30,8 @@ def demo_command(args: argparse.Namespace) -> int:
 
 
 def adapt_command(args: argparse.Namespace) -> int:
+    from dataclasses import replace
+
     from minilora.adapters import LoRAConfig, adapted_paths
     from minilora.data import load_corpus
     from minilora.model import load_model
@@ -42,18 +45,18 @@ def adapt_command(args: argparse.Namespace) -> int:
         raise MiniloraError("--dropout acts on the input of adapters; --method full has none")
     if args.method == "full" and args.half:
         raise MiniloraError("--half is for a frozen base; --method full trains it")
+    given = lora_options(args)
     lora_config = LoRAConfig(
-        rank=args.rank,
-        alpha=args.rank if args.alpha is None else args.alpha,
-        targets=targets_of(args.targets),
-        dropout=args.dropout,
-        rslora=args.rslora,
-        rank_pattern=pairs_of(args.rank_pattern, int, "--rank-pattern"),
-        alpha_pattern=pairs_of(args.alpha_pattern, float, "--alpha-pattern"),
+        **{**ADAPT_LORA, "alpha": given.get("rank", ADAPT_LORA["rank"]), **given}
     )
     settings = settings_of(args, method=args.method)
     device = chosen_device(args)
     model = load_model(args.base)
+    if args.adapter:
+        if len(args.adapter) > 1:
+            raise MiniloraError("--adapter: expected one to train further; mix adds several to one")
+        model = model.with_adapters_from(*args.adapter)
+        lora_config = replace(model.lora_config or lora_config, **given)
     if args.half:
         model = model.on(device, half=True)
     corpus = load_corpus(args.data, model.tokenizer)
@@ -66,11 +69,27 @@ def adapt_command(args: argparse.Namespace) -> int:
     if ranks.rank > 0:
         return 0  # the first tells
     finish_training(args, run)
+    if args.adapter:
+        print(f"trained further from {args.adapter[0]}, with a fresh optimiser")
     if args.method == "lora":
         print_next("generate", *base_option(args), "--adapter", args.out)
         if any(matches_qkv_part(path) for path in adapted_paths(lora_config, model.config.n_layer)):
             print("the adapters of q, k and v were written as one equal adapter of c_attn")
     return 0
+
+
+def lora_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of LoRAConfig that the options of `adapt` give."""
+    found = {
+        "rank": args.rank,
+        "alpha": args.alpha,
+        "targets": None if args.targets is None else targets_of(args.targets),
+        "dropout": args.dropout,
+        "rslora": args.rslora or None,
+        "rank_pattern": pairs_of(args.rank_pattern, int, "--rank-pattern") or None,
+        "alpha_pattern": pairs_of(args.alpha_pattern, float, "--alpha-pattern") or None,
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def matches_qkv_part(path: str) -> bool:
@@ -168,26 +187,27 @@ def generate_command(args: argparse.Namespace) -> int:
 
 def merge_command(args: argparse.Namespace) -> int:
     from minilora import tree
-    from minilora.formats import save_base
+    from minilora.formats.gpt2 import base_files
+    from minilora.formats.output import new_folder
     from minilora.lora import unmerge
     from minilora.model import load_model
-    from minilora.training.runs import BASE_WEIGHTS, claim_folder, copy_tokenizer
+    from minilora.training.runs import BASE_WEIGHTS, tokenizer_files
 
     device = chosen_device(args)
-    claim_folder(args.out, resume=False)
-    model = chosen_model(args).on(device)
-    before = probe_logits(model)
-    save_base(args.out, model.merged().base, model.config, dtype=args.dtype)
-    copy_tokenizer(model.folder, args.out)
-    saved = load_model(args.out).on(device)
-    restored = unmerge(saved.base, model.lora, model.lora_config)
-    figures = {
-        "merge_max_abs_difference": largest_difference(before, probe_logits(saved)),
-        "unmerge_max_abs_difference": largest_difference(model.base, restored),
-        "parameters": tree.count(saved.base),
-        "bytes": (args.out / BASE_WEIGHTS).stat().st_size,
-    }
-    write_figures(args, figures)
+    with new_folder(args.out) as write:
+        model = chosen_model(args).on(device)
+        before = probe_logits(model)
+        merged = base_files(model.merged().base, model.config, dtype=args.dtype)
+        write(tokenizer_files(model.folder) | merged)
+        saved = load_model(args.out).on(device)
+        restored = unmerge(saved.base, model.lora, model.lora_config)
+        figures = {
+            "merge_max_abs_difference": largest_difference(before, probe_logits(saved)),
+            "unmerge_max_abs_difference": largest_difference(model.base, restored),
+            "parameters": tree.count(saved.base),
+            "bytes": (args.out / BASE_WEIGHTS).stat().st_size,
+        }
+        write_figures(args, figures)
     print_figures(figures)
     print_next("generate", "--base", args.out)
     return 0
@@ -195,20 +215,22 @@ def merge_command(args: argparse.Namespace) -> int:
 
 def mix_command(args: argparse.Namespace) -> int:
     from minilora import tree
-    from minilora.formats import save_adapter
-    from minilora.training.runs import ADAPTER_WEIGHTS, claim_folder
+    from minilora.formats.output import new_folder
+    from minilora.formats.peft import adapter_files
+    from minilora.training.runs import ADAPTER_WEIGHTS
 
-    claim_folder(args.out, resume=False)
-    model = chosen_model(args)
-    before = probe_logits(model)
-    save_adapter(args.out, model.lora, model.lora_config, model.config, base_name=model.base_name)
-    saved = model.with_adapters_from(args.out)
-    figures = {
-        "mix_max_abs_difference": largest_difference(before, probe_logits(saved)),
-        "parameters": tree.count(saved.lora),
-        "bytes": (args.out / ADAPTER_WEIGHTS).stat().st_size,
-    }
-    write_figures(args, figures)
+    with new_folder(args.out) as write:
+        model = chosen_model(args)
+        before = probe_logits(model)
+        lora, lora_config = model.lora, model.lora_config
+        write(adapter_files(lora, lora_config, model.config, base_name=model.base_name))
+        saved = model.with_adapters_from(args.out)
+        figures = {
+            "mix_max_abs_difference": largest_difference(before, probe_logits(saved)),
+            "parameters": tree.count(saved.lora),
+            "bytes": (args.out / ADAPTER_WEIGHTS).stat().st_size,
+        }
+        write_figures(args, figures)
     print_figures(figures)
     print_next("generate", *base_option(args), "--adapter", args.out)
     return 0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from minilora.errors import MiniloraError
-from minilora.formats.files import replacing
+from minilora.formats.files import write_bytes
 from minilora.training.checkpoint import History
 from minilora.training.loop import Progress
 
@@ -112,9 +113,10 @@ def plot_losses(history: History, path: str | Path, *, title: str) -> None:
     axes.plot(steps, losses, color="#d94801", marker="o", markersize=3, label="held out")
     axes.grid(alpha=0.3)
     axes.legend()
-    kind = path.suffix.lower()
-    with replacing(path) as temporary, rc_context({"svg.hashsalt": "minilora"}):
-        figure.savefig(temporary, dpi=150, format=kind.lstrip("."), metadata=PLOTS[kind])
+    drawn, kind = io.BytesIO(), path.suffix.lower()
+    with rc_context({"svg.hashsalt": "minilora"}):
+        figure.savefig(drawn, dpi=150, format=kind.lstrip("."), metadata=PLOTS[kind])
+    write_bytes(path, drawn.getvalue())
 
 
 def smoothed(losses: tuple[float, ...], decay: float = 0.95) -> list[float]:

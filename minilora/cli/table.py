@@ -165,14 +165,22 @@ HALF = option(
 DTYPE = option("--dtype", "dtype in the file", choices=("float32", "float16"), default="float32")
 OUT = option("--out", "folder for the result", type=Path, default=Path("adapter"))
 
+FRESH = commands.ADAPT_LORA
 LORA = Group(
     "adapters (method lora)",
     (
-        RANK.but(default=2),
+        ADAPTER.but(
+            help="folder of an adapter to train further: its rank, scale and targets stay, "
+            "the optimiser starts afresh"
+        ),
+        RANK.but(default=None, help=f"rank R of A and B (default: {FRESH['rank']})"),
         option("--alpha", "s = alpha / rank (default: rank)", type=float),
-        TARGETS.but(default="qkv,o,up,down"),
+        TARGETS.but(
+            default=None,
+            help=f"{TARGETS.keywords['help']} (default: {','.join(FRESH['targets'])})",
+        ),
         option("--rslora", "s = alpha / √rank", action="store_true"),
-        DROPOUT,
+        DROPOUT.but(default=None, help="dropout on the adapters' input (default: 0)"),
         *(
             option(
                 f"--{name}-pattern",

@@ -1,15 +1,17 @@
-"""Files replaced in one step, and JSON read with clear errors."""
+"""Files replaced together or not at all, and JSON read with clear errors."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import re
 import reprlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -17,51 +19,130 @@ from minilora.errors import MiniloraError
 
 Scalar = TypeVar("Scalar", int, float, bool, str)
 
+Content: TypeAlias = "Sequence[bytes | memoryview]"
+"""What a file is to hold, in pieces: nothing is left to go wrong but the writing itself."""
+
+TEMPORARY = re.compile(r"\.minilora-[0-9a-f]{16}\.tmp")
+
 
 # --- writing -----------------------------------------------------------------------------------
 
 
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary `NAME.tmp` to write to, flushed and renamed to `path` when the block succeeds.
+def write_folder(folder: str | Path, files: Mapping[str, Content]) -> None:
+    """Write files of a folder, made where it is missing, as `write_files` does; other files stay.
 
-    Whoever reads `path` finds the old file or the new one, never a part, even if the program is
-    killed here; a block that fails leaves nothing behind. Raises MiniloraError where the system
-    refuses to write.
+    The last should be the one without which no reader opens the folder: its configuration.
     """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    folder = make_folder(folder)
+    write_files({folder / name: content for name, content in files.items()})
+
+
+def write_files(files: Mapping[Path, Content]) -> None:
+    """Replace files, all or none: all are written and flushed before the first is renamed.
+
+    A link stays and its target is replaced. One file is the old or the new one at every moment; of
+    several, the old are set aside before, the last first, and come back if a renaming fails: a
+    program killed amid the renamings leaves the last one missing, never a mixture that a reader
+    would take. Raises MiniloraError where the system refuses to write, and for what is no plain
+    file.
+    """
+    with ExitStack() as temporaries, ExitStack() as undo:
+        written, aside = {}, []
+        for path, content in files.items():
+            with errors_naming(path):
+                target = Path(os.path.realpath(path))
+                written[path] = target, temporaries.enter_context(_temporary(target))
+                _write(*written[path], content)
+        for path, (target, _) in reversed(list(written.items()) if len(files) > 1 else []):
+            with errors_naming(path):
+                if target.exists():
+                    aside.append(_temporary_name(target))
+                    os.replace(target, aside[-1])
+                    undo.callback(os.replace, aside[-1], target)
+        for path, (target, temporary) in written.items():
+            with errors_naming(path):
+                os.replace(temporary, target)
+                if len(files) > 1:
+                    undo.callback(target.unlink)
+        undo.pop_all()
+        for old in aside:
+            with suppress(OSError):
+                old.unlink()
+        for folder in {target.parent for target, _ in written.values()}:
+            _flush_folder(folder)
+
+
+@contextmanager
+def errors_naming(path: Path) -> Iterator[None]:
+    """What the system refuses to do with a file becomes a MiniloraError that names it."""
     try:
-        temporary.unlink(missing_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)  # safetensors writes files that only their owner can read
-        with temporary.open("r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise MiniloraError(f"cannot write {path}: {error.strerror or error}") from error
+        yield
+    except MiniloraError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        problem = getattr(error, "strerror", None) or error
+        raise MiniloraError(f"cannot write {path}: {problem}") from error
+
+
+def _temporary_name(target: Path) -> Path:
+    """A path beside a file that nobody else has."""
+    return target.with_name(f".minilora-{secrets.token_hex(8)}.tmp")
+
+
+@contextmanager
+def _temporary(target: Path) -> Iterator[Path]:
+    """A new file beside another, under a name of its own; at the end it is gone."""
+    path = _temporary_name(target)
+    path.open("xb").close()
+    try:
+        yield path
     finally:
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+
+
+def _write(target: Path, temporary: Path, content: Content) -> None:
+    """Write and flush what is to become a file, with the permissions of the one that is there."""
+    if target.exists():
+        if not target.is_file():
+            raise MiniloraError(f"cannot write {target}: it is not a plain file")
+        temporary.chmod(target.stat().st_mode)
+    with temporary.open("r+b") as file:
+        for part in content:
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    """Have the system write down what a folder's files are called, where it can be asked to."""
+    with suppress(OSError):  # Windows opens no folder
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
-    """Replace the file in one step."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)
+    """Replace one file, as `write_files` does."""
+    write_files({Path(path): [data]})
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Replace the file in one step by UTF-8 text, its line ends as they are."""
+    """Replace one file by UTF-8 text, its line ends as they are."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: str | Path, document: Mapping[str, Any]) -> None:
-    """Replace the file in one step by a JSON object with sorted keys, two spaces deep."""
+    """Replace one file by a JSON object, as `json_bytes` has it."""
+    write_bytes(path, json_bytes(document))
+
+
+def json_bytes(document: Mapping[str, Any]) -> bytes:
+    """A JSON object as UTF-8 text with sorted keys, two spaces deep."""
     text = json.dumps(document, indent=2, sort_keys=True, allow_nan=False, default=plain)
-    write_text(path, text + "\n")
+    return f"{text}\n".encode()
 
 
 def plain(value: Any) -> Any:

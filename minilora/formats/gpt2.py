@@ -16,7 +16,7 @@ import numpy as np
 
 from minilora.backend import Array, to_host
 from minilora.errors import MiniloraError
-from minilora.formats.files import field, make_folder, read_json, write_json
+from minilora.formats.files import Content, field, json_bytes, read_json, write_folder
 from minilora.formats.tensors import (
     Entry,
     Shape,
@@ -26,7 +26,7 @@ from minilora.formats.tensors import (
     read_parts,
     read_weight,
     shown,
-    write_tensors,
+    tensor_parts,
 )
 from minilora.gpt2 import GPTConfig
 from minilora.tree import Tree, flatten, unflatten
@@ -187,9 +187,14 @@ def save_base(
 ) -> None:
     """Write a base as a folder that transformers opens as GPT2LMHeadModel, in `dtype`.
 
-    Only config.json and model.safetensors are replaced, each in one step; other files stay. Raises
+    Only config.json and model.safetensors are replaced, both or neither; other files stay. Raises
     MiniloraError for a weight that `dtype` cannot hold and where the system refuses to write.
     """
+    write_folder(folder, base_files(base, config, dtype=dtype))
+
+
+def base_files(base: Tree, config: GPTConfig, *, dtype: Any = np.float32) -> dict[str, Content]:
+    """The files that `save_base` writes, by name, the configuration last."""
     weights, tied = flatten(to_host(base)), "head" not in base
     tensors = {}
     for name, (path, _) in tensor_table(config, tied=tied).items():
@@ -200,9 +205,10 @@ def save_base(
             raise MiniloraError(
                 f"{path} holds numbers that are not finite in {np.dtype(dtype)}; nothing was saved"
             )
-    folder = make_folder(folder)
-    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
-    write_json(folder / CONFIG, _config_document(config, tied=tied))
+    return {
+        WEIGHTS: tensor_parts(tensors, {"format": "pt"}),
+        CONFIG: [json_bytes(_config_document(config, tied=tied))],
+    }
 
 
 def _config_document(config: GPTConfig, *, tied: bool) -> dict[str, Any]:

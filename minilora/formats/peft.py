@@ -22,7 +22,7 @@ import numpy as np
 from minilora.adapters import TARGETS, LoRAConfig, adapter_tree, adapters, weight_of
 from minilora.backend import Array, to_host
 from minilora.errors import MiniloraError
-from minilora.formats.files import field, make_folder, read_json, write_json
+from minilora.formats.files import Content, field, json_bytes, read_json, write_folder
 from minilora.formats.gpt2 import PREFIX, tensor_table
 from minilora.formats.tensors import (
     Shape,
@@ -31,7 +31,7 @@ from minilora.formats.tensors import (
     read_header,
     read_weight,
     shown,
-    write_tensors,
+    tensor_parts,
 )
 from minilora.gpt2 import GPTConfig
 from minilora.tree import Tree, flatten
@@ -114,11 +114,18 @@ def save_adapter(
 ) -> None:
     """Write an adapter as a folder that PEFT loads, in its own dtype.
 
-    Only adapter_config.json and adapter_model.safetensors are replaced, each in one step; other
+    Only adapter_config.json and adapter_model.safetensors are replaced, both or neither; other
     files stay. `base_name` is where PEFT looks for the base. Adapters on q, k, v are fused, and
     `fused_blocks` tells where. Raises MiniloraError for a tree that does not fit the two
     configurations, and where the system refuses to write.
     """
+    write_folder(folder, adapter_files(lora, lora_config, config, base_name=base_name))
+
+
+def adapter_files(
+    lora: Tree, lora_config: LoRAConfig, config: GPTConfig, *, base_name: str | None = None
+) -> dict[str, Content]:
+    """The files that `save_adapter` writes, by name, the configuration last."""
     modules, found = modules_of(config), adapters(to_host(lora))
     if not found:
         raise MiniloraError("there is no adapter to save: the tree is empty")
@@ -132,9 +139,8 @@ def save_adapter(
     for name, adapter in fused.items():
         name_A, name_B = tensor_names(name)
         tensors |= {name_A: adapter.A.T, name_B: adapter.B.T}
-    folder = make_folder(folder)
-    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
-    write_json(folder / CONFIG, _config_document(fused, modules, lora_config, base_name))
+    document = _config_document(fused, modules, lora_config, base_name)
+    return {WEIGHTS: tensor_parts(tensors, {"format": "pt"}), CONFIG: [json_bytes(document)]}
 
 
 def _whole(path: str) -> str:
@@ -214,7 +220,7 @@ def _config_document(
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": alpha,
-        "lora_dropout": lora_config.dropout,
+        "lora_dropout": float(lora_config.dropout),
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": rank,

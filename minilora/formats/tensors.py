@@ -1,8 +1,8 @@
 """Safetensors files: named arrays behind a JSON header, and no code that could run.
 
 The layout is eight bytes of header length, the header, and the arrays' bytes. The safetensors
-package writes files and checks headers; the arrays themselves are read here, a part at a time,
-since its NumPy side knows no bfloat16 and keeps the whole file mapped.
+package checks headers; the arrays themselves are read here, a part at a time, since its NumPy side
+knows no bfloat16 and keeps the whole file mapped, and written here (see `tensor_parts`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from minilora.backend import Array, to_host
 from minilora.errors import MiniloraError
-from minilora.formats.files import check_file, read_json, replacing
+from minilora.formats.files import check_file, read_json, write_files
 
 Shape = tuple[int, ...]
 
@@ -39,6 +39,8 @@ DTYPES = {
     "U8": "u1",
     "BOOL": "?",
 }
+# Ours have no bfloat16.
+NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items() if name != "BF16"}
 FLOATS = ("F64", "F32", "F16", "BF16")
 PART = 1 << 20  # numbers of an array that are converted at once
 
@@ -199,18 +201,35 @@ def listed(names: Sequence[str]) -> str:
 def write_tensors(
     path: str | Path, tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Replace the file in one step by a safetensors file of these arrays, brought to the host.
+    """Replace one file by a safetensors file, as `write_files` does."""
+    write_files({Path(path): tensor_parts(tensors, metadata)})
 
-    Equal arrays give equal files; with two or more entries of metadata, their order may differ.
-    Raises MiniloraError where the system refuses to write.
+
+def tensor_parts(
+    tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None
+) -> list[bytes | memoryview]:
+    """A safetensors file of these arrays, brought to the host: its header, and their own memory.
+
+    Equal arrays and metadata give equal files. The package's own writer shuffles the metadata and,
+    when it is killed, leaves a half-written file of a name that nobody knows. Raises MiniloraError
+    for a dtype that the format does not know.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
-    # The package writes an array's memory as it lies, so a transpose must be copied first.
+    # An array's memory is written as it lies, so a transpose must be copied first. Large numbers
+    # first, so that each array starts at a multiple of its numbers' size.
     arrays = {name: np.asarray(to_host(array), order="C") for name, array in tensors.items()}
-    with replacing(path) as temporary:
-        try:
-            save_file(arrays, str(temporary), dict(metadata) if metadata else None)
-        except SafetensorError as error:
-            raise MiniloraError(f"cannot write {path}: {error}") from error
+    names = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    parts: list[bytes | memoryview] = []
+    end = 0
+    for name in names:
+        little = arrays[name].astype(arrays[name].dtype.newbyteorder("<"), copy=False)
+        if little.dtype not in NAMES:
+            raise MiniloraError(f"cannot save {name}: safetensors has no dtype {little.dtype}")
+        start, end = end, end + little.nbytes
+        header[name] = {
+            "dtype": NAMES[little.dtype], "shape": little.shape, "data_offsets": (start, end)
+        }  # fmt: skip
+        parts.append(little.reshape(-1).view(np.uint8).data)
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return [len(text).to_bytes(8, "little"), text, *parts]

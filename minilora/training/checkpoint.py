@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ import numpy as np
 from minilora import tree
 from minilora.backend import Array, to_device, to_host
 from minilora.errors import MiniloraError
-from minilora.formats.files import make_folder
-from minilora.formats.tensors import read_tensors, write_tensors
+from minilora.formats.files import plain, write_folder
+from minilora.formats.tensors import check_shapes, read_tensors, tensor_parts
 from minilora.optim import Moments
 from minilora.tree import Tree
 
@@ -43,72 +43,91 @@ class State:
     seconds: float = 0.0
 
 
-@contextmanager
-def output_folder(folder: Path) -> Iterator[None]:
-    """Make the folder where it is missing; should the block fail and leave it empty, it goes again.
-
-    Raises MiniloraError where it cannot be made.
-    """
-    is_new = not folder.exists()
-    make_folder(folder)
-    try:
-        yield
-    except BaseException:
-        if is_new:
-            with suppress(OSError):  # it holds a checkpoint
-                folder.rmdir()
-        raise
-
-
 def save_checkpoint(folder: Path, state: State, settings: Mapping[str, Any]) -> None:
-    """Write the state and the run's settings to one file, atomically."""
+    """Replace the checkpoint of a folder by the state and the run's settings, in one step."""
     trees = {"params": state.params, "m": state.moments.m, "v": state.moments.v}
-    write_tensors(
-        folder / CHECKPOINT,
-        tree.flatten(to_host(trees)),
-        {
-            "step": str(state.step),
-            "seconds": str(state.seconds),
-            "settings": json.dumps(settings, sort_keys=True),
-            "history": json.dumps(dataclasses.asdict(state.history)),
-        },
-    )
+    flat = tree.flatten(to_host(trees))
+    metadata = {
+        "step": str(state.step),
+        "seconds": str(state.seconds),
+        "settings": json.dumps(settings, sort_keys=True, default=plain),
+        "history": json.dumps(dataclasses.asdict(state.history), default=plain),
+    }
+    metadata["checksum"] = _checksum(flat, metadata)
+    write_folder(folder, {CHECKPOINT: tensor_parts(flat, metadata)})
 
 
 def load_checkpoint(
     folder: Path, settings: Mapping[str, Any], params: Tree, device: str = "cpu"
 ) -> State | None:
-    """The state saved in a folder, its trees of the structure of `params`; None if there is none.
+    """The state saved in a folder, its trees like `params`; None if there is none.
 
-    Raises MiniloraError naming the first setting that differs from those of the saved run.
+    Raises MiniloraError for a file that is damaged, or without the checksum that older versions did
+    not write; naming the first setting that differs from those of the saved run; and for arrays of
+    other names, shapes or dtypes than the run's.
     """
     path = folder / CHECKPOINT
     if not path.exists():
         return None
     flat, metadata = read_tensors(path)
-    try:
-        saved = json.loads(metadata["settings"])
-        step, seconds = int(metadata["step"]), float(metadata["seconds"])
-        history = History(
-            **{
-                name: [(int(s), float(loss)) for s, loss in curve]
-                for name, curve in json.loads(metadata["history"]).items()
-            }
+    if "checksum" not in metadata:
+        raise MiniloraError(
+            f"{path} has no checksum: it is not a checkpoint of minilora's training, or of a "
+            "version that wrote none; empty the folder to train again"
         )
-    except (KeyError, ValueError, TypeError) as error:
+    if metadata.pop("checksum") != _checksum(flat, metadata):
+        raise MiniloraError(
+            f"{path} is damaged: what it holds is not what was saved; "
+            "empty the folder to train again"
+        )
+    try:
+        saved = dict(json.loads(metadata["settings"]))
+        step, seconds = int(metadata["step"]), float(metadata["seconds"])
+        history = read_history(json.loads(metadata["history"]))
+        if not (0 < step <= saved["steps"] and 0 <= seconds < math.inf):
+            raise ValueError(f"step {step} of {saved['steps']}, after {seconds} s")
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise MiniloraError(f"{path} is not a checkpoint of minilora's training") from error
     check_same_run(path, saved, settings)
     # A file of paths cannot tell of blocks without an adapter, so their places come from `params`.
     trees = dict.fromkeys(("params", "m", "v"), params)
+    _check_arrays(path, flat, tree.flatten(trees))
     leaves = iter([flat[name] for name in tree.flatten(trees)])
     trees = to_device(tree.map_leaves(lambda _: next(leaves), trees), device)
     return State(step, trees["params"], Moments(trees["m"], trees["v"]), history, seconds)
 
 
+def _check_arrays(path: Path, found: Mapping[str, Array], expected: Mapping[str, Array]) -> None:
+    """Raise MiniloraError unless the arrays have the names, shapes and dtypes of the run's."""
+    check_shapes(
+        f"{path} does not hold the arrays of this run",
+        {name: array.shape for name, array in found.items()},
+        {name: array.shape for name, array in expected.items()},
+    )
+    for name, array in expected.items():
+        if found[name].dtype != array.dtype:
+            raise MiniloraError(
+                f"{path}: {name} is of dtype {found[name].dtype}, but this run has {array.dtype}"
+            )
+
+
+def read_history(document: Any) -> History:
+    """The losses that a JSON document holds; ValueError, TypeError or KeyError if it does not."""
+    curves = {name: [(s, loss) for s, loss in document[name]] for name in ("train", "held_out")}
+    points = [point for curve in curves.values() for point in curve]
+    if not all(
+        type(s) is int and type(loss) is float and math.isfinite(loss) for s, loss in points
+    ):
+        raise ValueError("a history is two lists of [step, loss]")
+    if not curves["held_out"]:
+        raise ValueError("a history begins with the held-out loss before the first step")
+    return History(**curves)
+
+
 def check_same_run(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise MiniloraError naming a setting in which two runs differ."""
-    now = json.loads(json.dumps(now))
-    for name in sorted(saved.keys() | now.keys()):
+    """Raise MiniloraError naming a setting in which two runs differ, before any checksum."""
+    now = json.loads(json.dumps(now, default=plain))
+    for name in sorted(saved.keys() | now.keys(), key=lambda n: (n.startswith("checksum"), n)):
         if saved.get(name) != now.get(name):
             raise MiniloraError(
                 f"{path} belongs to a run with {name} {saved.get(name)}, but this one has "
@@ -116,9 +135,29 @@ def check_same_run(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any])
             )
 
 
+# --- checksums ---------------------------------------------------------------------------------
+
+
 def checksum(arrays: Iterable[Array]) -> int:
     """CRC-32 of the arrays' bytes, one after the other."""
     crc = 0
     for array in arrays:
         crc = zlib.crc32(np.ascontiguousarray(array).data, crc)
+    return crc
+
+
+def _checksum(arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> str:
+    """CRC-32 of all that a checkpoint holds: the arrays and what they are called, the rest."""
+    names = sorted(arrays)
+    labels = [(name, str(arrays[name].dtype), arrays[name].shape) for name in names]
+    text = json.dumps([labels, sorted(metadata.items())])
+    return str(zlib.crc32(text.encode(), checksum(arrays[name] for name in names)))
+
+
+def file_checksum(path: Path) -> int:
+    """CRC-32 of a file's bytes."""
+    crc = 0
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            crc = zlib.crc32(part, crc)
     return crc

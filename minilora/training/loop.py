@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +34,6 @@ from minilora.training.checkpoint import (
     State,
     checksum,
     load_checkpoint,
-    output_folder,
     save_checkpoint,
 )
 from minilora.training.ranks import Ranks
@@ -164,8 +163,11 @@ def batch_loss_and_grads(
 def ctrl_c_sets_flag() -> Iterator[threading.Event]:
     """Within, a first Ctrl-C sets the event, so that a step is never cut in two; a second stops."""
     pressed = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed  # only the main thread may handle signals
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is None:
+        # Only the main thread may handle signals; and a handler that was not set from Python, for
+        # which it says None, could not be put back.
+        yield pressed
         return
 
     def handle(*_: object) -> None:
@@ -206,13 +208,13 @@ def train(
 ) -> Trained:
     """Train the adapters on a frozen base (method `lora`), or the base without them (`full`).
 
-    With a `folder`, the state is saved there every `checkpoint_every` steps, and `resume` goes on
-    from it, or starts afresh where there is none; `fingerprint` is `run_fingerprint`'s, where the
-    caller has it already. Several `ranks` share each batch and each evaluation; the first alone
-    writes and reports. The net is not changed. Raises MiniloraError for text that is too short or
-    of another vocabulary, a context beyond the base's, a batch with fewer rows than there are
-    ranks, or a loss that is not finite (the last checkpoint stays); Interrupted after Ctrl-C, the
-    state being saved.
+    With a `folder`, which the caller holds, the state is saved there every `checkpoint_every`
+    steps, and `resume` goes on from it, or starts afresh where there is none; `fingerprint` is
+    `run_fingerprint`'s, where the caller has it already. Several `ranks` share each batch and each
+    evaluation; the first alone writes and reports. The net is not changed. Raises MiniloraError for
+    text that is too short or of another vocabulary, a context beyond the base's, a batch with fewer
+    rows than there are ranks, or a loss that is not finite (the last checkpoint stays); Interrupted
+    after Ctrl-C, the state being saved.
     """
     ranks = ranks or Ranks()
     if settings.batch < ranks.size:
@@ -234,9 +236,7 @@ def train(
         check_ids(tokens, net.config.vocab_size)
     if fingerprint is None:
         fingerprint = run_fingerprint(net, settings, corpus, device, ranks) if folder else {}
-    is_first = ranks.rank == 0
     with (
-        output_folder(folder) if folder and is_first else nullcontext(),
         Workers(settings.threads or ranks.threads(), device) as workers,
         ctrl_c_sets_flag() as stop,
         np.errstate(all="ignore"),  # as in Workers
@@ -255,13 +255,14 @@ def train(
 def run_fingerprint(
     net: Net, settings: TrainConfig, corpus: Corpus, device: str, ranks: Ranks
 ) -> dict[str, Any]:
-    """What must be equal for a run to go on: settings, device, checksums of base and text.
+    """What must be equal for a run to go on: settings, device, checksums of what it starts from.
 
     Raises MiniloraError where it is not equal on all ranks.
     """
     parts = dataclasses.asdict(net.config) | dataclasses.asdict(settings)
     if net.lora_config is not None and settings.method == "lora":
         parts |= dataclasses.asdict(net.lora_config)
+        parts["checksum of the adapter"] = checksum(tree.flatten(to_host(net.lora)).values())
     parts["threads"] = settings.threads or ranks.threads()
     parts["processes"] = ranks.size
     parts["device"] = device

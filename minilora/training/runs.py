@@ -1,14 +1,18 @@
 """A training run and its folder: claimed, trained, saved, and taken up again after a stop.
 
-While a run goes on, its folder holds a checkpoint. When it ends, the result is written, then a
-record of the run, and only then is the checkpoint deleted: whatever moment a run is killed at,
-`resume` finds what it needs.
+While a run goes on, it holds its folder, and the folder a checkpoint. When it ends, the result is
+written, then a record of the run with checksums, and only then is the checkpoint deleted: whatever
+moment a run is killed at, `resume` finds what it needs. What is damaged never counts: a result that
+is whole comes first, then a checkpoint that is, and otherwise it is said.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+import zlib
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,18 +23,34 @@ from minilora import tree
 from minilora.adapters import LoRAConfig, lora_init
 from minilora.data import ByteTokenizer, Corpus
 from minilora.errors import MiniloraError
-from minilora.formats import save_adapter, save_base
-from minilora.formats.files import read_json, write_bytes, write_json
+from minilora.formats.files import (
+    Content,
+    check_file,
+    errors_naming,
+    json_bytes,
+    read_json,
+    write_folder,
+    write_json,
+)
+from minilora.formats.gpt2 import base_files
+from minilora.formats.output import entries, held
+from minilora.formats.peft import adapter_files
 from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.model import Model
-from minilora.training.checkpoint import CHECKPOINT, History, check_same_run
+from minilora.training.checkpoint import (
+    CHECKPOINT,
+    History,
+    check_same_run,
+    file_checksum,
+    read_history,
+)
 from minilora.training.loop import Progress, TrainConfig, Trained, run_fingerprint, train
 from minilora.training.ranks import Ranks
 from minilora.tree import Tree
 
 RECORD = "training.json"
 ADAPTER_WEIGHTS, BASE_WEIGHTS = "adapter_model.safetensors", "model.safetensors"
-RESULT = {"lora": ("adapter_config.json", ADAPTER_WEIGHTS), "full": ("config.json", BASE_WEIGHTS)}
+WEIGHTS = {"lora": ADAPTER_WEIGHTS, "full": BASE_WEIGHTS}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -69,18 +89,21 @@ def adapt(
 ) -> tuple[Model, Trained]:
     """A model adapted to a corpus: with a trained adapter, or a trained base (method `full`).
 
-    The given model stays as it is. Raises MiniloraError as `lora_init` and `train` do.
+    An adapter that the model has is trained further, with a fresh optimiser; its rank, scale and
+    targets stay, and `lora_config`, if given, may only say another dropout. The given model stays
+    as it is. Raises MiniloraError as `lora_init` and `train` do, and for method `full` with an
+    adapter.
     """
     settings = settings or TrainConfig()
-    fresh = _fresh(model, lora_config or LoRAConfig(), settings)
-    trained = train(fresh, corpus, settings=settings, device=device, report=report, ranks=ranks)
-    return _with_trained(fresh, settings, trained.params), trained
+    start = _start(model, lora_config, settings)
+    trained = train(start, corpus, settings=settings, device=device, report=report, ranks=ranks)
+    return _with_trained(start, settings, trained.params), trained
 
 
 def adapt_in_folder(
     model: Model,
     corpus: Corpus,
-    lora_config: LoRAConfig,
+    lora_config: LoRAConfig | None,
     settings: TrainConfig,
     folder: str | Path,
     *,
@@ -95,38 +118,41 @@ def adapt_in_folder(
     A base is saved as `dtype`, an adapter in its own. With `resume`, an unfinished run in the
     folder goes on and ends in the same files, bit for bit; where there is none, a new one starts.
     Of several `ranks` only the first needs the folder. Raises MiniloraError when it holds anything
-    else.
+    else, another process writes to it, or what the run left there is damaged.
     """
     folder, ranks = Path(folder), ranks or Ranks()
-    finished = ranks.of_first(lambda: claim_folder(folder, resume=resume))
-    fresh = _fresh(model, lora_config, settings)
-    fingerprint = run_fingerprint(fresh, settings, corpus, device, ranks)
-    if finished is not None:
-        return ranks.of_first(lambda: _finished_run(folder, finished, fingerprint))
-    trained = train(
-        fresh, corpus, settings=settings, folder=folder, fingerprint=fingerprint, resume=resume,
-        device=device, report=report, ranks=ranks,
-    )  # fmt: skip
+    with held(folder) if ranks.rank == 0 else nullcontext():
+        ranks.of_first(lambda: check_free(folder, resume=resume))
+        start = _start(model, lora_config, settings)
+        fingerprint = run_fingerprint(start, settings, corpus, device, ranks)
+        if settings.method == "full":
+            fingerprint["dtype"] = np.dtype(dtype).name
+        if resume and (run := ranks.of_first(lambda: _finished_run(folder, fingerprint))):
+            return run
+        tokenizer = tokenizer_files(model.folder) if settings.method == "full" else {}
+        trained = train(
+            start, corpus, settings=settings, folder=folder, fingerprint=fingerprint,
+            resume=resume, device=device, report=report, ranks=ranks,
+        )  # fmt: skip
 
-    def save() -> Run:
-        adapted = _with_trained(fresh, settings, trained.params)
-        if adapted.lora is not None:
-            save_adapter(folder, adapted.lora, lora_config, model.config, base_name=model.base_name)
-        else:
-            save_base(folder, adapted.base, model.config, dtype=dtype)
-            copy_tokenizer(model.folder, folder)
-        weights = folder / RESULT[settings.method][-1]
-        figures = _figures(model.base, trained, weights.stat().st_size, ranks)
-        record = {
-            "settings": fingerprint,
-            "figures": figures,
-            "history": dataclasses.asdict(trained.history),
-        }
-        write_json(folder / RECORD, record)
-        (folder / CHECKPOINT).unlink(missing_ok=True)
-        return Run(figures, trained.history)
+        def save() -> Run:
+            adapted, config = _with_trained(start, settings, trained.params), model.config
+            files = tokenizer
+            if adapted.lora_config is None:
+                files |= base_files(adapted.base, config, dtype=dtype)
+            else:
+                files |= adapter_files(
+                    adapted.lora, adapted.lora_config, config, base_name=model.base_name
+                )
+            _remove(folder, *files)  # a result that was damaged, or not finished
+            write_folder(folder, files)
+            weights = folder / WEIGHTS[settings.method]
+            figures = _figures(model.base, trained, weights.stat().st_size, ranks)
+            _write_record(folder, fingerprint, figures, trained.history, list(files))
+            _remove(folder, CHECKPOINT)
+            return Run(figures, trained.history)
 
-    return ranks.of_first(save)
+        return ranks.of_first(save)
 
 
 def _figures(base: Tree, trained: Trained, size: int, ranks: Ranks) -> dict[str, float | int]:
@@ -158,15 +184,32 @@ def pretrain_in_folder(
     base = gpt_init(config, seed=settings.seed)
     fresh = Model(base, config, tokenizer=ByteTokenizer(), folder=Path(folder))
     settings = dataclasses.replace(settings, method="full")
-    return adapt_in_folder(fresh, corpus, LoRAConfig(), settings, folder, **options)
+    return adapt_in_folder(fresh, corpus, None, settings, folder, **options)
 
 
-def _fresh(model: Model, lora_config: LoRAConfig, settings: TrainConfig) -> Model:
-    """The model with fresh adapters, or with none for full training."""
-    if settings.method == "lora":
-        lora = lora_init(model.base, lora_config, seed=settings.seed)
-        return model.with_adapter(lora, lora_config)
-    return dataclasses.replace(model, lora=None, lora_config=None)
+def _start(model: Model, lora_config: LoRAConfig | None, settings: TrainConfig) -> Model:
+    """The model to train: with the adapter that it has, a fresh one, or none for full training."""
+    own = model.lora_config
+    if settings.method == "full":
+        if model.lora is not None:
+            raise MiniloraError(
+                "method 'full' trains a base without an adapter; merge the adapter into it before, "
+                "or train the adapter further with method 'lora'"
+            )
+        return model
+    if model.lora is None or own is None:
+        lora_config = lora_config or LoRAConfig()
+        return model.with_adapter(
+            lora_init(model.base, lora_config, seed=settings.seed), lora_config
+        )
+    asked = dataclasses.replace(lora_config or own)
+    for name, value in dataclasses.asdict(own).items():
+        if name != "dropout" and getattr(asked, name) != value:
+            raise MiniloraError(
+                f"{name} {getattr(asked, name)} was asked for, but the adapter has {name} {value}; "
+                "training it further keeps its rank, scale and targets"
+            )
+    return model.with_adapter(model.lora, asked)
 
 
 def _with_trained(model: Model, settings: TrainConfig, params: Tree) -> Model:
@@ -174,47 +217,97 @@ def _with_trained(model: Model, settings: TrainConfig, params: Tree) -> Model:
     return dataclasses.replace(model, **trained)
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy whatever tokenizer files a base's folder has to another."""
-    for name in TOKENIZER_FILES:
-        if (source / name).exists():
-            write_bytes(target / name, (source / name).read_bytes())
+# --- the folder --------------------------------------------------------------------------------
 
 
-def _finished_run(folder: Path, record: dict[str, Any], fingerprint: Mapping[str, Any]) -> Run:
-    check_same_run(folder / RECORD, record["settings"], fingerprint)
-    for name in RESULT[fingerprint["method"]]:
-        if not (folder / name).is_file():
-            raise MiniloraError(
-                f"{folder} holds the record of a finished run but not its {name}; "
-                "empty the folder to train again"
-            )
-    (folder / CHECKPOINT).unlink(missing_ok=True)
-    return Run(record["figures"], History(**record["history"]), was_finished=True)
+def tokenizer_files(folder: Path) -> dict[str, Content]:
+    """The tokenizer files that a base's folder has, by name, to be written to another."""
+    found = [name for name in TOKENIZER_FILES if (folder / name).exists()]
+    return {name: [check_file(folder / name).read_bytes()] for name in found}
 
 
-def claim_folder(folder: Path, *, resume: bool) -> dict[str, Any] | None:
-    """See that a folder is free to write to; the record of the run that ended there, if resumed.
-
-    Raises MiniloraError when it holds anything but, with `resume`, a run's files.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise MiniloraError(f"{folder} is a file; expected a folder to write to")
-    entries = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    entries = [name for name in entries if name != CHECKPOINT + ".tmp"]  # of a run just begun
-    run_is_here = CHECKPOINT in entries or RECORD in entries
-    if resume and RECORD in entries:
-        record = read_json(folder / RECORD)
-        if not all(type(record.get(part)) is dict for part in ("settings", "figures", "history")):
-            raise MiniloraError(f"{folder / RECORD} is not the record of a training run")
-        return record
+def check_free(folder: Path, *, resume: bool) -> None:
+    """Raise MiniloraError where a folder holds anything but, with `resume`, a run's files."""
+    there = entries(folder)
+    run_is_here = CHECKPOINT in there or RECORD in there
     if run_is_here and not resume:
         raise MiniloraError(
             f"{folder} holds another training run; continue it with --resume "
             "or choose another output folder"
         )
-    if entries and not run_is_here:
+    if there and not run_is_here:
         raise MiniloraError(
-            f"{folder} already holds {entries[0]}; expected a new or an empty output folder"
+            f"{folder} already holds {there[0]}; expected a new or an empty output folder"
         )
-    return None
+
+
+def _remove(folder: Path, *names: str) -> None:
+    for name in names:
+        with errors_naming(folder / name):
+            (folder / name).unlink(missing_ok=True)
+
+
+def _write_record(
+    folder: Path,
+    settings: Mapping[str, Any],
+    figures: Mapping[str, Any],
+    history: History,
+    files: list[str],
+) -> None:
+    """Write the record of a finished run, with checksums of its files and of itself."""
+    record = {
+        "settings": settings,
+        "figures": figures,
+        "history": dataclasses.asdict(history),
+        "files": {name: file_checksum(folder / name) for name in files},
+    }
+    write_json(folder / RECORD, record | {"checksum": zlib.crc32(json_bytes(record))})
+
+
+def _finished_run(folder: Path, fingerprint: Mapping[str, Any]) -> Run | None:
+    """The run that ended in a folder, if one did.
+
+    Where its record or its files are damaged, a checkpoint that is left counts instead. Raises
+    MiniloraError where there is none, or where the run is another.
+    """
+    if not (folder / RECORD).exists():
+        return None
+    try:
+        record = _read_record(folder)
+    except MiniloraError:
+        if (folder / CHECKPOINT).exists():
+            return None
+        raise
+    check_same_run(folder / RECORD, record["settings"], fingerprint)
+    _remove(folder, CHECKPOINT)
+    return Run(record["figures"], record["history"], was_finished=True)
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    """The record of a finished run; MiniloraError where it or a file of the run is damaged."""
+    path = folder / RECORD
+    record = read_json(path)
+    try:
+        if record.pop("checksum") != zlib.crc32(json_bytes(record)):
+            raise ValueError("its checksum is another")
+        figures, files = record["figures"], dict(record["files"])
+        record["history"] = read_history(record["history"])
+        if not all(type(x) in (int, float) and math.isfinite(x) for x in figures.values()):
+            raise ValueError("a figure is no number")
+        dict(record["settings"])
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise MiniloraError(
+            f"{path} is not the record of a training run, or a damaged one; "
+            "empty the folder to train again"
+        ) from error
+    for name, expected in files.items():
+        if not (folder / name).is_file():
+            raise MiniloraError(
+                f"{folder} holds the record of a finished run but not its {name}; "
+                "empty the folder to train again"
+            )
+        if file_checksum(folder / name) != expected:
+            raise MiniloraError(
+                f"{folder / name} is not what its run saved; empty the folder to train again"
+            )
+    return record

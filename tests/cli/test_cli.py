@@ -553,3 +553,37 @@ def test_json_replaces_an_older_file_in_one_step(cli, tmp_path, base, text):
     assert cli("evaluate", text, "--base", base, "--json", "x.json").status == 0
     figures(tmp_path / "x.json", "evaluate")
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+# --- an adapter trained further ----------------------------------------------------------------
+
+
+def test_adapt_goes_on_from_an_adapter(cli, tmp_path, quick, base, adapter):
+    result = cli(*quick[:-2], "--adapter", adapter, "--out", "further", "--json", "x.json")
+    assert result.status == 0, result.err
+    assert f"trained further from {adapter}, with a fresh optimiser" in result.out
+    evaluated = cli(*("evaluate", quick[1], "--base", base, "--adapter", adapter), "--held-out",
+                    "--json", "y.json")  # fmt: skip
+    assert evaluated.status == 0
+    start = json.loads((tmp_path / "x.json").read_bytes())["loss_before"]
+    alone = json.loads((tmp_path / "y.json").read_bytes())["loss"]
+    fresh = cli(*quick, "--out", "fresh", "--json", "z.json")
+    assert fresh.status == 0 and "further" not in fresh.out
+    from_base = json.loads((tmp_path / "z.json").read_bytes())["loss_before"]
+    assert abs(start - alone) < 0.2 * abs(start - from_base)  # other windows of the same text
+    folders = (adapter, tmp_path / "further")
+    documents = [json.loads((f / "adapter_config.json").read_bytes()) for f in folders]
+    for name in ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern"):
+        assert documents[0][name] == documents[1][name], name
+
+
+def test_what_an_adapter_has_of_its_own_may_be_named_but_not_changed(cli, refused, quick, adapter):
+    further = [*quick[:-2], "--adapter", adapter]
+    refused("rank 3 was asked for, but the adapter has rank 2", *further, "--rank", 3)
+    refused("alpha 4.0 was asked for, but the adapter has alpha 2.0", *further, "--alpha", 4)
+    refused("targets .* was asked for, but the adapter has targets", *further, "--targets", "q,v")
+    refused("rslora True was asked for", *further, "--rslora")
+    refused("rank_pattern .* was asked for", *further, "--rank-pattern", "down=1")
+    refused("--adapter: expected one to train further", *further, "--adapter", adapter)
+    refused("merge the adapter into it before", *further, "--method", "full")
+    assert cli(*further, "--rank", 2, "--alpha", 2, "--targets", "qkv,o,up,down").status == 0

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import Killed
 
 from minilora.errors import MiniloraError
 from minilora.formats import files
@@ -19,32 +20,14 @@ def test_text_and_json_are_written_as_they_are(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.txt"]
 
 
-def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
-    path = tmp_path / "x.bin"
-    files.write_bytes(path, b"old")
-    with pytest.raises(RuntimeError), files.replacing(path) as temporary:
-        temporary.write_bytes(b"half")
-        assert path.read_bytes() == b"old"
-        raise RuntimeError("stopped in the middle")
-    assert [p.name for p in tmp_path.iterdir()] == ["x.bin"] and path.read_bytes() == b"old"
-
-
-def test_what_a_killed_run_left_is_overwritten(tmp_path):
-    (tmp_path / "x.bin.tmp").write_bytes(b"left by a killed run, and longer than the new file")
-    files.write_bytes(tmp_path / "x.bin", b"new")
-    assert [p.name for p in tmp_path.iterdir()] == ["x.bin"]
-    assert (tmp_path / "x.bin").read_bytes() == b"new"
-
-
 def test_where_nothing_can_be_written_is_said(tmp_path):
     with pytest.raises(MiniloraError, match=r"cannot write .*missing.x\.json"):
         files.write_json(tmp_path / "missing" / "x.json", {})
     (tmp_path / "file").touch()
     with pytest.raises(MiniloraError, match=r"cannot make the folder .*file"):
         files.make_folder(tmp_path / "file" / "below")
-    (tmp_path / "x.tmp").mkdir()
-    with pytest.raises(MiniloraError, match=r"cannot write .*x"):
-        files.write_text(tmp_path / "x", "")
+    with pytest.raises(MiniloraError, match=r"cannot write .*nul"):
+        files.write_text(tmp_path / "a\0b", "")
 
 
 @pytest.mark.parametrize(
@@ -130,3 +113,118 @@ def test_numpy_scalars_are_numbers_in_json(tmp_path):
     }
     with pytest.raises(TypeError, match="set is not JSON"):
         files.write_json(tmp_path / "x.json", {"set": {1}})
+
+
+# --- one file ----------------------------------------------------------------------------------
+
+
+def test_a_user_s_file_of_any_name_stays(tmp_path):
+    (tmp_path / "x.bin.tmp").write_bytes(b"mine")
+    files.write_bytes(tmp_path / "x.bin", b"new")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        "x.bin": b"new",
+        "x.bin.tmp": b"mine",
+    }
+
+
+def test_a_name_as_long_as_the_system_allows_is_written(tmp_path):
+    path = tmp_path / ("n" * 255)
+    files.write_bytes(path, b"new")
+    assert path.read_bytes() == b"new"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links of POSIX systems")
+@pytest.mark.parametrize("target", ["there", "not yet there"])
+def test_a_link_stays_and_its_target_is_written(tmp_path, target):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "there").write_bytes(b"old")
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "elsewhere" / target)
+    files.write_bytes(link, b"new")
+    assert link.is_symlink()
+    assert (tmp_path / "elsewhere" / target).read_bytes() == b"new"
+    assert [path.name for path in tmp_path.iterdir() if path.name != "elsewhere"] == ["link"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="files of POSIX systems")
+def test_what_is_no_plain_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "pipe", tmp_path / "folder", Path("/dev/null")):
+        with pytest.raises(MiniloraError, match=rf"cannot write {path}: it is not a plain file"):
+            files.write_bytes(path, b"new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "pipe"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX systems")
+def test_a_replaced_file_keeps_its_permissions(tmp_path):
+    (tmp_path / "x").touch()
+    (tmp_path / "x").chmod(0o640)
+    files.write_bytes(tmp_path / "x", b"new")
+    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640
+
+
+# --- several files -----------------------------------------------------------------------------
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def renaming_fails(monkeypatch, at, error):
+    """The renaming number `at` fails; a killed process does nothing after it, either."""
+    replace, unlink, count = os.replace, Path.unlink, [0]
+
+    def replace_or_fail(source, target):
+        count[0] += 1
+        if count[0] == at or (count[0] > at and error is Killed):
+            raise error
+        replace(source, target)
+
+    def unlink_or_fail(path, missing_ok=False):
+        if count[0] >= at and error is Killed:
+            raise error
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(os, "replace", replace_or_fail)
+    monkeypatch.setattr(Path, "unlink", unlink_or_fail)
+
+
+OLD = {"weights": b"old weights", "other": b"old", "config": b"old config"}
+NEW = {"weights": b"new weights", "more": b"new", "config": b"new config"}
+
+
+@pytest.mark.parametrize("at", range(1, 7))
+def test_a_renaming_that_fails_leaves_the_old_files(tmp_path, monkeypatch, at):
+    """Two old files are set aside before three are renamed."""
+    files.write_folder(tmp_path, {name: [data] for name, data in OLD.items()})
+    with monkeypatch.context() as patched:
+        renaming_fails(patched, at, PermissionError(13, "no"))
+        if at == 6:
+            files.write_folder(tmp_path, {name: [data] for name, data in NEW.items()})
+        else:
+            with pytest.raises(MiniloraError, match=rf"cannot write {tmp_path}.(\w+): no"):
+                files.write_folder(tmp_path, {name: [data] for name, data in NEW.items()})
+    assert contents(tmp_path) == (OLD | NEW if at == 6 else OLD)
+
+
+@pytest.mark.parametrize("at", range(1, 6))
+def test_killed_amid_the_renamings_nothing_is_lost_and_nothing_is_mixed(tmp_path, monkeypatch, at):
+    files.write_folder(tmp_path, {name: [data] for name, data in OLD.items()})
+    with monkeypatch.context() as patched:
+        renaming_fails(patched, at, Killed)
+        with pytest.raises(Killed):
+            files.write_folder(tmp_path, {name: [data] for name, data in NEW.items()})
+    found = contents(tmp_path)
+    assert set(found.values()) >= set(OLD.values()) | set(NEW.values())
+    if "config" in found:
+        assert {name: found[name] for name in OLD} == OLD
+    files.write_folder(tmp_path, {name: [data] for name, data in NEW.items()})
+    assert contents(tmp_path).items() >= NEW.items()
+
+
+def test_a_part_that_cannot_be_written_leaves_every_file_as_it_was(tmp_path):
+    files.write_folder(tmp_path, {name: [data] for name, data in OLD.items()})
+    with pytest.raises(TypeError):
+        files.write_folder(tmp_path, {"weights": [b"new"], "config": [b"new", 3.0]})
+    assert contents(tmp_path) == OLD

@@ -162,3 +162,27 @@ def test_shapes_that_differ_are_listed():
         check_shapes("it does not fit", {"a\n\x1b": ()}, {})
     with pytest.raises(MiniloraError, match=r"n5 \(\) and 4 more$"):
         check_shapes("it does not fit", {}, {f"n{i}": () for i in range(10)})
+
+
+def test_files_are_those_of_the_package_bit_for_bit(tmp_path):
+    from safetensors.numpy import save
+
+    rng = np.random.default_rng(0)
+    tensors = {
+        f"{name} é": rng.standard_normal(shape).astype(kind)
+        for name, shape, kind in [("b", (2, 3), "f4"), ("a", (), "f4"), ("c", (0, 2), "f4"),
+                                  ("d", (3,), "f8"), ("e", (5,), "f2")]
+    }  # fmt: skip
+    write_tensors(tmp_path / "x", tensors, {"format": "pt"})
+    assert (tmp_path / "x").read_bytes() == save(tensors, {"format": "pt"})
+
+
+def test_metadata_has_one_order_and_other_dtypes_are_named(tmp_path):
+    numbers = {"a": np.zeros(2)}
+    metadata = dict.fromkeys("qwertyuiop", "x")
+    write_tensors(tmp_path / "1", numbers, metadata)
+    write_tensors(tmp_path / "2", numbers, dict(reversed(metadata.items())))
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+    with pytest.raises(MiniloraError, match="cannot save a: safetensors has no dtype complex128"):
+        write_tensors(tmp_path / "3", {"a": np.zeros(2, complex)})
+    assert not (tmp_path / "3").exists()

@@ -22,7 +22,7 @@ def test_the_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = PAGE.read_text(encoding="utf-8")
     blocks = list(re.finditer(r"^```(python|sh)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE))
-    assert len(blocks) == text.count("```") // 2 == 9
+    assert len(blocks) == text.count("```") // 2 == 10
     names = {}
     for block in blocks:
         kind, source = block.groups()

@@ -1,6 +1,7 @@
 """A run that was stopped, at whatever step and in whatever way, ends as if it had not been."""
 
 import dataclasses
+import json
 import signal
 import threading
 
@@ -12,10 +13,11 @@ from minilora import tree
 from minilora.adapters import LoRAConfig, lora_init
 from minilora.data import Corpus
 from minilora.errors import MiniloraError
+from minilora.formats.output import held
 from minilora.formats.tensors import read_tensors, write_tensors
 from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.network import Net
-from minilora.training.checkpoint import CHECKPOINT
+from minilora.training.checkpoint import CHECKPOINT, _checksum
 from minilora.training.loop import Interrupted, TrainConfig, ctrl_c_sets_flag, train
 
 CONFIG = GPTConfig(vocab_size=32, n_positions=8, n_embd=8, n_layer=3, n_head=2)
@@ -153,6 +155,21 @@ def test_the_handler_of_ctrl_c_is_put_back():
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_handler_that_python_did_not_set_is_left_alone(monkeypatch):
+    """For one that a program set from C, Python says None, and cannot put it back."""
+    set_handler = signal.signal
+    calls = []
+
+    def signal_of(number, handler):
+        calls.append(handler)
+        return set_handler(number, handler)
+
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    monkeypatch.setattr(signal, "signal", signal_of)
+    assert_same_result(run(), run())
+    assert calls == []
+
+
 def test_training_works_outside_the_main_thread():
     results = []
     thread = threading.Thread(target=lambda: results.append(run()))
@@ -164,8 +181,9 @@ def test_training_works_outside_the_main_thread():
 def test_killed_while_a_checkpoint_is_written(tmp_path):
     with pytest.raises(Killed):
         run(folder=tmp_path, report=killed_at(3))
-    (tmp_path / (CHECKPOINT + ".tmp")).write_bytes(b"half a checkpoint")
-    assert_same_result(run(folder=tmp_path), run())
+    (tmp_path / ".minilora-0123456789abcdef.tmp").write_bytes(b"half a checkpoint")
+    with held(tmp_path):
+        assert_same_result(run(folder=tmp_path), run())
     assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]
 
 
@@ -233,6 +251,119 @@ def test_a_damaged_checkpoint_is_named_and_kept(tmp_path, spoil):
     with pytest.raises(MiniloraError, match="checkpoint.safetensors"):
         run(folder=tmp_path)
     assert path.read_bytes() == before
+
+
+def with_json(name, change):
+    """A change of the JSON text that a checkpoint's metadata holds under a name."""
+
+    def spoil(tensors, metadata):
+        document = json.loads(metadata[name])
+        change(document)
+        metadata[name] = json.dumps(document)
+
+    return spoil
+
+
+def with_text(name, text):
+    return lambda tensors, metadata: metadata.update({name: text})
+
+
+def with_array(name, change):
+    def spoil(tensors, metadata):
+        tensors[name] = change(tensors[name])
+
+    return spoil
+
+
+def renamed(tensors, metadata):
+    tensors["params.blocks.0.attn.qkv.a"] = tensors.pop("params.blocks.0.attn.qkv.A")
+
+
+WRONG = {
+    "renamed": (renamed, r"qkv.A \(8, 2\); left over: params.blocks.0.attn.qkv.a"),
+    "missing": (lambda tensors, _: tensors.pop("m.blocks.1.mlp.up.B"), r"missing: m.*up.B"),
+    "left over": (lambda tensors, _: tensors.update(x=np.ones(3)), "left over: x"),
+    "reshaped": (
+        with_array("v.blocks.0.attn.o.A", lambda x: x.T.copy()),
+        r"v.*o.A is \(2, 8\), expected \(8, 2\)",
+    ),
+    "other dtype": (
+        with_array("params.blocks.0.attn.o.A", lambda x: x.astype(np.float64)),
+        "params.*o.A is of dtype float64, but this run has float32",
+    ),
+    "settings []": (with_text("settings", "[]"), "is not a checkpoint"),
+    "settings a list": (with_text("settings", '["steps"]'), "is not a checkpoint"),
+    "settings without steps": (with_json("settings", lambda d: d.pop("steps")), "not a checkpoint"),
+    "deep settings": (with_text("settings", "[" * 100_000), "is not a checkpoint"),
+    "history null": (with_text("history", "null"), "is not a checkpoint"),
+    "history of nan": (
+        with_json("history", lambda d: d["train"].append([3, float("nan")])), "not a checkpoint"
+    ),
+    "history of texts": (with_json("history", lambda d: d["train"].append(["3", 1.0])), "not a ch"),
+    "history of one curve": (with_json("history", lambda d: d.pop("train")), "not a checkpoint"),
+    "no held-out loss": (with_json("history", lambda d: d["held_out"].clear()), "not a checkpoint"),
+    "deep history": (with_text("history", '{"train":' * 50_000), "is not a checkpoint"),
+    "seconds nan": (with_text("seconds", "nan"), "is not a checkpoint"),
+    "seconds below 0": (with_text("seconds", "-1"), "is not a checkpoint"),
+    "seconds a word": (with_text("seconds", "soon"), "is not a checkpoint"),
+    "step 999": (with_text("step", "999"), "is not a checkpoint"),
+    "step 0": (with_text("step", "0"), "is not a checkpoint"),
+    "a step of many digits": (with_text("step", "1" * 5000), "is not a checkpoint"),
+    "no step": (lambda _, metadata: metadata.pop("step"), "is not a checkpoint"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+@pytest.mark.parametrize("is_noticed_by", ["the checksum", "what is read"])
+def test_what_a_checkpoint_cannot_hold_is_refused(tmp_path, case, is_noticed_by):
+    spoil, message = WRONG[case]
+    with pytest.raises(Killed):
+        run(folder=tmp_path, report=killed_at(3))
+    path = tmp_path / CHECKPOINT
+    tensors, metadata = read_tensors(path)
+    spoil(tensors, metadata)
+    if is_noticed_by == "what is read":  # as if the program had saved it
+        metadata["checksum"] = _checksum(
+            tensors, {name: text for name, text in metadata.items() if name != "checksum"}
+        )
+    else:
+        message = "is damaged: what it holds is not what was saved"
+    write_tensors(path, tensors, metadata)
+    before = path.read_bytes()
+    with pytest.raises(MiniloraError, match=message) as caught:
+        run(folder=tmp_path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert path.read_bytes() == before
+
+
+def test_a_checkpoint_of_a_version_without_checksums_is_refused(tmp_path):
+    with pytest.raises(Killed):
+        run(folder=tmp_path, report=killed_at(3))
+    tensors, metadata = read_tensors(tmp_path / CHECKPOINT)
+    del metadata["checksum"]
+    write_tensors(tmp_path / CHECKPOINT, tensors, metadata)
+    with pytest.raises(MiniloraError, match="no checksum: .* a version that wrote none; empty the"):
+        run(folder=tmp_path)
+
+
+def test_one_bit_anywhere_is_noticed_or_means_nothing(tmp_path):
+    """300 bits of a checkpoint, one at a time: refused, or the same result to the last bit."""
+    with pytest.raises(Killed):
+        run(folder=tmp_path, report=killed_at(3))
+    path = tmp_path / CHECKPOINT
+    whole, expected = path.read_bytes(), run()
+    rng, refused = np.random.default_rng(0), 0
+    for bit in rng.integers(8 * len(whole), size=300):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << (bit % 8)
+        path.write_bytes(damaged)
+        try:
+            result = run(folder=tmp_path)
+        except MiniloraError:
+            refused += 1
+        else:
+            assert_same_result(result, expected)
+    assert refused > 290
 
 
 def test_numbers_that_are_not_finite_leave_the_last_good_checkpoint(tmp_path, monkeypatch):

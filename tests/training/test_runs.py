@@ -14,6 +14,8 @@ from minilora.adapters import LoRAConfig
 from minilora.data import ByteTokenizer, Corpus
 from minilora.errors import MiniloraError
 from minilora.formats import load_adapter, load_base, save_base
+from minilora.formats.files import write_folder
+from minilora.formats.output import LOCK
 from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.model import Model
 from minilora.training.checkpoint import CHECKPOINT, checksum
@@ -22,11 +24,11 @@ from minilora.training.runs import (
     ADAPTER_WEIGHTS,
     BASE_WEIGHTS,
     RECORD,
+    WEIGHTS,
     adapt,
     adapt_in_folder,
-    claim_folder,
-    copy_tokenizer,
     pretrain_in_folder,
+    tokenizer_files,
 )
 
 CONFIG = GPTConfig(vocab_size=256, n_positions=8, n_embd=8, n_layer=2, n_head=2)
@@ -146,7 +148,8 @@ def states_of_the_folder():
         def half(folder):
             data = (folder / name).read_bytes()
             spoil(folder)
-            (folder / (name + ".tmp")).write_bytes(data[: len(data) // 2])
+            (folder / ".minilora-0123456789abcdef.tmp").write_bytes(data[: len(data) // 2])
+            (folder / LOCK).touch()
 
         return half
 
@@ -169,7 +172,7 @@ def test_killed_while_the_result_is_written(tmp_path, model, monkeypatch, state)
     run(model, tmp_path / "whole")
     folder = tmp_path / "out"
     with monkeypatch.context() as patched:  # the last checkpoint, as it is before its deletion
-        patched.setattr("pathlib.Path.unlink", lambda self, missing_ok=False: None)
+        patched.setattr("minilora.training.runs._remove", lambda folder, *names: None)
         run(model, folder)
     assert CHECKPOINT in names(folder)
     shutil.rmtree(tmp_path / "base")  # nothing is read from it again
@@ -185,7 +188,7 @@ def test_a_finished_run_is_not_run_again(tmp_path, model):
     again = run(model, tmp_path / "out", resume=True, report=killed_at(1))
     assert again.was_finished
     assert again.figures == first.figures
-    assert again.history.held_out == [list(point) for point in first.history.held_out]
+    assert again.history == first.history
     assert {name: (tmp_path / "out" / name).read_bytes() for name in ADAPTER_FILES} == before
 
 
@@ -201,6 +204,80 @@ def test_a_finished_run_without_its_files_is_not_finished(tmp_path, model, metho
     with pytest.raises(MiniloraError, match=f"a finished run but not its {name}; empty the folder"):
         run(model, folder, method=method, resume=True)
     assert names(folder) == left
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("damage", ["cut off", "from elsewhere", "one bit"])
+def test_a_finished_result_is_what_was_saved_or_it_is_said(tmp_path, model, method, damage):
+    """And where a checkpoint is still there, the run goes on from it."""
+    folder = tmp_path / "out"
+    with pytest.raises(Killed):
+        run(model, folder, method=method, report=killed_at(4))
+    checkpoint = (folder / CHECKPOINT).read_bytes()
+    run(model, folder, method=method, resume=True)
+    whole = result(folder)
+    weights = folder / WEIGHTS[method]
+    run(model, tmp_path / "other", method=method, text=1)
+    data = weights.read_bytes()
+    weights.write_bytes({
+        "cut off": data[:-1],
+        "from elsewhere": (tmp_path / "other" / WEIGHTS[method]).read_bytes(),
+        "one bit": data[:-1] + bytes([data[-1] ^ 1]),
+    }[damage])  # fmt: skip
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(MiniloraError, match=f"{weights} is not what its run saved; empty the"):
+        run(model, folder, method=method, resume=True)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    (folder / CHECKPOINT).write_bytes(checkpoint)
+    assert not run(model, folder, method=method, resume=True).was_finished
+    assert result(folder) == whole
+    assert run(model, folder, method=method, resume=True).was_finished
+
+
+def test_a_finished_run_needs_no_checkpoint_that_is_whole(tmp_path, model):
+    first = run(model, tmp_path / "out")
+    (tmp_path / "out" / CHECKPOINT).write_bytes(b"half")
+    again = run(model, tmp_path / "out", resume=True)
+    assert again.was_finished and again.figures == first.figures
+    assert names(tmp_path / "out") == ADAPTER_FILES
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_the_dtype_of_the_file_belongs_to_a_full_run(tmp_path, model, is_finished):
+    def go(dtype, **options):
+        full = dataclasses.replace(SETTINGS, method="full")
+        options = {"report": lambda progress: None, **options}
+        return adapt_in_folder(
+            model, corpus(), None, full, tmp_path / "out", dtype=dtype, **options
+        )
+
+    with contextlib.suppress(Killed):
+        go("float32", **({} if is_finished else {"report": killed_at(3)}))
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(MiniloraError, match="dtype float32, but this one has float16"):
+        go("float16", resume=True)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert go(np.float32, resume=True).was_finished == is_finished
+
+
+def test_a_second_run_into_the_folder_is_refused_at_once(tmp_path, model):
+    refused = []
+
+    def report(progress):
+        for resume in (False, True):
+            with pytest.raises(MiniloraError, match="another run is writing to") as caught:
+                run(model, tmp_path / "out", resume=resume, report=killed_at(1))
+            refused.append(str(caught.value))
+
+    run(model, tmp_path / "out", report=report)
+    assert len(refused) == 2 * SETTINGS.steps
+    assert names(tmp_path / "out") == ADAPTER_FILES
+
+
+def test_a_settings_type_that_json_does_not_know_loses_nothing(tmp_path, model):
+    config = dataclasses.replace(LORA_CONFIG, dropout=np.float64(0.1))
+    adapt_in_folder(model, corpus(), config, SETTINGS, tmp_path / "out")
+    assert load_adapter(tmp_path / "out", CONFIG)[1].dropout == 0.1
 
 
 @pytest.mark.parametrize("is_new", [True, False])
@@ -250,9 +327,9 @@ def test_the_base_is_read_through_once_for_its_checksum(tmp_path, model, monkeyp
 
     monkeypatch.setattr("minilora.training.loop.checksum", counting)
     run(model, tmp_path / "out")
-    assert len(calls) == 2  # the base and the text
+    assert len(calls) == 3  # the base, the adapter and the text
     adapt(model, corpus(), LORA_CONFIG, SETTINGS)
-    assert len(calls) == 2  # no folder, nothing to resume
+    assert len(calls) == 3  # no folder, nothing to resume
 
 
 @pytest.mark.parametrize("finished", [False, True])
@@ -309,11 +386,6 @@ def test_a_record_that_is_none_is_named(tmp_path, model, record):
         run(model, folder, resume=True)
 
 
-def test_claiming_a_folder_does_not_make_it(tmp_path):
-    assert claim_folder(tmp_path / "new", resume=False) is None
-    assert not (tmp_path / "new").exists()
-
-
 def test_the_record_is_one_json_object_with_the_figures(tmp_path, model):
     finished = run(model, tmp_path / "out")
     record = json.loads((tmp_path / "out" / RECORD).read_text(encoding="utf-8"))
@@ -328,6 +400,6 @@ def test_tokenizer_files_are_copied_and_nothing_else(tmp_path):
     target.mkdir()
     for name in ("vocab.json", "merges.txt", "README.md"):
         (source / name).write_bytes(name.encode())
-    copy_tokenizer(source, target)
+    write_folder(target, tokenizer_files(source))
     assert names(target) == ["merges.txt", "vocab.json"]
     assert (target / "vocab.json").read_bytes() == b"vocab.json"
