@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from minilora.backend import Array, namespace, to_device
-from minilora.data import check_ids, windows
+from minilora.data import windows
 from minilora.errors import MiniloraError
 from minilora.loss import head_loss_forward
 from minilora.network import Net, trunk_forward
+from minilora.tokenizer import check_ids
 from minilora.workers import SHARD_TOKENS, Workers
 
 

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 from minilora.backend import Array, namespace, to_host
-from minilora.data import check_ids
 from minilora.errors import MiniloraError
 from minilora.network import Net, trunk_forward
 from minilora.ops import attend_forward, causal_mask, head_forward, merged_heads, split_heads
+from minilora.tokenizer import check_ids
 
 
 def generate(

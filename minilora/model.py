@@ -16,12 +16,13 @@ import numpy as np
 from minilora import lora as lora_math
 from minilora.adapters import LoRAConfig
 from minilora.backend import Half, namespace, to_device, to_device_in_half, to_host
-from minilora.data import Tokenizer, load_text, load_tokenizer
+from minilora.data import load_text
 from minilora.errors import MiniloraError
 from minilora.evaluation import Evaluation, evaluate_tokens
 from minilora.generate import generate
 from minilora.mix import check_weights, mix
 from minilora.network import Net, net_logits
+from minilora.tokenizer import Tokenizer, load_tokenizer
 from minilora.tree import Tree
 
 BUILT_IN = Path(__file__).parent / "base"

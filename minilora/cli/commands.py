@@ -78,8 +78,9 @@ def matches_qkv_part(path: str) -> bool:
 
 
 def pretrain_command(args: argparse.Namespace) -> int:
-    from minilora.data import ByteTokenizer, load_corpus
+    from minilora.data import load_corpus
     from minilora.gpt2 import GPTConfig
+    from minilora.tokenizer import ByteTokenizer
     from minilora.training.ranks import find_ranks
     from minilora.training.runs import pretrain_in_folder
 

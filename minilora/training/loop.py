@@ -23,12 +23,13 @@ import numpy as np
 from minilora import tree
 from minilora.adapters import dropout_masks
 from minilora.backend import Array, Half, namespace, to_device, to_host
-from minilora.data import Corpus, check_ids, check_length, draw_batch
+from minilora.data import Corpus, check_length, draw_batch
 from minilora.errors import MiniloraError
 from minilora.evaluation import held_out_batches, sum_nats
 from minilora.keep import Plan
 from minilora.network import Net, loss_and_grads
 from minilora.optim import adamw, adamw_init, clip_by_global_norm, warmup_cosine
+from minilora.tokenizer import check_ids
 from minilora.training.checkpoint import (
     History,
     State,

@@ -17,12 +17,13 @@ import numpy as np
 
 from minilora import tree
 from minilora.adapters import LoRAConfig, lora_init
-from minilora.data import ByteTokenizer, Corpus
+from minilora.data import Corpus
 from minilora.errors import MiniloraError
 from minilora.formats import save_adapter, save_base
 from minilora.formats.files import read_json, write_bytes, write_json
 from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.model import Model
+from minilora.tokenizer import ByteTokenizer
 from minilora.training.checkpoint import CHECKPOINT, History, check_same_run
 from minilora.training.loop import Progress, TrainConfig, Trained, run_fingerprint, train
 from minilora.training.ranks import Ranks

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora.data import (
-    ByteTokenizer,
     Document,
     join_documents,
     load_corpus,
@@ -21,6 +20,7 @@ from minilora.data import (
     split_tails,
 )
 from minilora.errors import MiniloraError
+from minilora.tokenizer import ByteTokenizer
 
 BYTES = ByteTokenizer()
 DOCUMENTS = st.lists(st.text(min_size=1, max_size=60), min_size=1, max_size=8).map(

@@ -10,11 +10,12 @@ import pytest
 
 from minilora import tree
 from minilora.adapters import LoRAConfig
-from minilora.data import ByteTokenizer, Corpus
+from minilora.data import Corpus
 from minilora.errors import MiniloraError
 from minilora.formats import load_adapter, load_base, save_base
 from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.model import Model
+from minilora.tokenizer import ByteTokenizer
 from minilora.training.checkpoint import CHECKPOINT, checksum
 from minilora.training.loop import TrainConfig
 from minilora.training.runs import (

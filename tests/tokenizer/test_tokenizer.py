@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora.data import ByteTokenizer, check_ids, load_tokenizer
 from minilora.errors import MiniloraError
+from minilora.tokenizer import ByteTokenizer, check_ids, load_tokenizer
 
 TEXTS = ["", "plain", "naïve café", "日本語と🙂", "a\n\n  b\t\r\n", "I'll say it's 2024."]
 BYTES = ByteTokenizer()
