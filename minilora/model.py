@@ -19,10 +19,11 @@ from minilora.backend import Half, namespace, to_device, to_device_in_half, to_h
 from minilora.data import load_text
 from minilora.errors import MiniloraError
 from minilora.evaluation import Evaluation, evaluate_tokens
+from minilora.formats.tokenizer import load_tokenizer
 from minilora.generate import generate
 from minilora.mix import check_weights, mix
 from minilora.network import Net, net_logits
-from minilora.tokenizer import Tokenizer, load_tokenizer
+from minilora.tokenizer import Tokenizer
 from minilora.tree import Tree
 
 BUILT_IN = Path(__file__).parent / "base"
@@ -150,7 +151,7 @@ def complete(
 ) -> Iterator[int]:
     """The token ids that continue a prompt, as they are drawn; `generate` says what it raises.
 
-    Ends before `max_tokens` at the vocabulary's end-of-text token, where it has one.
+    Ends before `max_tokens` at a token that ends a text, where the base's files name one.
     `model.tokenizer.stream` turns ids into text as they come, `model.tokenizer.decode` at once.
     """
     drawn = generate(
@@ -162,4 +163,4 @@ def complete(
         top_p=top_p,
         seed=seed,
     )
-    return itertools.takewhile(lambda token: token != model.tokenizer.end_of_text, drawn)
+    return itertools.takewhile(lambda token: token not in model.tokenizer.ends, drawn)

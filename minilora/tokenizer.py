@@ -1,24 +1,25 @@
-"""Text to token ids and back: bytes, and the tokenizers of Hugging Face's folders."""
+"""Text to token ids and back: bytes, and what the `tokenizers` package knows."""
 
 from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from minilora.errors import MiniloraError
-
-END_OF_TEXT = "<|endoftext|>"  # the token that GPT-2 puts between documents
+from minilora.formats.files import shown
 
 
 class Tokenizer(Protocol):
     """Text to token ids and back; ids are below `vocab_size`, the size of the base's vocabulary."""
 
     vocab_size: int
-    end_of_text: int | None  # the token between documents, where the vocabulary has one
+    end_of_text: int | None  # the token between documents, where there is one
+    ends: frozenset[int]  # the tokens that end a text
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text, 1-D int32.
@@ -55,7 +56,10 @@ class ByteTokenizer:
     """The 256 byte values as tokens: any text is its UTF-8 bytes, with nothing to learn or load."""
 
     vocab_size = 256
-    end_of_text: int | None = None
+
+    def __init__(self, ends: Sequence[int] = ()) -> None:
+        self.end_of_text = ends[0] if ends else None
+        self.ends = frozenset(ends)
 
     def encode(self, text: str) -> np.ndarray:
         """The UTF-8 bytes of a text, 1-D int32."""
@@ -83,13 +87,17 @@ class ByteTokenizer:
 
 
 class BPETokenizer:
-    """A tokenizer of the `tokenizers` package, such as GPT-2's byte-level byte-pair encoding."""
+    """A tokenizer of the `tokenizers` package, such as GPT-2's byte-level byte-pair encoding.
 
-    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
+    The first of `ends` stands between documents, and any of them ends a text.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int, ends: Sequence[int], source: Path) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
-        end = tokenizer.token_to_id(END_OF_TEXT)
-        self.end_of_text: int | None = end if end in range(vocab_size) else None
+        self.end_of_text = ends[0] if ends else None
+        self.ends = frozenset(ends)
+        self.source = source
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text, 1-D int32. Raises for an id that the base lacks."""
@@ -97,17 +105,20 @@ class BPETokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of every text, on all cores."""
-        encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        tokens = [np.array(encoding.ids, np.int32) for encoding in encodings]
+        texts = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
+        with contained(f"the tokenizer in {self.source} cannot encode the text"):
+            encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            tokens = [np.array(encoding.ids, np.int64) for encoding in encodings]
         for ids in tokens:
             check_ids(ids, self.vocab_size)
-        return tokens
+        return [ids.astype(np.int32) for ids in tokens]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids, special tokens included. Raises for an id that the base lacks."""
         values = np.fromiter(ids, np.int64)
         check_ids(values, self.vocab_size)
-        text: str = self.tokenizer.decode(values.tolist(), skip_special_tokens=False)
+        with contained(f"the tokenizer in {self.source} cannot decode the tokens"):
+            text: str = self.tokenizer.decode(values.tolist(), skip_special_tokens=False)
         return text
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
@@ -125,41 +136,12 @@ class BPETokenizer:
             yield piece
 
 
-def load_tokenizer(folder: str | Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a base folder whose config.json says `vocab_size`.
-
-    It is read from `tokenizer.json`, or from `vocab.json` and `merges.txt` (GPT-2's files); a
-    base of 256 tokens without these files is byte-level. Raises MiniloraError when the files are
-    missing or damaged, or when the `tokenizers` package is.
-    """
-    whole, vocab, merges = (
-        Path(folder) / name for name in ("tokenizer.json", "vocab.json", "merges.txt")
-    )
-    if not whole.exists() and not (vocab.exists() and merges.exists()):
-        if vocab_size == ByteTokenizer.vocab_size:
-            return ByteTokenizer()
-        raise MiniloraError(
-            f"{folder} has {vocab_size} tokens but no tokenizer; expected tokenizer.json, "
-            "or vocab.json and merges.txt"
-        )
+@contextmanager
+def contained(what: str) -> Iterator[None]:
+    """What the `tokenizers` package raises, its panics too, as a MiniloraError that begins so."""
     try:
-        import tokenizers
-    except ImportError as error:
-        raise MiniloraError(
-            f"reading the tokenizer in {folder} needs the tokenizers package: "
-            'pip install "minilora[hf]"'
-        ) from error
-    try:
-        if whole.exists():
-            tokenizer = tokenizers.Tokenizer.from_file(str(whole))
-        else:
-            model = tokenizers.models.BPE.from_file(str(vocab), str(merges))
-            tokenizer = tokenizers.Tokenizer(model)
-            tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-            tokenizer.decoder = tokenizers.decoders.ByteLevel()
-            if tokenizer.token_to_id(END_OF_TEXT) is not None:
-                tokenizer.add_special_tokens([END_OF_TEXT])
-    except Exception as error:  # the package raises nothing more specific
-        files = whole if whole.exists() else f"{vocab} and {merges}"
-        raise MiniloraError(f"cannot read a tokenizer from {files}: {error}") from error
-    return BPETokenizer(tokenizer, vocab_size)
+        yield
+    except BaseException as error:  # a panic is no Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+            raise
+        raise MiniloraError(f"{what}: {shown(str(error))}") from None

@@ -16,7 +16,7 @@ import numpy as np
 
 from minilora.backend import Array, to_host
 from minilora.errors import MiniloraError
-from minilora.formats.files import field, make_folder, read_json, write_json
+from minilora.formats.files import field, make_folder, read_json, shown, write_json
 from minilora.formats.tensors import (
     Entry,
     Shape,
@@ -25,7 +25,6 @@ from minilora.formats.tensors import (
     read_index,
     read_parts,
     read_weight,
-    shown,
     write_tensors,
 )
 from minilora.gpt2 import GPTConfig

@@ -22,7 +22,7 @@ import numpy as np
 from minilora.adapters import TARGETS, LoRAConfig, adapter_tree, adapters, weight_of
 from minilora.backend import Array, to_host
 from minilora.errors import MiniloraError
-from minilora.formats.files import field, make_folder, read_json, write_json
+from minilora.formats.files import field, make_folder, read_json, shown, write_json
 from minilora.formats.gpt2 import PREFIX, tensor_table
 from minilora.formats.tensors import (
     Shape,
@@ -30,7 +30,6 @@ from minilora.formats.tensors import (
     listed,
     read_header,
     read_weight,
-    shown,
     write_tensors,
 )
 from minilora.gpt2 import GPTConfig

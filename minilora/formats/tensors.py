@@ -19,7 +19,7 @@ import numpy as np
 
 from minilora.backend import Array, to_host
 from minilora.errors import MiniloraError
-from minilora.formats.files import check_file, read_json, replacing
+from minilora.formats.files import check_file, read_json, replacing, shown
 
 Shape = tuple[int, ...]
 
@@ -71,7 +71,9 @@ def read_header(path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
     except SafetensorError as error:
-        raise MiniloraError(f"{path} is no safetensors file, or a damaged one: {error}") from None
+        raise MiniloraError(
+            f"{path} is no safetensors file, or a damaged one: {shown(str(error))}"
+        ) from None
     except OSError as error:
         raise MiniloraError(f"{path} cannot be read: {error.strerror or error}") from error
     header.pop("__metadata__", None)
@@ -119,7 +121,9 @@ def read_array(entry: Entry) -> Array:
     Raises MiniloraError for a dtype that NumPy lacks (eight bits and less).
     """
     if entry.dtype not in DTYPES:
-        raise MiniloraError(f"{entry.path}: {entry.name} is of the unsupported dtype {entry.dtype}")
+        raise MiniloraError(
+            f"{entry.path}: {shown(entry.name)} is of the unsupported dtype {shown(entry.dtype)}"
+        )
     return _read(entry, 0, math.prod(entry.shape)).reshape(entry.shape)
 
 
@@ -138,7 +142,8 @@ def read_parts(entry: Entry, dtype: Any) -> Iterator[tuple[slice, Array]]:
     """
     if entry.dtype not in FLOATS:
         raise MiniloraError(
-            f"{entry.path}: {entry.name} is of dtype {entry.dtype}, expected {', '.join(FLOATS)}"
+            f"{entry.path}: {shown(entry.name)} is of dtype {shown(entry.dtype)}, "
+            f"expected {', '.join(FLOATS)}"
         )
     size = math.prod(entry.shape)
     for start in range(0, size, PART):
@@ -146,7 +151,9 @@ def read_parts(entry: Entry, dtype: Any) -> Iterator[tuple[slice, Array]]:
         with np.errstate(over="ignore"):
             numbers = _read(entry, start, part.stop - start).astype(dtype, copy=False)
         if not np.isfinite(numbers).all():
-            raise MiniloraError(f"{entry.path}: {entry.name} holds numbers that are not finite")
+            raise MiniloraError(
+                f"{entry.path}: {shown(entry.name)} holds numbers that are not finite"
+            )
         yield part, numbers
 
 
@@ -181,11 +188,6 @@ def check_shapes(problem: str, found: Mapping[str, Shape], expected: Mapping[str
     lists = [f"{kind}: {listed(names)}" for kind, names in kinds.items() if names]
     if lists:
         raise MiniloraError(f"{problem}; {'; '.join(lists)}")
-
-
-def shown(name: str) -> str:
-    """A name from a file as a message shows it: quoted where it holds line ends and the like."""
-    return name if name.isprintable() else repr(name)
 
 
 def listed(names: Sequence[str]) -> str:
