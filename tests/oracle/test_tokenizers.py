@@ -16,7 +16,7 @@ from minilora.formats.tokenizer_json import KNOWN
 pytestmark = pytest.mark.oracle
 
 TEXT = (
-    "the cat sat on the mat, 2024 times; I'll say it's naïve.\n\n\t def f(x):\n    return 日本語 🙂"
+    "the cat sat on the mat, 2024 times; I'll say it's naïve.\n\n\t def f(x):\n    return 日本 🙂"
 )
 ADDED = ["<|user|>", "<|bot|>", "[PAD]", "</s>", "the cat", "<new>"]
 PIECES = ["<|endoftext|>", *ADDED, " <|user|> ", "<|user", "THE", "  ", "'ll", "é", "\ud800", "\0"]
@@ -79,15 +79,13 @@ def lists(folder):
 
 
 def limits(folder):
-    """What an ordinary call with truncation and padding leaves in tokenizer.json."""
-    tokenizer = saved(folder)
-    tokenizer.pad_token = "<|user|>"
-    tokenizer(["a", TEXT], truncation=True, max_length=8, padding="max_length")
-    tokenizer.save_pretrained(folder)
-    document = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    if document["truncation"] is None:  # newer versions take it off again
-        truncation = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst"}
-        edit_json(folder, "tokenizer.json", truncation=truncation | {"stride": 0})
+    """What ordinary calls with truncation and padding leave in tokenizer.json."""
+    saved(folder)
+    cut = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    pad = {"strategy": {"Fixed": 9}, "direction": "Left", "pad_to_multiple_of": None}
+    pad |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"}
+    edit_json(folder, "tokenizer.json", truncation=cut, padding=pad)
+    edit_json(folder, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
 
 
 def split_by(pattern):
@@ -199,10 +197,9 @@ def test_a_text_ends_where_that_of_transformers_does(tmp_path, config, generatio
     stated = [value for value in (config, generation) if value not in (None, "absent")]
     ends = {end for value in stated for end in (value if isinstance(value, list) else [value])}
     assert ours.tokenizer.ends == ends
-    # What one file says and the other does not ends a text here, too.
-    option = (
-        {} if stated and generation in ("absent", stated[0]) else {"eos_token_id": sorted(ends)}
-    )
+    option = {"eos_token_id": sorted(ends)}  # what only one file says ends a text here, too
+    if stated and generation in ("absent", config):
+        option = {}
     lengths = set()
     for start in range(12):
         prompt = torch.tensor([[start]])
