@@ -73,7 +73,7 @@ class Model(Net):
         weights = [1.0] * len(folders) if weights is None else list(weights)
         check_weights(len(folders), weights)
         dtype = self.base["wte"].dtype
-        parts = [load_adapter(folder, self.config, dtype=dtype) for folder in folders]
+        parts = [load_adapter(f, self.config, dtype=dtype, base=self.base) for f in folders]
         lora, lora_config = parts[0] if weights == [1.0] else mix(parts, weights)
         return self.with_adapter(to_device(lora, self.device), lora_config)
 
@@ -109,11 +109,10 @@ def load_model(
     not belong together, and for a model that cannot be fetched.
     """
     from minilora.formats import load_base
-    from minilora.formats.hub import fetch_base, is_hub_id
+    from minilora.formats.hub import check_folder, fetch_base, is_hub_id
 
-    folder, hub_id = BUILT_IN if base is None else Path(base), None
-    if base is not None and is_hub_id(base):
-        folder, hub_id = fetch_base(str(base)), str(base)
+    hub_id = str(base) if base is not None and is_hub_id(base) else None
+    folder = fetch_base(hub_id) if hub_id else check_folder(BUILT_IN if base is None else base)
     weights, config = load_base(folder, dtype=dtype)
     tokenizer = load_tokenizer(folder, config.vocab_size)
     model = Model(weights, config, tokenizer=tokenizer, folder=folder, hub_id=hub_id)

@@ -167,14 +167,13 @@ def merge_command(args: argparse.Namespace) -> int:
     from minilora.formats import save_base
     from minilora.lora import unmerge
     from minilora.model import load_model
-    from minilora.training.runs import BASE_WEIGHTS, claim_folder, copy_tokenizer
+    from minilora.training.runs import BASE_WEIGHTS, claim_folder
 
     device = chosen_device(args)
     claim_folder(args.out, resume=False)
     model = chosen_model(args).on(device)
     before = probe_logits(model)
-    save_base(args.out, model.merged().base, model.config, dtype=args.dtype)
-    copy_tokenizer(model.folder, args.out)
+    save_base(args.out, model.merged().base, model.config, dtype=args.dtype, like=model.folder)
     saved = load_model(args.out).on(device)
     restored = unmerge(saved.base, model.lora, model.lora_config)
     figures = {

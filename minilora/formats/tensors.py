@@ -88,7 +88,8 @@ def read_index(path: str | Path) -> dict[str, Entry]:
     """What the files that an index (`model.safetensors.index.json`) names hold together, by name.
 
     Raises MiniloraError for an index without its map from names to files beside it, for a file that
-    is missing or damaged, and unless each array lies in the one file that the index says.
+    is missing or damaged, and unless each array that it names lies in that file alone. What
+    else the files hold counts too, as in transformers.
     """
     path = Path(path)
     weight_map = read_json(path).get("weight_map")
@@ -103,7 +104,7 @@ def read_index(path: str | Path) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     for file in sorted(set(weight_map.values())):
         for name, entry in read_header(path.parent / file)[0].items():
-            if weight_map.get(name) != file:
+            if weight_map.get(name, file) != file or name in entries:
                 raise MiniloraError(
                     f"{entry.path} holds {shown(name)}, which weight_map in {path} "
                     f"places in {reprlib.repr(weight_map.get(name))}"
@@ -155,6 +156,14 @@ def read_parts(entry: Entry, dtype: Any) -> Iterator[tuple[slice, Array]]:
                 f"{entry.path}: {shown(entry.name)} holds numbers that are not finite"
             )
         yield part, numbers
+
+
+def is_equal(entry: Entry, array: Array) -> bool:
+    """Whether an entry is equal to an array on the host, in the array's dtype."""
+    numbers = array.reshape(-1)
+    return entry.shape == array.shape and all(
+        np.array_equal(part, numbers[where]) for where, part in read_parts(entry, array.dtype)
+    )
 
 
 def _read(entry: Entry, start: int, count: int) -> Array:

@@ -22,11 +22,6 @@ from minilora.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, contained
 WHOLE, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 SETTINGS, SPECIAL, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 CONFIG, GENERATION = "config.json", "generation_config.json"
-# What a base's folder has beside its configuration and its weights.
-COMPANIONS = (
-    *(WHOLE, VOCAB, MERGES, SETTINGS, SPECIAL, ADDED),
-    *(GENERATION, "chat_template.jinja", "chat_template.json"),
-)
 
 END_OF_TEXT = "<|endoftext|>"  # the token that GPT-2 puts between documents
 GPT2 = "GPT2Tokenizer"

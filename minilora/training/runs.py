@@ -20,7 +20,7 @@ from minilora.adapters import LoRAConfig, lora_init
 from minilora.data import Corpus
 from minilora.errors import MiniloraError
 from minilora.formats import save_adapter, save_base
-from minilora.formats.files import read_json, write_bytes, write_json
+from minilora.formats.files import read_json, write_json
 from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.model import Model
 from minilora.tokenizer import ByteTokenizer
@@ -32,14 +32,6 @@ from minilora.tree import Tree
 RECORD = "training.json"
 ADAPTER_WEIGHTS, BASE_WEIGHTS = "adapter_model.safetensors", "model.safetensors"
 RESULT = {"lora": ("adapter_config.json", ADAPTER_WEIGHTS), "full": ("config.json", BASE_WEIGHTS)}
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 
 
 @dataclass(frozen=True)
@@ -114,8 +106,7 @@ def adapt_in_folder(
         if adapted.lora is not None:
             save_adapter(folder, adapted.lora, lora_config, model.config, base_name=model.base_name)
         else:
-            save_base(folder, adapted.base, model.config, dtype=dtype)
-            copy_tokenizer(model.folder, folder)
+            save_base(folder, adapted.base, model.config, dtype=dtype, like=model.folder)
         weights = folder / RESULT[settings.method][-1]
         figures = _figures(model.base, trained, weights.stat().st_size, ranks)
         record = {
@@ -173,13 +164,6 @@ def _fresh(model: Model, lora_config: LoRAConfig, settings: TrainConfig) -> Mode
 def _with_trained(model: Model, settings: TrainConfig, params: Tree) -> Model:
     trained = {"lora" if settings.method == "lora" else "base": params}
     return dataclasses.replace(model, **trained)
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy whatever tokenizer files a base's folder has to another."""
-    for name in TOKENIZER_FILES:
-        if (source / name).exists():
-            write_bytes(target / name, (source / name).read_bytes())
 
 
 def _finished_run(folder: Path, record: dict[str, Any], fingerprint: Mapping[str, Any]) -> Run:

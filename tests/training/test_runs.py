@@ -25,7 +25,6 @@ from minilora.training.runs import (
     adapt,
     adapt_in_folder,
     claim_folder,
-    copy_tokenizer,
     pretrain_in_folder,
 )
 
@@ -332,14 +331,3 @@ def test_the_record_is_one_json_object_with_the_figures(tmp_path, model):
     assert record["figures"] == finished.figures
     assert record["settings"]["targets"] == ["qkv", "down"]
     assert [step for step, _ in record["history"]["train"]] == [1, 2, 3, 4]
-
-
-def test_tokenizer_files_are_copied_and_nothing_else(tmp_path):
-    source, target = tmp_path / "source", tmp_path / "target"
-    source.mkdir()
-    target.mkdir()
-    for name in ("vocab.json", "merges.txt", "README.md"):
-        (source / name).write_bytes(name.encode())
-    copy_tokenizer(source, target)
-    assert names(target) == ["merges.txt", "vocab.json"]
-    assert (target / "vocab.json").read_bytes() == b"vocab.json"
