@@ -142,6 +142,6 @@ def contained(what: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:  # a panic is no Exception
-        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError, MiniloraError)):
             raise
         raise MiniloraError(f"{what}: {shown(str(error))}") from None

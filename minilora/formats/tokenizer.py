@@ -78,6 +78,8 @@ def load_tokenizer(folder: str | Path, vocab_size: int) -> Tokenizer:
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(document))
         tokenizer.encode_special_tokens = bool(settings.get("split_special_tokens"))
         _add_tokens(tokenizer, added, settings, folder)
+        own = [(token["id"], token) for token in document.get("added_tokens") or []]
+        _check_ids(tokenizer, [*own, *added.items()], folder)
         if stated is not None:
             content = _token(stated, folder / SETTINGS)["content"]
             ends = [tokenizer.token_to_id(content), *ends]
@@ -238,7 +240,7 @@ def _token(value: Any, path: Path) -> Token:
 def _add_tokens(
     tokenizer: Any, added: Mapping[int, Token], settings: Mapping[str, Any], folder: Path
 ) -> None:
-    """Add the tokens that a tokenizer lacks; MiniloraError if one gets another id than stated."""
+    """Add the tokens that a tokenizer lacks, in transformers' order."""
     import tokenizers
 
     there = tokenizer.get_added_tokens_decoder().values()
@@ -255,7 +257,11 @@ def _add_tokens(
             contents.add(made.content)
     wanted += [tokenizers.AddedToken(**t) for t in special if t["content"] not in contents]
     tokenizer.add_tokens(wanted)
-    for number, token in added.items():
+
+
+def _check_ids(tokenizer: Any, stated: Iterable[tuple[int, Token]], folder: Path) -> None:
+    """Raise MiniloraError if an added token has another id than the files say."""
+    for number, token in stated:
         content = token["content"]
         if content and tokenizer.token_to_id(content) != number:
             raise MiniloraError(

@@ -20,21 +20,21 @@ from minilora.formats.files import shown
 # The parts of a file, the name under which a Sequence holds a list of them, and the types that are
 # read. Precompiled is left out: the package trusts its table, and no GPT has one.
 SEQUENCE = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
-TYPES: dict[str, set[str]] = {
-    "normalizer": {
+TYPES: dict[str, tuple[str, ...]] = {
+    "normalizer": (
         *("Sequence", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Lowercase", "StripAccents", "Strip"),
         *("Prepend", "Replace", "BertNormalizer", "ByteLevel"),
-    },
-    "pre_tokenizer": {
+    ),
+    "pre_tokenizer": (
         *("Sequence", "ByteLevel", "BertPreTokenizer", "Whitespace", "WhitespaceSplit", "Digits"),
         *("Punctuation", "Metaspace", "CharDelimiterSplit", "UnicodeScripts", "FixedLength"),
         "Split",
-    },
-    "decoder": {
+    ),
+    "decoder": (
         *("Sequence", "ByteLevel", "WordPiece", "BPEDecoder", "Metaspace", "ByteFallback", "Fuse"),
         *("Strip", "Replace", "CTC"),
-    },
-    "model": {"BPE", "WordPiece", "WordLevel", "Unigram"},
+    ),
+    "model": ("BPE", "WordPiece", "WordLevel", "Unigram"),
 }
 MAX_ID = 2**31 - 1  # of int32
 MAX_PARTS, MAX_GROWTH, MAX_AFFIX, MAX_WORD = 100, 16, 100, 1000
@@ -131,12 +131,24 @@ def _check_model(model: Any, path: Path) -> None:
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):
         if len(str(model.get(name) or "")) > MAX_AFFIX:
             raise MiniloraError(f"{path}: {name} is longer than {MAX_AFFIX} characters")
+    prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
+    if prefix and isinstance(merges, list) and not all(_continues(m, prefix) for m in merges):
+        raise MiniloraError(
+            f"{path}: merges are of tokens that do not begin with continuing_subword_prefix, "
+            f"{shown(str(prefix))!r}"
+        )
     longest = model.get("max_input_chars_per_word", 0)
     if type(longest) is not int or longest > MAX_WORD:
         raise MiniloraError(
             f"{path}: max_input_chars_per_word is {reprlib.repr(longest)}, "
             f"expected a whole number of at most {MAX_WORD}"
         )
+
+
+def _continues(merge: Any, prefix: Any) -> bool:
+    """Whether the second token of a merge begins with the prefix, which the package cuts off."""
+    pair = merge.split(" ") if isinstance(merge, str) else merge
+    return isinstance(pair, list) and str(pair[-1:][0] if pair else "").startswith(str(prefix))
 
 
 # --- regular expressions -----------------------------------------------------------------------
