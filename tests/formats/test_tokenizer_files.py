@@ -204,7 +204,7 @@ def older(folder):
     write(folder, "vocab.json", VOCAB)
     (folder / "merges.txt").write_text("#version: 0.2\nh e\nl l\nhe ll\n", encoding="utf-8")
     write(folder, "special_tokens_map.json", {"eos_token": "<|user|>"})
-    write(folder, "added_tokens.json", {"<|user|>": SIZE - 2})
+    write(folder, "added_tokens.json", {"<|user|>": SIZE - 2, "<|bot|>": SIZE - 1})
     return folder
 
 
@@ -251,6 +251,7 @@ def test_a_byte_level_base_ends_where_its_configuration_says(tmp_path):
 def test_the_older_files_are_read(tmp_path):
     tokenizer = use(older(tmp_path))
     assert tokenizer.encode("hell<|user|>").tolist() == [VOCAB["hell"], SIZE - 2]
+    assert tokenizer.encode("<|bot|>").tolist() == [SIZE - 1]
     assert tokenizer.ends == {SIZE - 2}
 
 
