@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -88,11 +89,19 @@ def matches(pattern: str, path: str) -> bool:
     Raises MiniloraError for a pattern that is not a regular expression.
     """
     try:
-        return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", path) is not None
+        return compiled(rf"(?:.*\.)?(?:{pattern})").fullmatch(path) is not None
     except (re.error, OverflowError, RecursionError) as error:
         raise MiniloraError(
             f"the pattern {pattern!r} is not a regular expression: {error}"
         ) from None
+
+
+@functools.lru_cache(maxsize=1024)
+def compiled(pattern: str) -> re.Pattern[str]:
+    """A regular expression, without a warning of what a later Python might make of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return re.compile(pattern)
 
 
 def lora_paths(n_layer: int) -> list[str]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minilora.backend import Array, namespace, to_device
-from minilora.data import check_ids, windows
+from minilora.backend import Array, check_ids, namespace, to_device
+from minilora.data import windows
 from minilora.errors import MiniloraError
 from minilora.loss import head_loss_forward
 from minilora.network import Net, trunk_forward

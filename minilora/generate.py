@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minilora.backend import Array, namespace, to_host
-from minilora.data import check_ids
+from minilora.backend import Array, check_ids, namespace, to_host
 from minilora.errors import MiniloraError
 from minilora.network import Net, trunk_forward
 from minilora.ops import attend_forward, causal_mask, head_forward, merged_heads, split_heads

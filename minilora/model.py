@@ -16,13 +16,15 @@ import numpy as np
 from minilora import lora as lora_math
 from minilora.adapters import LoRAConfig
 from minilora.backend import Half, namespace, to_device, to_device_in_half, to_host
-from minilora.data import Tokenizer, load_text, load_tokenizer
+from minilora.data import load_text
 from minilora.errors import MiniloraError
 from minilora.evaluation import Evaluation, evaluate_tokens
+from minilora.formats.tokenizer import load_tokenizer
 from minilora.generate import generate
 from minilora.mix import check_weights, mix
 from minilora.network import Net, net_logits
 from minilora.texts import Source
+from minilora.tokenizer import Tokenizer
 from minilora.tree import Tree
 
 BUILT_IN = Path(__file__).parent / "base"
@@ -72,7 +74,7 @@ class Model(Net):
         weights = [1.0] * len(folders) if weights is None else list(weights)
         check_weights(len(folders), weights)
         dtype = self.base["wte"].dtype
-        parts = [load_adapter(folder, self.config, dtype=dtype) for folder in folders]
+        parts = [load_adapter(f, self.config, dtype=dtype, base=self.base) for f in folders]
         lora, lora_config = parts[0] if weights == [1.0] else mix(parts, weights)
         return self.with_adapter(to_device(lora, self.device), lora_config)
 
@@ -108,11 +110,10 @@ def load_model(
     not belong together, and for a model that cannot be fetched.
     """
     from minilora.formats import load_base
-    from minilora.formats.hub import fetch_base, is_hub_id
+    from minilora.formats.hub import check_folder, fetch_base, is_hub_id
 
-    folder, hub_id = BUILT_IN if base is None else Path(base), None
-    if base is not None and is_hub_id(base):
-        folder, hub_id = fetch_base(str(base)), str(base)
+    hub_id = str(base) if base is not None and is_hub_id(base) else None
+    folder = fetch_base(hub_id) if hub_id else check_folder(BUILT_IN if base is None else base)
     weights, config = load_base(folder, dtype=dtype)
     tokenizer = load_tokenizer(folder, config.vocab_size)
     model = Model(weights, config, tokenizer=tokenizer, folder=folder, hub_id=hub_id)
@@ -145,7 +146,7 @@ def complete(
 ) -> Iterator[int]:
     """The token ids that continue a prompt, as they are drawn; `generate` says what it raises.
 
-    Ends before `max_tokens` at the vocabulary's end-of-text token, where it has one.
+    Ends before `max_tokens` at a token that ends a text, where the base's files name one.
     `model.tokenizer.stream` turns ids into text as they come, `model.tokenizer.decode` at once.
     """
     drawn = generate(
@@ -157,4 +158,4 @@ def complete(
         top_p=top_p,
         seed=seed,
     )
-    return itertools.takewhile(lambda token: token != model.tokenizer.end_of_text, drawn)
+    return itertools.takewhile(lambda token: token not in model.tokenizer.ends, drawn)

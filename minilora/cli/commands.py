@@ -98,8 +98,9 @@ def matches_qkv_part(path: str) -> bool:
 
 
 def pretrain_command(args: argparse.Namespace) -> int:
-    from minilora.data import ByteTokenizer, load_corpus
+    from minilora.data import load_corpus
     from minilora.gpt2 import GPTConfig
+    from minilora.tokenizer import ByteTokenizer
     from minilora.training.ranks import find_ranks
     from minilora.training.runs import pretrain_in_folder
 
@@ -191,14 +192,14 @@ def merge_command(args: argparse.Namespace) -> int:
     from minilora.formats.output import new_folder
     from minilora.lora import unmerge
     from minilora.model import load_model
-    from minilora.training.runs import BASE_WEIGHTS, tokenizer_files
+    from minilora.training.runs import BASE_WEIGHTS
 
     device = chosen_device(args)
     with new_folder(args.out) as write:
         model = chosen_model(args).on(device)
         before = probe_logits(model)
-        merged = base_files(model.merged().base, model.config, dtype=args.dtype)
-        write(tokenizer_files(model.folder) | merged)
+        merged = model.merged().base
+        write(base_files(merged, model.config, dtype=args.dtype, like=model.folder))
         saved = load_model(args.out).on(device)
         restored = unmerge(saved.base, model.lora, model.lora_config)
         figures = {

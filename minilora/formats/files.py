@@ -23,6 +23,7 @@ Content: TypeAlias = "Sequence[bytes | memoryview]"
 """What a file is to hold, in pieces: nothing is left to go wrong but the writing itself."""
 
 TEMPORARY = re.compile(r"\.minilora-[0-9a-f]{16}\.tmp")
+LIMIT = 100_000_000  # bytes of a file that is read whole, as safetensors has it for its header
 
 
 # --- writing -----------------------------------------------------------------------------------
@@ -176,23 +177,52 @@ def check_file(path: str | Path) -> Path:
     raise MiniloraError(f"{path} {problem}")
 
 
+def is_there(path: Path) -> bool:
+    """Whether a folder has an entry of that name, be it a link to nothing."""
+    return os.path.lexists(path)
+
+
+def read_file(path: str | Path) -> bytes:
+    """The bytes of a plain file; MiniloraError for any other, and for one above LIMIT."""
+    path = check_file(path)
+    try:
+        with path.open("rb") as file:
+            data = file.read(min(os.fstat(file.fileno()).st_size, LIMIT) + 1)
+    except OSError as error:
+        raise MiniloraError(f"{path} cannot be read: {error.strerror or error}") from error
+    if len(data) > LIMIT:
+        raise MiniloraError(f"{path} is larger than {LIMIT:,} bytes, the most that is read")
+    return data
+
+
+def read_text(path: str | Path, what: str = "text") -> str:
+    """The UTF-8 text of a file; errors as in `read_file`, and for another encoding."""
+    try:
+        return read_file(path).decode("utf-8")
+    except UnicodeDecodeError:
+        raise MiniloraError(f"{path} is not UTF-8 text, expected {what}") from None
+
+
 def read_json(path: str | Path) -> dict[str, Any]:
     """The JSON object in a file.
 
-    Raises MiniloraError if the file is missing, not UTF-8, not JSON, or no object.
+    Raises MiniloraError as `read_file` does, and if the file is not UTF-8, not JSON, or no object.
     """
-    path = check_file(path)
+    text = read_text(path, "JSON")
     try:
-        document = json.loads(path.read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise MiniloraError(f"{path} cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError:
-        raise MiniloraError(f"{path} is not UTF-8 text, expected JSON") from None
+        document = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise MiniloraError(f"{path} is not JSON: {error}") from None
     if not isinstance(document, dict):
         raise MiniloraError(f'{path} holds no JSON object: expected {{ "name": value, … }}')
     return document
+
+
+def shown(text: str, length: int = 200) -> str:
+    """A text from a file as a message shows it: quoted where it has line ends and the like, cut."""
+    start = text[:length]
+    start = start if start.isprintable() else repr(start)
+    return start if len(text) <= length else f"{start}… ({len(text):,} characters)"
 
 
 def field(

@@ -6,6 +6,7 @@ its linear weights (in, out), as we do, so nothing is transposed here.
 
 from __future__ import annotations
 
+import json
 import re
 import reprlib
 from collections.abc import Mapping
@@ -16,16 +17,24 @@ import numpy as np
 
 from minilora.backend import Array, to_host
 from minilora.errors import MiniloraError
-from minilora.formats.files import Content, field, json_bytes, read_json, write_folder
+from minilora.formats.companions import companions
+from minilora.formats.files import (
+    Content,
+    field,
+    is_there,
+    json_bytes,
+    read_json,
+    shown,
+    write_folder,
+)
 from minilora.formats.tensors import (
     Entry,
     Shape,
     check_shapes,
+    is_equal,
     read_header,
     read_index,
-    read_parts,
     read_weight,
-    shown,
     tensor_parts,
 )
 from minilora.gpt2 import GPTConfig
@@ -39,7 +48,7 @@ PREFIX, HEAD = "transformer.", "lm_head.weight"
 # what transformers takes when the field is missing.
 REQUIRED: dict[str, tuple[Any, ...]] = {
     "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
@@ -102,6 +111,8 @@ def load_base(folder: str | Path, *, dtype: Any = np.float32) -> tuple[Tree, GPT
     weights, entries = _read_entries(folder)
     tied = field(document, "tie_word_embeddings", bool, True, where=folder / CONFIG)
     tied_head = entries.pop(HEAD, None) if tied else None
+    if tied_head is not None:  # safetensors' save_model keeps one of two names of a table
+        entries.setdefault("wte.weight", tied_head)
     if not tied and HEAD not in entries:
         raise MiniloraError(f"{weights}: tie_word_embeddings is false, but there is no {HEAD}")
 
@@ -126,7 +137,8 @@ def load_base(folder: str | Path, *, dtype: Any = np.float32) -> tuple[Tree, GPT
 def _read_entries(folder: Path) -> tuple[Path, dict[str, Entry]]:
     """The file that says what a base holds, and that by name, without prefix and masks."""
     weights = folder / WEIGHTS
-    if weights.exists() or not (folder / INDEX).exists():
+    if is_there(weights) or not is_there(folder / INDEX):
+        refuse_pickled(weights, "AutoModelForCausalLM")
         found = read_header(weights)[0]
     else:
         weights = folder / INDEX
@@ -139,6 +151,18 @@ def _read_entries(folder: Path) -> tuple[Path, dict[str, Entry]]:
         if not MASK.fullmatch(short):
             entries[short] = entry
     return weights, entries
+
+
+def refuse_pickled(weights: Path, reader: str) -> None:
+    """Say how to convert weights that are there in PyTorch's own format alone."""
+    pickled = "pytorch_model.bin" if weights.name == WEIGHTS else weights.with_suffix(".bin").name
+    found = sorted(path.name for path in weights.parent.glob(f"{pickled}*"))
+    if found and not is_there(weights):
+        raise MiniloraError(
+            f"{weights} does not exist, and {found[0]} beside it can hold code, so that it is not "
+            f"read; transformers' {reader}.from_pretrained(FOLDER).save_pretrained(FOLDER) "
+            f"writes {weights.name}"
+        )
 
 
 def read_config(document: Mapping[str, Any], path: Path) -> GPTConfig:
@@ -169,10 +193,7 @@ def read_config(document: Mapping[str, Any], path: Path) -> GPTConfig:
 
 def _check_tied(head: Entry, wte: Array) -> None:
     """Refuse a file whose two tables differ although its configuration says that they are one."""
-    table = wte.reshape(-1)
-    if head.shape != wte.shape or not all(
-        np.array_equal(numbers, table[part]) for part, numbers in read_parts(head, wte.dtype)
-    ):
+    if not is_equal(head, wte):
         raise MiniloraError(
             f"{head.path}: {HEAD} differs from wte.weight, but {CONFIG} says that they are tied; "
             "expected tie_word_embeddings false for a head of its own"
@@ -183,18 +204,33 @@ def _check_tied(head: Entry, wte: Array) -> None:
 
 
 def save_base(
-    folder: str | Path, base: Tree, config: GPTConfig, *, dtype: Any = np.float32
+    folder: str | Path,
+    base: Tree,
+    config: GPTConfig,
+    *,
+    dtype: Any = np.float32,
+    like: str | Path | None = None,
 ) -> None:
     """Write a base as a folder that transformers opens as GPT2LMHeadModel, in `dtype`.
 
-    Only config.json and model.safetensors are replaced, both or neither; other files stay. Raises
-    MiniloraError for a weight that `dtype` cannot hold and where the system refuses to write.
+    `like` is the folder of the base that it was made from: all that its config.json says and that
+    still holds, and its tokenizer's and generation's files, are carried over. Only files of the
+    names written are replaced, all or none. Raises MiniloraError for a weight that `dtype` cannot
+    hold, a `like` of other sizes, and where the system refuses to read or write.
     """
-    write_folder(folder, base_files(base, config, dtype=dtype))
+    write_folder(folder, base_files(base, config, dtype=dtype, like=like))
 
 
-def base_files(base: Tree, config: GPTConfig, *, dtype: Any = np.float32) -> dict[str, Content]:
+def base_files(
+    base: Tree,
+    config: GPTConfig,
+    *,
+    dtype: Any = np.float32,
+    like: str | Path | None = None,
+) -> dict[str, Content]:
     """The files that `save_base` writes, by name, the configuration last."""
+    carried = {} if like is None else companions(Path(like))
+    document = _config_document(config, tied="head" not in base, like=like)
     weights, tied = flatten(to_host(base)), "head" not in base
     tensors = {}
     for name, (path, _) in tensor_table(config, tied=tied).items():
@@ -206,25 +242,47 @@ def base_files(base: Tree, config: GPTConfig, *, dtype: Any = np.float32) -> dic
                 f"{path} holds numbers that are not finite in {np.dtype(dtype)}; nothing was saved"
             )
     return {
+        **{name: [data] for name, data in carried.items()},
         WEIGHTS: tensor_parts(tensors, {"format": "pt"}),
-        CONFIG: [json_bytes(_config_document(config, tied=tied))],
+        CONFIG: [json_bytes(document)],
     }
 
 
-def _config_document(config: GPTConfig, *, tied: bool) -> dict[str, Any]:
-    """The fields of transformers' GPT2Config that say what `gpt` computes."""
-    # GPT-2's own vocabulary ends in its one special token; no other vocabulary has one here.
-    special = 50256 if config.vocab_size == 50257 else None
+def _config_document(
+    config: GPTConfig, *, tied: bool, like: str | Path | None = None
+) -> dict[str, Any]:
+    """The fields of the config.json in `like`, but for those that describe the new weights.
+
+    Where there is none, the fields of transformers' GPT2Config that say what `gpt` computes.
+    """
+    path = None if like is None else Path(like) / CONFIG
+    if path is None or not is_there(path):
+        return _fresh_document(config, tied=tied)
+    document = read_json(path)
+    if read_config(document, path) != config:
+        raise MiniloraError(f"{path} describes a base of other sizes than the one to save")
+    try:
+        json.dumps(document, allow_nan=False)
+    except ValueError:
+        raise MiniloraError(f"{path} holds a number that is not finite") from None
+    document.pop("torch_dtype", None)  # the older name of dtype
+    if document.get("tie_word_embeddings", True) != tied:
+        document["tie_word_embeddings"] = tied
+    new = _fresh_document(config, tied=tied)
+    return document | {name: new[name] for name in ("architectures", "dtype", "model_type")}
+
+
+def _fresh_document(config: GPTConfig, *, tied: bool) -> dict[str, Any]:
     return {
         "activation_function": "gelu_new",
         "add_cross_attention": False,
         "architectures": ["GPT2LMHeadModel"],
         "attn_pdrop": 0.0,
-        "bos_token_id": special,
+        "bos_token_id": None,
         # What transformers computes in; the file may be in float16 to be small.
         "dtype": "float32",
         "embd_pdrop": 0.0,
-        "eos_token_id": special,
+        "eos_token_id": None,
         "layer_norm_epsilon": config.layer_norm_epsilon,
         "model_type": "gpt2",
         "n_ctx": config.n_positions,

@@ -6,19 +6,39 @@ import re
 from pathlib import Path
 
 from minilora.errors import MiniloraError
+from minilora.formats.companions import COMPANIONS
+from minilora.formats.files import is_there, shown
 from minilora.formats.gpt2 import CONFIG, INDEX
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 FILES = (
     *(CONFIG, "model*.safetensors", INDEX),
-    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
+    *COMPANIONS,
 )
 TIMEOUT = 5.0  # seconds
 
 
 def is_hub_id(base: str | Path) -> bool:
-    """Whether a base is named as the hub names models, `owner/model`, and is no folder here."""
-    return isinstance(base, str) and HUB_ID.fullmatch(base) is not None and not Path(base).exists()
+    """Whether a base is named as the hub names models, `owner/model`, and is no path here.
+
+    Where there is a folder `owner`, it is that folder's entry `model`, mistyped or not.
+    """
+    return (
+        isinstance(base, str)
+        and HUB_ID.fullmatch(base) is not None
+        and not is_there(Path(base).parent)
+    )
+
+
+def check_folder(base: str | Path) -> Path:
+    """The folder of a base; MiniloraError, which tells of the hub's names, where it is none."""
+    folder = Path(base)
+    if not folder.is_dir():
+        raise MiniloraError(
+            f"{shown(str(folder / CONFIG))} does not exist; expected a base's folder, or the name "
+            "of a model on the hub with its owner, such as openai-community/gpt2"
+        )
+    return folder
 
 
 def fetch_base(name: str) -> Path:

@@ -19,18 +19,19 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from minilora.adapters import TARGETS, LoRAConfig, adapter_tree, adapters, weight_of
+from minilora.adapters import TARGETS, LoRAConfig, adapter_tree, adapters, compiled, weight_of
 from minilora.backend import Array, to_host
 from minilora.errors import MiniloraError
-from minilora.formats.files import Content, field, json_bytes, read_json, write_folder
-from minilora.formats.gpt2 import PREFIX, tensor_table
+from minilora.formats.files import Content, field, json_bytes, read_json, shown, write_folder
+from minilora.formats.gpt2 import PREFIX, refuse_pickled, tensor_table
 from minilora.formats.tensors import (
+    Entry,
     Shape,
     check_shapes,
+    is_equal,
     listed,
     read_header,
     read_weight,
-    shown,
     tensor_parts,
 )
 from minilora.gpt2 import GPTConfig
@@ -245,18 +246,23 @@ UNDERSTOOD = {
     *("init_lora_weights", "eva_config", "corda_config", "lora_ga_config", "loftq_config"),
     *("megatron_core", "qalora_group_size"),  # PEFT writes their defaults
 }
+# The adapter's name in a key, where a program saved the model's own state.
+DEFAULT = re.compile(r"(\.lora_(?:embedding_)?[AB])\.default(?=\.|$)")
+# Copies of tables that PEFT saves with an adapter, for one when tokens were added.
+COPIES = {f"{KEY_PREFIX}{PREFIX}wte.weight": "wte", f"{KEY_PREFIX}lm_head.weight": "head"}
 # Starts of A and B that leave the base's weights as they are. The others (PiSSA, OLoRA, …) train
 # against a changed base, which PEFT computes anew when it loads them.
 PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
 
 
 def load_adapter(
-    folder: str | Path, config: GPTConfig, *, dtype: Any = np.float32
+    folder: str | Path, config: GPTConfig, *, dtype: Any = np.float32, base: Tree | None = None
 ) -> tuple[Tree, LoRAConfig]:
     """The adapter tree and its configuration from a folder that PEFT or `save_adapter` wrote.
 
     Every array is of `dtype`. The configuration names each module's rank and α by its exact LoRA
-    path. Raises MiniloraError for a missing or damaged file, for what minilora does not compute
+    path. Copies of the embedding and the head, which PEFT can save along, must equal those of
+    `base`. Raises MiniloraError for a missing or damaged file, for what minilora does not compute
     (naming the field), and for tensors that are missing, left over or of another shape than the
     base's and the configuration's (listing them with both shapes).
     """
@@ -270,7 +276,8 @@ def load_adapter(
         )
     document = read_json(path)
     _refuse_unknown(document, path)
-    entries, _ = read_header(folder / WEIGHTS)
+    refuse_pickled(folder / WEIGHTS, "AutoPeftModelForCausalLM")
+    entries = _without_copies(_read_entries(folder / WEIGHTS), base)
     modules = modules_of(config)
     adapted = _targets(document, modules, path)
     if adapted is None:
@@ -279,7 +286,9 @@ def load_adapter(
     rank = field(document, "r", int, 8, where=path)
     alpha = field(document, "lora_alpha", float, 8.0, where=path)
     dropout = field(document, "lora_dropout", float, 0.0, where=path)
-    rslora = field(document, "use_rslora", bool, False, where=path)
+    rslora = document.get("use_rslora") is not None and field(
+        document, "use_rslora", bool, False, where=path
+    )
     ranks = _resolve(document, "rank_pattern", int, adapted, rank, path)
     alphas = _resolve(document, "alpha_pattern", float, adapted, alpha, path)
     check_shapes(
@@ -313,6 +322,30 @@ def load_adapter(
                 read_weight(entries[key], dtype).T
             )
     return adapter_tree(flat, config.n_layer), lora_config
+
+
+def _read_entries(path: Path) -> dict[str, Entry]:
+    """What a file holds, by PEFT's names; some programs leave the adapter's, `default`, in them."""
+    found, _ = read_header(path)
+    entries = {DEFAULT.sub(r"\1", name): entry for name, entry in found.items()}
+    if len(entries) < len(found):
+        raise MiniloraError(f"{path} holds an adapter twice, once as the one called default")
+    return entries
+
+
+def _without_copies(entries: Mapping[str, Entry], base: Tree | None) -> dict[str, Entry]:
+    """The entries but for copies of the base's tables; MiniloraError for one that is changed."""
+    tables = {} if base is None else {"wte": base["wte"], "head": base.get("head", base["wte"])}
+    rest = dict(entries)
+    for name, table in COPIES.items():
+        entry = rest.pop(name, None)
+        if entry is not None and not (table in tables and is_equal(entry, to_host(tables[table]))):
+            known = "differs from the base's" if tables else "can be compared with no base"
+            raise MiniloraError(
+                f"{entry.path} holds {name}, which {known}; minilora loads an adapter only with "
+                "the tables of its base as they were"
+            )
+    return rest
 
 
 def _refuse_unknown(document: Mapping[str, Any], path: Path) -> None:
@@ -427,7 +460,7 @@ def _resolve(
 
 def _compile(pattern: str, name: str, path: Path) -> re.Pattern[str]:
     try:
-        return re.compile(pattern)
+        return compiled(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         raise MiniloraError(
             f"{path}: {name} holds {reprlib.repr(pattern)}, no regular expression: {error}"

@@ -19,7 +19,7 @@ import numpy as np
 
 from minilora.backend import Array, to_host
 from minilora.errors import MiniloraError
-from minilora.formats.files import check_file, read_json, write_files
+from minilora.formats.files import check_file, read_json, shown, write_files
 
 Shape = tuple[int, ...]
 
@@ -73,7 +73,9 @@ def read_header(path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
     except SafetensorError as error:
-        raise MiniloraError(f"{path} is no safetensors file, or a damaged one: {error}") from None
+        raise MiniloraError(
+            f"{path} is no safetensors file, or a damaged one: {shown(str(error))}"
+        ) from None
     except OSError as error:
         raise MiniloraError(f"{path} cannot be read: {error.strerror or error}") from error
     header.pop("__metadata__", None)
@@ -88,7 +90,8 @@ def read_index(path: str | Path) -> dict[str, Entry]:
     """What the files that an index (`model.safetensors.index.json`) names hold together, by name.
 
     Raises MiniloraError for an index without its map from names to files beside it, for a file that
-    is missing or damaged, and unless each array lies in the one file that the index says.
+    is missing or damaged, and unless each array that it names lies in that file alone. What
+    else the files hold counts too, as in transformers.
     """
     path = Path(path)
     weight_map = read_json(path).get("weight_map")
@@ -103,7 +106,7 @@ def read_index(path: str | Path) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     for file in sorted(set(weight_map.values())):
         for name, entry in read_header(path.parent / file)[0].items():
-            if weight_map.get(name) != file:
+            if weight_map.get(name, file) != file or name in entries:
                 raise MiniloraError(
                     f"{entry.path} holds {shown(name)}, which weight_map in {path} "
                     f"places in {reprlib.repr(weight_map.get(name))}"
@@ -121,7 +124,9 @@ def read_array(entry: Entry) -> Array:
     Raises MiniloraError for a dtype that NumPy lacks (eight bits and less).
     """
     if entry.dtype not in DTYPES:
-        raise MiniloraError(f"{entry.path}: {entry.name} is of the unsupported dtype {entry.dtype}")
+        raise MiniloraError(
+            f"{entry.path}: {shown(entry.name)} is of the unsupported dtype {shown(entry.dtype)}"
+        )
     return _read(entry, 0, math.prod(entry.shape)).reshape(entry.shape)
 
 
@@ -140,7 +145,8 @@ def read_parts(entry: Entry, dtype: Any) -> Iterator[tuple[slice, Array]]:
     """
     if entry.dtype not in FLOATS:
         raise MiniloraError(
-            f"{entry.path}: {entry.name} is of dtype {entry.dtype}, expected {', '.join(FLOATS)}"
+            f"{entry.path}: {shown(entry.name)} is of dtype {shown(entry.dtype)}, "
+            f"expected {', '.join(FLOATS)}"
         )
     size = math.prod(entry.shape)
     for start in range(0, size, PART):
@@ -148,8 +154,18 @@ def read_parts(entry: Entry, dtype: Any) -> Iterator[tuple[slice, Array]]:
         with np.errstate(over="ignore"):
             numbers = _read(entry, start, part.stop - start).astype(dtype, copy=False)
         if not np.isfinite(numbers).all():
-            raise MiniloraError(f"{entry.path}: {entry.name} holds numbers that are not finite")
+            raise MiniloraError(
+                f"{entry.path}: {shown(entry.name)} holds numbers that are not finite"
+            )
         yield part, numbers
+
+
+def is_equal(entry: Entry, array: Array) -> bool:
+    """Whether an entry is equal to an array on the host, in the array's dtype."""
+    numbers = array.reshape(-1)
+    return entry.shape == array.shape and all(
+        np.array_equal(part, numbers[where]) for where, part in read_parts(entry, array.dtype)
+    )
 
 
 def _read(entry: Entry, start: int, count: int) -> Array:
@@ -183,11 +199,6 @@ def check_shapes(problem: str, found: Mapping[str, Shape], expected: Mapping[str
     lists = [f"{kind}: {listed(names)}" for kind, names in kinds.items() if names]
     if lists:
         raise MiniloraError(f"{problem}; {'; '.join(lists)}")
-
-
-def shown(name: str) -> str:
-    """A name from a file as a message shows it: quoted where it holds line ends and the like."""
-    return name if name.isprintable() else repr(name)
 
 
 def listed(names: Sequence[str]) -> str:

@@ -22,8 +22,8 @@ import numpy as np
 
 from minilora import tree
 from minilora.adapters import dropout_masks
-from minilora.backend import Array, Half, namespace, to_device, to_host
-from minilora.data import Corpus, check_ids, check_length, draw_batch
+from minilora.backend import Array, Half, check_ids, namespace, to_device, to_host
+from minilora.data import Corpus, check_length, draw_batch
 from minilora.errors import MiniloraError
 from minilora.evaluation import held_out_batches, sum_nats
 from minilora.keep import Plan

@@ -21,11 +21,10 @@ import numpy as np
 
 from minilora import tree
 from minilora.adapters import LoRAConfig, lora_init
-from minilora.data import ByteTokenizer, Corpus
+from minilora.data import Corpus
 from minilora.errors import MiniloraError
+from minilora.formats.companions import companions
 from minilora.formats.files import (
-    Content,
-    check_file,
     errors_naming,
     json_bytes,
     read_json,
@@ -37,6 +36,7 @@ from minilora.formats.output import entries, held
 from minilora.formats.peft import adapter_files
 from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.model import Model
+from minilora.tokenizer import ByteTokenizer
 from minilora.training.checkpoint import (
     CHECKPOINT,
     History,
@@ -51,14 +51,6 @@ from minilora.tree import Tree
 RECORD = "training.json"
 ADAPTER_WEIGHTS, BASE_WEIGHTS = "adapter_model.safetensors", "model.safetensors"
 WEIGHTS = {"lora": ADAPTER_WEIGHTS, "full": BASE_WEIGHTS}
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 
 
 @dataclass(frozen=True)
@@ -129,7 +121,8 @@ def adapt_in_folder(
             fingerprint["dtype"] = np.dtype(dtype).name
         if resume and (run := ranks.of_first(lambda: _finished_run(folder, fingerprint))):
             return run
-        tokenizer = tokenizer_files(model.folder) if settings.method == "full" else {}
+        if settings.method == "full":
+            companions(model.folder)  # what cannot be carried over is refused before it trains
         trained = train(
             start, corpus, settings=settings, folder=folder, fingerprint=fingerprint,
             resume=resume, device=device, report=report, ranks=ranks,
@@ -137,11 +130,10 @@ def adapt_in_folder(
 
         def save() -> Run:
             adapted, config = _with_trained(start, settings, trained.params), model.config
-            files = tokenizer
             if adapted.lora_config is None:
-                files |= base_files(adapted.base, config, dtype=dtype)
+                files = base_files(adapted.base, config, dtype=dtype, like=model.folder)
             else:
-                files |= adapter_files(
+                files = adapter_files(
                     adapted.lora, adapted.lora_config, config, base_name=model.base_name
                 )
             _remove(folder, *files)  # a result that was damaged, or not finished
@@ -218,12 +210,6 @@ def _with_trained(model: Model, settings: TrainConfig, params: Tree) -> Model:
 
 
 # --- the folder --------------------------------------------------------------------------------
-
-
-def tokenizer_files(folder: Path) -> dict[str, Content]:
-    """The tokenizer files that a base's folder has, by name, to be written to another."""
-    found = [name for name in TOKENIZER_FILES if (folder / name).exists()]
-    return {name: [check_file(folder / name).read_bytes()] for name in found}
 
 
 def check_free(folder: Path, *, resume: bool) -> None:

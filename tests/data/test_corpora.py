@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora.data import (
-    ByteTokenizer,
     join_documents,
     load_corpus,
     load_text,
@@ -18,6 +17,7 @@ from minilora.data import (
 )
 from minilora.errors import MiniloraError
 from minilora.texts import Document, read_documents
+from minilora.tokenizer import ByteTokenizer
 
 BYTES = ByteTokenizer()
 DOCUMENTS = st.lists(st.text(min_size=1, max_size=60), min_size=1, max_size=8).map(

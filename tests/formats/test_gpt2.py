@@ -134,6 +134,37 @@ def test_only_the_named_files_are_replaced(folder):
     assert len(list(folder.iterdir())) == 3 and same(drawn(CONFIG, seed=5), load_base(folder)[0])
 
 
+def test_what_a_base_has_beside_its_weights_is_carried_over(folder, tmp_path):
+    fields = {"eos_token_id": [3, 4], "attn_pdrop": 0.1, "n_ctx": ..., "task": {"a": 1}}
+    edit_config(folder, **fields, torch_dtype="float16", architectures=["GPT2Model"])
+    carried = ("vocab.json", "added_tokens.json", "generation_config.json", "chat_template.jinja")
+    for name in (*carried, "README.md"):
+        (folder / name).write_bytes(name.encode())
+    before = json.loads((folder / "config.json").read_text())
+    save_base(tmp_path / "new", *load_base(folder), like=folder)
+    expected = {**before, "dtype": "float32", "architectures": ["GPT2LMHeadModel"]}
+    del expected["torch_dtype"]
+    assert json.loads((tmp_path / "new" / "config.json").read_text()) == expected
+    written = {path.name for path in (tmp_path / "new").iterdir()}
+    assert written == {*carried, "config.json", "model.safetensors"}
+    for name in carried:
+        assert (tmp_path / "new" / name).read_bytes() == name.encode()
+
+
+def test_a_companion_that_is_no_file_leaves_nothing_half_written(folder, tmp_path):
+    (folder / "chat_template.jinja").mkdir()
+    with pytest.raises(MiniloraError, match=r"chat_template\.jinja is not a file"):
+        save_base(tmp_path / "new", *load_base(folder), like=folder)
+    (folder / "chat_template.jinja").rmdir()
+    edit_config(folder, embd_pdrop=float("nan"))
+    with pytest.raises(MiniloraError, match=r"config\.json holds a number that is not finite"):
+        save_base(tmp_path / "new", *load_base(folder), like=folder)
+    edit_config(folder, embd_pdrop=0.1, layer_norm_epsilon=0.5)
+    with pytest.raises(MiniloraError, match=r"config\.json describes a base of other sizes"):
+        save_base(tmp_path / "new", drawn(CONFIG), CONFIG, like=folder)
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
 @pytest.mark.parametrize("head", [False, True], ids=["tied", "with head"])
 def test_loading_takes_little_more_memory_than_the_weights(tmp_path, monkeypatch, dtype, head):
@@ -211,7 +242,7 @@ NAME = "transformer.h.0.attn.c_attn.weight"
             for file in ("..", "", "a\\b.safetensors", "a\0.safetensors", "x.bin", 3, None)
         ],
         ({NAME: "other.safetensors"}, r"other\.safetensors does not exist"),
-        ({NAME: SHARD}, "which weight_map in .* places in"),
+        ({NAME: SHARD}, r"index\.json does not hold .* missing: wte\.weight"),
     ],
 )
 def test_an_index_that_is_refused(folder, weight_map, message):
@@ -232,7 +263,14 @@ def test_files_that_do_not_fit_their_index(folder):
     with pytest.raises(MiniloraError, match=r"index\.json names more, which its files do not hold"):
         load_base(folder)
     name = next(name for name, file in good.items() if file == SHARD)
+    index(good | {name: next(file for file in good.values() if file != SHARD)})
+    with pytest.raises(MiniloraError, match=f"holds {name}, which weight_map in .* places in 'mod"):
+        load_base(folder)
     index({other: file for other, file in good.items() if other != name})
+    assert same(drawn(CONFIG), load_base(folder)[0])  # as in transformers
+    tensors, metadata = read_tensors(folder / SHARD)
+    other = folder / "model-00003-of-00003.safetensors"
+    write_tensors(other, read_tensors(other)[0] | {name: tensors[name]}, metadata)
     with pytest.raises(MiniloraError, match=f"holds {name}, which weight_map in .* places in None"):
         load_base(folder)
     index(good)
@@ -286,8 +324,25 @@ def test_a_head_of_its_own(folder, tmp_path):
     assert "lm_head.weight" in tensors and len(tensors) == 5 + 12 * CONFIG.n_layer
 
 
+def test_a_tied_base_that_has_its_head_alone(folder):
+    """As safetensors' save_model writes it: one name of two for the same table."""
+    edit_tensors(folder, lambda t: t.update({"lm_head.weight": t.pop("transformer.wte.weight")}))
+    assert same(drawn(CONFIG), load_base(folder)[0])
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json"])
+def test_weights_that_can_hold_code_are_not_read_and_it_is_said_how_to_convert_them(folder, name):
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(b"")
+    message = rf"model\.safetensors does not exist, and {name} .*AutoModelForCausalLM"
+    with pytest.raises(MiniloraError, match=message):
+        load_base(folder)
+
+
 def test_fields_that_change_nothing_and_other_names_of_sizes(folder):
     edit_config(folder, reorder_and_upcast_attn=True, activation_function="gelu_pytorch_tanh")
+    assert load_base(folder)[1] == CONFIG
+    edit_config(folder, activation_function="gelu_fast")
     edit_config(folder, attn_pdrop=0.1, task_specific_params={"a": 1}, architectures=["GPT2Model"])
     assert load_base(folder)[1] == CONFIG
     edit_config(folder, n_head=..., num_attention_heads=3, n_embd=..., hidden_size=6)

@@ -49,6 +49,20 @@ def test_a_folder_of_that_name_wins(folder, monkeypatch):
         load_model(NAME)
 
 
+def test_a_mistyped_entry_of_a_folder_that_is_there_never_reaches_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    assert not is_hub_id("runs/mybase") and is_hub_id("nobody/mybase")
+    with pytest.raises(MiniloraError, match=r"runs.mybase.config\.json does not exist; expected"):
+        load_model("runs/mybase")
+
+
+def test_a_name_without_an_owner_says_how_the_hub_names_models(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MiniloraError, match=r"gpt2.config\.json .* openai-community/gpt2"):
+        load_model("gpt2")
+
+
 def test_huggingface_hub_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(MiniloraError, match=r"someone/tiny-gpt2 is no folder .*minilora\[hf\]"):

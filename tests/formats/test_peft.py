@@ -524,3 +524,73 @@ def test_named_adapters_are_listed(adapter):
         load_adapter(folder, CONFIG)
     assert str(caught.value).endswith(f"them: {adapter}, {folder / 'b'}")
     assert load_adapter(adapter, CONFIG)[1].rank == 2
+
+
+# --- what other programs leave in the file -----------------------------------------------------
+
+TABLES = ("base_model.model.transformer.wte.weight", "base_model.model.lm_head.weight")
+
+
+def test_equal_copies_of_the_tables_are_accepted_and_others_refused_by_name(adapter):
+    base = gpt_init(CONFIG, seed=4)
+    plain, _ = load_adapter(adapter, CONFIG)
+    edit_tensors(adapter, lambda t: t.update(dict.fromkeys(TABLES, base["wte"])))
+    found, _ = load_adapter(adapter, CONFIG, base=base)
+    assert {p: x.tobytes() for p, x in flatten(found).items()} == {
+        p: x.tobytes() for p, x in flatten(plain).items()
+    }
+    with pytest.raises(MiniloraError, match="wte.weight, which can be compared with no base"):
+        load_adapter(adapter, CONFIG)
+    head = {**base, "head": base["wte"] + 1}
+    with pytest.raises(MiniloraError, match=r"lm_head\.weight, which differs from the base's"):
+        load_adapter(adapter, CONFIG, base=head)
+    for change in (lambda x: x + np.eye(*x.shape, dtype=x.dtype), lambda x: x[:-1], lambda x: x.T):
+        edit_tensors(adapter, lambda t, c=change: t.update({TABLES[0]: c(base["wte"])}))
+        with pytest.raises(MiniloraError, match=r"wte\.weight, which differs from the base's"):
+            load_adapter(adapter, CONFIG, base=base)
+
+
+def test_keys_that_kept_the_adapters_name_and_an_absent_rslora(adapter):
+    before = flatten(load_adapter(adapter, CONFIG)[0])
+    tensors, _ = read_tensors(adapter / WEIGHTS)
+    named = {re.sub(r"(lora_(embedding_)?[AB])", r"\1.default", n): x for n, x in tensors.items()}
+    assert not named.keys() & tensors.keys()
+    write_tensors(adapter / WEIGHTS, named)
+    edit(adapter, use_rslora=None)
+    after, lora_config = load_adapter(adapter, CONFIG)
+    assert not lora_config.rslora
+    assert all(np.array_equal(x, before[path]) for path, x in flatten(after).items())
+    write_tensors(adapter / WEIGHTS, named | tensors)
+    with pytest.raises(MiniloraError, match="holds an adapter twice"):
+        load_adapter(adapter, CONFIG)
+
+
+def test_a_pickled_adapter_is_not_read_and_it_is_said_how_to_convert_it(adapter):
+    (adapter / WEIGHTS).rename(adapter / "adapter_model.bin")
+    with pytest.raises(MiniloraError, match=r"adapter_model\.bin .*AutoPeftModelForCausalLM"):
+        load_adapter(adapter, CONFIG)
+
+
+def test_names_and_dtypes_from_a_file_reach_a_message_short_and_printable(adapter):
+    escape = "\x1b]0;owned\x07\x1b[2J"
+    data = (adapter / WEIGHTS).read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    body = data[8 + int.from_bytes(data[:8], "little") :]
+    header[next(name for name in header if "lora" in name)]["dtype"] = escape
+    text = json.dumps(header).encode()
+    (adapter / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + body)
+    with pytest.raises(MiniloraError) as caught:
+        load_adapter(adapter, CONFIG)
+    assert str(caught.value).isprintable()
+    write_tensors(adapter / WEIGHTS, {"x" * 10**6: np.ones(1), escape: np.ones(1)})
+    with pytest.raises(MiniloraError, match="left over") as caught:
+        load_adapter(adapter, CONFIG)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 2000
+
+
+def test_a_pattern_that_python_warns_of_is_read_without_a_word(adapter, recwarn):
+    edit(adapter, alpha_pattern={"[[a]": 3})
+    load_adapter(adapter, CONFIG)
+    with pytest.raises(MiniloraError, match="no weight matches the target"):
+        adapted_paths(LoRAConfig(targets=("[[a]x",)), 1)
+    assert not recwarn.list

@@ -8,10 +8,11 @@ import pytest
 import strict_cupy
 
 from minilora.backend import load_cupy
-from minilora.data import ByteTokenizer, Corpus
+from minilora.data import Corpus
 from minilora.errors import MiniloraError
 from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.model import Model
+from minilora.tokenizer import ByteTokenizer
 
 CONFIG = GPTConfig(vocab_size=256, n_positions=32, n_embd=16, n_layer=2, n_head=2)
 

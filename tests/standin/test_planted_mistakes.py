@@ -27,7 +27,7 @@ import minilora
 from minilora import kernels, model, ops, optim, tree
 from minilora.adapters import LoRAConfig, lora_init
 from minilora.backend import load_cupy, to_device, to_device_in_half, to_host
-from minilora.data import ByteTokenizer, Corpus
+from minilora.data import Corpus
 from minilora.evaluation import evaluate_tokens
 from minilora.formats import load_adapter
 from minilora.gpt2 import GPTConfig, gpt_init
@@ -38,6 +38,7 @@ from minilora.model import Model, complete
 from minilora.network import loss_and_grads
 from minilora.ops import normalise_forward
 from minilora.pairs import PAIRS, tiny_model
+from minilora.tokenizer import ByteTokenizer
 from minilora.training import loop
 from minilora.training.loop import TrainConfig
 from minilora.training.runs import adapt, adapt_in_folder

@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 import minilora
 from minilora import tree
 from minilora.adapters import LoRAConfig, lora_init
-from minilora.data import ByteTokenizer, Corpus
+from minilora.data import Corpus
 from minilora.errors import MiniloraError
 from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.model import Model
 from minilora.network import Net
+from minilora.tokenizer import ByteTokenizer
 from minilora.training.checkpoint import CHECKPOINT
 from minilora.training.loop import Interrupted, TrainConfig, train
 from minilora.training.ranks import LAUNCHERS, Ranks, as_one, check_alone, find_ranks, launched

@@ -11,13 +11,13 @@ from helpers import Killed, killed_at
 
 from minilora import tree
 from minilora.adapters import LoRAConfig
-from minilora.data import ByteTokenizer, Corpus
+from minilora.data import Corpus
 from minilora.errors import MiniloraError
 from minilora.formats import load_adapter, load_base, save_base
-from minilora.formats.files import write_folder
 from minilora.formats.output import LOCK
 from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.model import Model
+from minilora.tokenizer import ByteTokenizer
 from minilora.training.checkpoint import CHECKPOINT, checksum
 from minilora.training.loop import TrainConfig
 from minilora.training.runs import (
@@ -28,7 +28,6 @@ from minilora.training.runs import (
     adapt,
     adapt_in_folder,
     pretrain_in_folder,
-    tokenizer_files,
 )
 
 CONFIG = GPTConfig(vocab_size=256, n_positions=8, n_embd=8, n_layer=2, n_head=2)
@@ -392,14 +391,3 @@ def test_the_record_is_one_json_object_with_the_figures(tmp_path, model):
     assert record["figures"] == finished.figures
     assert record["settings"]["targets"] == ["qkv", "down"]
     assert [step for step, _ in record["history"]["train"]] == [1, 2, 3, 4]
-
-
-def test_tokenizer_files_are_copied_and_nothing_else(tmp_path):
-    source, target = tmp_path / "source", tmp_path / "target"
-    source.mkdir()
-    target.mkdir()
-    for name in ("vocab.json", "merges.txt", "README.md"):
-        (source / name).write_bytes(name.encode())
-    write_folder(target, tokenizer_files(source))
-    assert names(target) == ["merges.txt", "vocab.json"]
-    assert (target / "vocab.json").read_bytes() == b"vocab.json"

@@ -17,10 +17,10 @@ import pytest
 
 import minilora
 from minilora.adapters import LoRAConfig, lora_init
-from minilora.data import ByteTokenizer
 from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.lora import merge
 from minilora.model import Model
+from minilora.tokenizer import ByteTokenizer
 from minilora.tree import flatten, map_leaves
 
 ROOT = Path(__file__).parents[2]

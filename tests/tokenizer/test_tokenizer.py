@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora.data import ByteTokenizer, check_ids, load_tokenizer
 from minilora.errors import MiniloraError
+from minilora.formats.tokenizer import load_tokenizer
+from minilora.tokenizer import ByteTokenizer, check_ids
 
 TEXTS = ["", "plain", "naïve café", "日本語と🙂", "a\n\n  b\t\r\n", "I'll say it's 2024."]
 BYTES = ByteTokenizer()
@@ -157,11 +158,19 @@ def test_a_folder_without_tokenizer_is_an_error(tmp_path, files):
         load_tokenizer(tmp_path, 50257)
 
 
-@pytest.mark.parametrize("content", ["", "not json", '{"model": {"type": "none"}}'])
-def test_a_damaged_tokenizer_file_is_named(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "tokenizer.json is not JSON"),
+        ("not json", "tokenizer.json is not JSON"),
+        ('{"model": {"type": "none"}}', "cannot read a tokenizer from .*tokenizer.json: model is"),
+        ('{"model": {"type": "BPE"}}', "cannot read a tokenizer from .*tokenizer.json"),
+    ],
+)
+def test_a_damaged_tokenizer_file_is_named(tmp_path, content, message):
     pytest.importorskip("tokenizers")
     (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
-    with pytest.raises(MiniloraError, match="cannot read a tokenizer from .*tokenizer.json"):
+    with pytest.raises(MiniloraError, match=message):
         load_tokenizer(tmp_path, 50257)
 
 

@@ -1,0 +1,139 @@
+"""Text to token ids and back: bytes, and what the `tokenizers` package knows."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from minilora.backend import check_ids
+from minilora.errors import MiniloraError
+from minilora.formats.files import shown
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back; ids are below `vocab_size`, the size of the base's vocabulary."""
+
+    vocab_size: int
+    end_of_text: int | None  # the token between documents, where there is one
+    ends: frozenset[int]  # the tokens that end a text
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids of a text, 1-D int32.
+
+        Raises MiniloraError for an id outside the vocabulary: the tokenizer is another model's.
+        """
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of every text; some tokenizers share the work among threads."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids; bytes that are not UTF-8 become U+FFFD.
+
+        Raises MiniloraError for an id outside the vocabulary.
+        """
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Text of token ids piece by piece as they come, never half a character.
+
+        The pieces put together are `decode` of all the ids.
+        """
+
+
+class ByteTokenizer:
+    """The 256 byte values as tokens: any text is its UTF-8 bytes, with nothing to learn or load."""
+
+    vocab_size = 256
+
+    def __init__(self, ends: Sequence[int] = ()) -> None:
+        self.end_of_text = ends[0] if ends else None
+        self.ends = frozenset(ends)
+
+    def encode(self, text: str) -> np.ndarray:
+        """The UTF-8 bytes of a text, 1-D int32."""
+        return np.frombuffer(text.encode("utf-8", "replace"), np.uint8).astype(np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of every text."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of bytes; those that are not UTF-8 become U+FFFD. Raises for an id above 255."""
+        values = np.fromiter(ids, np.int64)
+        check_ids(values, self.vocab_size)
+        return values.astype(np.uint8).tobytes().decode("utf-8", "replace")
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Text of bytes as they come; the bytes of an unfinished character wait for the rest."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for token in ids:
+            check_ids(np.array([token]), self.vocab_size)
+            if piece := decoder.decode(bytes([int(token)])):
+                yield piece
+        if rest := decoder.decode(b"", final=True):
+            yield rest
+
+
+class BPETokenizer:
+    """A tokenizer of the `tokenizers` package, such as GPT-2's byte-level byte-pair encoding.
+
+    The first of `ends` stands between documents, and any of them ends a text.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int, ends: Sequence[int], source: Path) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.end_of_text = ends[0] if ends else None
+        self.ends = frozenset(ends)
+        self.source = source
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids of a text, 1-D int32. Raises for an id that the base lacks."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of every text, on all cores."""
+        texts = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
+        with contained(f"the tokenizer in {self.source} cannot encode the text"):
+            encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            tokens = [np.array(encoding.ids, np.int64) for encoding in encodings]
+        for ids in tokens:
+            check_ids(ids, self.vocab_size)
+        return [ids.astype(np.int32) for ids in tokens]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids, special tokens included. Raises for an id that the base lacks."""
+        values = np.fromiter(ids, np.int64)
+        check_ids(values, self.vocab_size)
+        with contained(f"the tokenizer in {self.source} cannot decode the tokens"):
+            text: str = self.tokenizer.decode(values.tolist(), skip_special_tokens=False)
+        return text
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Text of token ids as they come; tokens that end within a character wait for the rest."""
+        before: list[int] = []  # some tokenizers decode a token by the one before it
+        new: list[int] = []
+        piece = ""
+        for token in ids:
+            new.append(int(token))
+            piece = self.decode(before + new)[len(self.decode(before)) :]
+            if piece and not piece.endswith("\ufffd"):
+                yield piece
+                before, new, piece = new, [], ""
+        if piece:
+            yield piece
+
+
+@contextmanager
+def contained(what: str) -> Iterator[None]:
+    """What the `tokenizers` package raises, its panics too, as a MiniloraError that begins so."""
+    try:
+        yield
+    except BaseException as error:  # a panic is no Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError, MiniloraError)):
+            raise
+        raise MiniloraError(f"{what}: {shown(str(error))}") from None
