@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from minilora.adapters import LoRAConfig, adapters
-from minilora.data import ByteTokenizer, Corpus, draw_batch
+from minilora.data import Corpus, draw_batch
 from minilora.formats import save_adapter, save_base
 from minilora.gpt2 import GPTConfig
 from minilora.model import load_model
 from minilora.optim import warmup_cosine
+from minilora.tokenizer import ByteTokenizer
 from minilora.training.loop import TrainConfig
 from minilora.training.runs import adapt_in_folder
 

@@ -10,11 +10,12 @@ import pytest
 
 from minilora import texts
 from minilora.adapters import LoRAConfig
-from minilora.data import ByteTokenizer, load_corpus, load_text
+from minilora.data import load_corpus, load_text
 from minilora.errors import MiniloraError
 from minilora.gpt2 import GPTConfig
 from minilora.model import BUILT_IN, load_model
 from minilora.texts import LeftOut, is_json_lines, read_documents, read_folder, summary
+from minilora.tokenizer import ByteTokenizer
 from minilora.training.loop import TrainConfig
 from minilora.training.runs import adapt_in_folder, pretrain_in_folder
 

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from minilora.adapters import LoRAConfig
-from minilora.data import ByteTokenizer, Corpus
+from minilora.data import Corpus
 from minilora.errors import MiniloraError
 from minilora.formats import save_base
 from minilora.formats.tensors import read_tensors, write_tensors
 from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.model import Model
+from minilora.tokenizer import ByteTokenizer
 from minilora.training import runs
 from minilora.training.checkpoint import CHECKPOINT
 from minilora.training.loop import TrainConfig

@@ -7,11 +7,12 @@ import pytest
 from helpers import assert_trees_equal, moved
 
 from minilora.adapters import LoRAConfig, lora_init
-from minilora.data import ByteTokenizer, Corpus
+from minilora.data import Corpus
 from minilora.errors import MiniloraError
 from minilora.formats import load_adapter, save_adapter, save_base
 from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.model import Model, load_model
+from minilora.tokenizer import ByteTokenizer
 from minilora.training.loop import TrainConfig, train
 from minilora.training.runs import adapt, adapt_in_folder
 from minilora.tree import flatten, map_leaves
