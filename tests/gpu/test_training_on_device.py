@@ -155,9 +155,11 @@ def state_on(place, model):
 def test_a_checkpoint_of_one_device_is_read_on_the_other(device, model, tmp_path, to_the_host):
     written_on, read_on = (device, "cpu") if to_the_host else ("cpu", device)
     state = state_on(written_on, model)
-    save_checkpoint(tmp_path, state, {"seed": 0})
+    save_checkpoint(tmp_path, state, {"seed": 0, "steps": 10})
     assert (tmp_path / CHECKPOINT).exists()
-    loaded = load_checkpoint(tmp_path, {"seed": 0}, state_on(read_on, model).params, read_on)
+    loaded = load_checkpoint(
+        tmp_path, {"seed": 0, "steps": 10}, state_on(read_on, model).params, read_on
+    )
     actual, expected = ([s.params, s.moments.m, s.moments.v] for s in (loaded, state))
     assert all((namespace(leaf) is np) == to_the_host for leaf in tree.flatten(actual).values())
     assert_trees_close(to_host(actual), to_host(expected), 0.0)
