@@ -29,7 +29,7 @@ def demo_command(args: argparse.Namespace) -> int:
     try:
         figures = demo(seed=args.seed, threads=args.threads, device=chosen_device(args))
     except Interrupted as stop:  # its folder is gone
-        raise KeyboardInterrupt(str(stop)) from None
+        raise KeyboardInterrupt(str(stop).partition(";")[0]) from None
     write_figures(args, figures)
     return 0
 

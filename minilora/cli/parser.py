@@ -75,9 +75,9 @@ def how_to_go_on(interrupt: KeyboardInterrupt, words: list[str]) -> str:
     if not isinstance(interrupt, Interrupted) or not interrupt.is_saved:
         return ""
     if ranks.launched()[1] > 1:
-        return "; its state is saved: start as many processes again with --resume to go on"
+        return ". To go on, start as many processes again with --resume"
     more = [] if "--resume" in words else ["--resume"]
-    return f"; its state is saved. To go on: {command_line(words[0], *more, *words[1:])}"
+    return f". To go on: {command_line(words[0], *more, *words[1:])}"
 
 
 # --- words in, words out -----------------------------------------------------------------------

@@ -139,7 +139,7 @@ class Interrupted(KeyboardInterrupt):
     """Training was stopped by Ctrl-C between two steps; `is_saved`: its state is in its folder."""
 
     def __init__(self, step: int, *, is_saved: bool) -> None:
-        super().__init__(f" at step {step}")
+        super().__init__(f" at step {step}{'; its state is saved' if is_saved else ''}")
         self.is_saved = is_saved
 
 

@@ -150,7 +150,7 @@ BAD_ADAPT = [
     ("--json .: expected a file name", "--json", "."),
     ("--plot missing/x.png: expected a file name", "--plot", "missing/x.png"),
     ("--plot losses.txt: expected a name that ends in .png", "--plot", "losses.txt"),
-    ("--base: missing is not a folder", "--base", "missing"),
+    ("--base: missing/config.json does not exist; expected a base's folder", "--base", "missing"),
     ("arguments: --ranks=2; did you mean --rank\\? minilora adapt --help lists", "--ranks=2"),
     ("--rank: expected one argument", "--rank"),
 ]

@@ -7,7 +7,7 @@ import pytest
 
 from minilora.cli import demo as demo_module
 from minilora.cli import main
-from minilora.data import Document
+from minilora.texts import Document
 
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 
@@ -30,7 +30,7 @@ def test_the_printed_command_gives_the_demonstration_s_adapter_bit_for_bit(
         documents = [
             Document(f"{i}.py", f"def f(x):\n    return x + {i}\n" * 20) for i in range(40)
         ]
-        monkeypatch.setattr("minilora.data.read_python", lambda: documents)
+        monkeypatch.setattr("minilora.texts.read_python", lambda: (documents, []))
         monkeypatch.setattr(demo_module, "STEPS", steps)
         monkeypatch.setattr(demo_module, "check_factors", lambda *_, **__: 0.0)  # takes seconds
     train = demo_module.adapt_in_folder

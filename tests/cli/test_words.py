@@ -1,12 +1,14 @@
 """The first words that a new user types: help in every form, hints, options named as typed."""
 
 import io
+import re
 import shlex
 
 import pytest
 
 from minilora import LoRAConfig, TrainConfig
 from minilora.cli import main
+from minilora.cli.commands import lora_options, settings_of
 from minilora.cli.parser import parser
 from minilora.cli.streams import Output, escaped, one_line
 from minilora.cli.table import COMMANDS, Option
@@ -151,17 +153,26 @@ def test_no_option_is_advised_that_a_command_does_not_have(cli, base, adapter, c
 
 def test_the_command_line_s_defaults_are_those_of_python():
     """What adapt trains with, given only data, is LoRAConfig() and TrainConfig()."""
-    found = vars(parser().parse_args(["adapt", "x.txt"]))
-    for config, by_itself in ((LoRAConfig(), ("alpha",)), (TrainConfig(), ("lr", "warmup"))):
-        for name, value in vars(config).items():
-            if name == "targets":
-                assert found[name].split(",") == list(value)
-            elif name in by_itself:
-                assert found[name] is None, name  # the same code makes it up
-            elif name in found:
-                assert found[name] in (value, [] if value == {} else value), name
+    args = parser().parse_args(["adapt", "x.txt"])
+    assert LoRAConfig(**lora_options(args)) == LoRAConfig()
+    assert settings_of(args, method=args.method) == TrainConfig()
     assert (LoRAConfig(rank=3).alpha, TrainConfig(steps=50).warmup) == (3, 5)
     assert (TrainConfig().lr, TrainConfig(method="full").lr) == (1e-2, 1e-3)
+
+
+@pytest.mark.parametrize("option", ["rank", "targets", "dropout", "lr", "warmup", "alpha"])
+def test_the_help_says_what_is_taken_where_an_option_is_not_given(capsys, option):
+    text = " ".join(printed(capsys, "adapt", "--help").split())
+    taken = {
+        "rank": "8", "targets": "qkv,o,up,down", "dropout": "0", "alpha": "rank",
+        "lr": "0.01 for lora, 0.001 for full", "warmup": "a tenth of the steps",
+    }  # fmt: skip
+    for name, value in vars(LoRAConfig()).items():
+        if name in ("rank", "targets", "dropout"):
+            shown = ",".join(value) if name == "targets" else f"{value:g}"
+            assert taken[name] == shown, name
+    (shown,) = re.findall(rf" --{option} [A-Z].*?\(default: (.*?)\)", text)
+    assert shown == taken[option]
 
 
 # --- what is printed -----------------------------------------------------------------------------
