@@ -44,8 +44,10 @@ def frozen(quick: bool) -> Table:
     """Train adapters of rank 2 on qkv of the built-in base, and compare every array with itself."""
     model = minilora.load_model()
     before = tree.flatten(tree.map_leaves(np.copy, model.base))
-    settings = minilora.TrainConfig(steps=2 if quick else 60, context=128, eval_tokens=4096)
-    lora_config = minilora.LoRAConfig(rank=2, alpha=2.0)
+    settings = minilora.TrainConfig(
+        steps=2 if quick else 60, context=128, lr=1e-3, warmup=20, eval_tokens=4096
+    )
+    lora_config = minilora.LoRAConfig(rank=2, targets=("qkv",))
     corpus = minilora.load_corpus("python", model.tokenizer)
     adapted, _ = minilora.adapt(model, corpus, lora_config, settings)
     start = tree.flatten(lora_init(model.base, lora_config, seed=settings.seed))
@@ -65,7 +67,7 @@ def training_step(
     workers: Workers, config: GPTConfig, *, method: str, batch: int, context: int
 ) -> Callable[[], None]:
     """A whole step, update and all, on random tokens: of a new base, or of new adapters on it."""
-    rng, lora_config = np.random.default_rng(0), minilora.LoRAConfig()
+    rng, lora_config = np.random.default_rng(0), minilora.LoRAConfig(targets=("qkv",))
     net, trained, plan = Net(gpt_init(config, seed=0), config), "base", Plan(base=True)
     if method == "LoRA":
         lora = lora_init(net.base, lora_config, seed=0)

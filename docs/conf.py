@@ -18,6 +18,7 @@ from typing import Any
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
+os.environ["TQDM_DISABLE"] = "1"  # a bar is no output of a tutorial
 sys.path[:0] = [str(DOCS / "_ext"), str(ROOT)]
 
 project = "minilora"

@@ -1,8 +1,9 @@
 """Low-rank adaptation of a GPT in plain NumPy, every gradient written by hand and checked.
 
     model = minilora.load_model()
-    corpus = minilora.load_corpus("python", model.tokenizer)
+    corpus = minilora.load_corpus("python", model.tokenizer)     # or corpus_from_text(text, …)
     adapted, trained = minilora.adapt(model, corpus, minilora.LoRAConfig(rank=2))
+    print(adapted.generate("def "))
 
 The mathematics is in `minilora.ops`, `loss`, `lora`, `gpt2`, `network` and `keep`: read them in
 this order.
@@ -11,7 +12,7 @@ this order.
 from typing import TYPE_CHECKING
 
 from minilora.adapters import LoRAConfig, lora_init
-from minilora.data import load_corpus
+from minilora.data import corpus_from_text, load_corpus
 from minilora.errors import MiniloraError
 from minilora.formats import load_adapter, load_base, save_adapter, save_base
 from minilora.gpt2 import GPTConfig
@@ -49,6 +50,7 @@ __all__ = [
     "TrainConfig",
     "adapt",
     "complete",
+    "corpus_from_text",
     "evaluate",
     "load_adapter",
     "load_base",

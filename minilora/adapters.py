@@ -16,12 +16,13 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 
 from minilora.backend import Array, namespace
 from minilora.errors import MiniloraError
+from minilora.settings import Settings
 from minilora.tree import Tree, flatten, unflatten
 
 ATTENTION_TARGETS = ("qkv", "q", "k", "v", "o")
@@ -33,8 +34,8 @@ TARGETS = (*ATTENTION_TARGETS, *MLP_TARGETS, "embedding")
 
 
 @dataclass(frozen=True)
-class LoRAConfig:
-    """Which weights are adapted, and how.
+class LoRAConfig(Settings):
+    """Which weights are adapted, and how; `alpha` is the rank unless given, so that s = 1.
 
     `targets` are names of TARGETS or regular expressions over LoRA paths; a pattern matches a
     whole path or its end after a dot, so `down` is every `mlp.down` and `0.attn.qkv` is one weight.
@@ -42,27 +43,38 @@ class LoRAConfig:
     replaces `rank` or `alpha`. `dropout` is the probability of dropping an entry of x.
     """
 
+    foreign: ClassVar[Mapping[str, str]] = {  # PEFT's names, and the paper's r
+        "r": "rank",
+        "lora_alpha": "alpha",
+        "target_modules": "targets",
+        "lora_dropout": "dropout",
+        "use_rslora": "rslora",
+    }
+
     rank: int = 8
-    alpha: float = 8.0
-    targets: tuple[str, ...] = ("qkv",)
+    alpha: float = None  # type: ignore[assignment]  # the rank: __post_init__
+    targets: tuple[str, ...] = ("qkv", "o", "up", "down")
     dropout: float = 0.0
     rslora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.targets, str):
             raise MiniloraError(f"targets is the text {self.targets!r}; expected a tuple of names")
         if not self.targets:
             raise MiniloraError(f"targets is empty; it names some of {', '.join(TARGETS)}")
-        for rank in (self.rank, *self.rank_pattern.values()):
-            if not isinstance(rank, int | np.integer) or rank < 1:
-                raise MiniloraError(f"rank {rank} is not a whole number of at least 1")
+        for name, rank in named(self.rank, self.rank_pattern, "rank"):
+            if not isinstance(rank, int) or rank < 1:
+                raise MiniloraError(f"{name} {rank} is not a whole number of at least 1")
             if rank >= 2**31:
-                raise MiniloraError(f"rank {rank} is too large; it is below 2^31")
-        for alpha in (self.alpha, *self.alpha_pattern.values()):
+                raise MiniloraError(f"{name} {rank} is too large; it is below 2^31")
+        if self.alpha is None:
+            object.__setattr__(self, "alpha", self.rank)
+        for name, alpha in named(self.alpha, self.alpha_pattern, "alpha"):
             if not (math.isfinite(alpha) and alpha > 0):
-                raise MiniloraError(f"alpha {alpha} is not a positive number")
+                raise MiniloraError(f"{name} {alpha} is not a positive number")
         if not 0.0 <= self.dropout < 1.0:
             raise MiniloraError(f"dropout {self.dropout} is not in [0, 1)")
         alpha = min((self.alpha, *self.alpha_pattern.values()))
@@ -81,6 +93,11 @@ class LoRAConfig:
         """s = α / R (Hu et al. 2021, §4.1), or α / √R for rsLoRA (Kalajdzievski 2023)."""
         rank = self.rank_of(path)
         return self.alpha_of(path) / (math.sqrt(rank) if self.rslora else rank)
+
+
+def named(value: Any, pattern: Mapping[str, Any], name: str) -> list[tuple[str, Any]]:
+    """A setting and those of its pattern, each with what a message calls it."""
+    return [(name, value), *((f"{name}_pattern {key!r}: {name}", v) for key, v in pattern.items())]
 
 
 def matches(pattern: str, path: str) -> bool:
@@ -120,12 +137,13 @@ def adapted_paths(config: LoRAConfig, n_layer: int) -> list[str]:
     for target in config.targets:
         if not any(matches(target, path) for path in paths):
             what = "unknown target" if target.isidentifier() else "no weight matches the target"
-            raise MiniloraError(f"{what} {target!r}; the targets are {', '.join(TARGETS)}")
+            raise MiniloraError(f"targets: {what} {target!r}; the targets are {', '.join(TARGETS)}")
     adapted = [path for path in paths if any(matches(t, path) for t in config.targets)]
-    for key in (*config.rank_pattern, *config.alpha_pattern):
+    patterns = {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
+    for name, key in ((name, key) for name, keys in patterns.items() for key in keys):
         if not any(matches(key, path) for path in adapted):
             raise MiniloraError(
-                f"the pattern {key!r} matches no adapted weight; these are {', '.join(adapted)}"
+                f"{name}: {key!r} matches no adapted weight; these are {', '.join(adapted)}"
             )
     return adapted
 
@@ -163,8 +181,9 @@ def lora_init(base: Tree, config: LoRAConfig, *, seed: int) -> Tree:
         weight, rank = weights[weight_path][:, columns], config.rank_of(path)
         n_in, n_out = weight.shape
         if rank > min(n_in, n_out):
+            name = "rank" if rank == config.rank else "rank_pattern: rank"
             raise MiniloraError(
-                f"rank {rank} is above the smaller side of {path}, a weight of {n_in} × {n_out}"
+                f"{name} {rank} is above the smaller side of {path}, a weight of {n_in} × {n_out}"
             )
         if path == "embedding":
             A, B = np.zeros((n_in, rank)), rng.normal(size=(rank, n_out))

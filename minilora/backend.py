@@ -76,7 +76,7 @@ def resolve_device(device: str) -> str:
     Raises MiniloraError for another name, or for `cuda` where it does not work.
     """
     if device not in DEVICES:
-        raise MiniloraError(f"unknown device {device!r}; it is one of {', '.join(DEVICES)}")
+        raise MiniloraError(f"device {device!r} is not one of {', '.join(DEVICES)}")
     if device == "cpu":
         return "cpu"
     try:

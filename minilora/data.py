@@ -56,6 +56,12 @@ class Corpus:
     name: str
     left_out: tuple[LeftOut, ...] = ()  # the files in folders that were not read
 
+    def __repr__(self) -> str:
+        return (
+            f"Corpus({self.name!r}: {len(self.train):,} tokens to train on, "
+            f"{len(self.held_out):,} held out)"
+        )
+
 
 def load_corpus(
     sources: Source | Sequence[Source], tokenizer: Tokenizer, *, held_out: float = 0.05
@@ -66,8 +72,7 @@ def load_corpus(
     chosen by a hash of their names, so that they are much the same on every machine.
     Raises MiniloraError for a bad source or a share outside [0, 1).
     """
-    if not 0 <= held_out < 1:
-        raise MiniloraError(f"held_out {held_out} is not in [0, 1)")
+    check_share(held_out)
     sources = as_list(sources)
     train: list[str] = []
     apart: list[str] = []
@@ -128,6 +133,28 @@ def name_hash(name: str) -> bytes:
     import hashlib  # brings a library of megabytes that nothing else here needs
 
     return hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
+
+
+def corpus_from_text(
+    text: str, tokenizer: Tokenizer, *, held_out: float = 0.05, name: str = "the text"
+) -> Corpus:
+    """A corpus of one text in memory; the last `held_out` of its characters are held out.
+
+    Raises MiniloraError for an empty text or a share outside [0, 1).
+    """
+    check_share(held_out)
+    if not text:
+        raise MiniloraError(f"{name} is empty; expected text")
+    train, apart = split_tails([Document(name, text)], held_out)
+    train_tokens, train_bytes = join_documents(train, tokenizer)
+    apart_tokens, apart_bytes = join_documents(apart, tokenizer)
+    return Corpus(train_tokens, apart_tokens, train_bytes, apart_bytes, 1, name)
+
+
+def check_share(held_out: float) -> None:
+    """Raise MiniloraError unless the share that is held out is in [0, 1)."""
+    if not 0 <= held_out < 1:
+        raise MiniloraError(f"held_out {held_out} is not in [0, 1)")
 
 
 class Text(NamedTuple):

@@ -8,12 +8,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from minilora import lora as lora_math
+from minilora import tree
 from minilora.adapters import LoRAConfig
 from minilora.backend import Half, namespace, to_device, to_device_in_half, to_host
 from minilora.data import load_text
@@ -30,7 +32,7 @@ from minilora.tree import Tree
 BUILT_IN = Path(__file__).parent / "base"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Model(Net):
     """A network with its tokenizer and the folder of its base.
 
@@ -40,6 +42,38 @@ class Model(Net):
     tokenizer: Tokenizer
     folder: Path
     hub_id: str | None = None
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{name:<10} {value}" for name, value in self._described().items())
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the lines of `repr` as a table."""
+        cells = (
+            f"<tr><th style='text-align: left'>{escape(name)}</th>"
+            f"<td style='text-align: left'>{escape(value)}</td></tr>"
+            for name, value in self._described().items()
+        )
+        return f"<table>{''.join(cells)}</table>"
+
+    def _described(self) -> dict[str, str]:
+        """What there is to know at a glance, by name."""
+        c, parameters = self.config, tree.count(self.base)
+        wte = self.base["wte"]
+        dtype = "float16" if isinstance(wte, Half) else str(wte.dtype)
+        described = {
+            "Model": f"{self.base_name}, {parameters:,} parameters, {dtype} on {self.device}",
+            "sizes": f"{c.n_layer} blocks of width {c.n_embd}, {c.n_head} heads, "
+            f"context {c.n_positions}",
+            "tokenizer": repr(self.tokenizer),
+            "adapter": "none",
+        }
+        if self.lora is not None and self.lora_config is not None:
+            lora, count = self.lora_config, tree.count(self.lora)
+            described["adapter"] = (
+                f"rank {lora.rank}, alpha {lora.alpha:g} on {', '.join(lora.targets)}: "
+                f"{count:,} parameters, {count / parameters:.2%} of the base's"
+            )
+        return described
 
     @property
     def is_built_in(self) -> bool:
@@ -73,6 +107,12 @@ class Model(Net):
 
         weights = [1.0] * len(folders) if weights is None else list(weights)
         check_weights(len(folders), weights)
+        for folder in folders:
+            if not Path(folder).is_dir():
+                raise MiniloraError(
+                    f"{folder} is not a folder; expected one with adapter_config.json and "
+                    "adapter_model.safetensors, as PEFT saves an adapter"
+                )
         dtype = self.base["wte"].dtype
         parts = [load_adapter(f, self.config, dtype=dtype, base=self.base) for f in folders]
         lora, lora_config = parts[0] if weights == [1.0] else mix(parts, weights)
@@ -94,6 +134,10 @@ class Model(Net):
         """
         base = to_device_in_half(self.base, device) if half else self.base
         return super(Model, replace(self, base=base)).on(device)
+
+    def generate(self, prompt: str, **options: Any) -> str:
+        """The text that continues a prompt; the options are those of `complete`."""
+        return self.tokenizer.decode(complete(self, prompt, **options))
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """Logits of every next token, (B, T) token ids -> (B, T, V), both on the host."""

@@ -8,7 +8,7 @@ table wte. Gradients come back as trees of the same structure.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 from minilora import gpt2, loss
@@ -29,9 +29,9 @@ INFERENCE, LORA = Plan(), Plan(lora=True)
 class Net:
     """A base with its sizes and perhaps adapters; MiniloraError where these lack `lora_config`."""
 
-    base: Tree
+    base: Tree = field(repr=False)
     config: gpt2.GPTConfig
-    lora: Tree | None = None
+    lora: Tree | None = field(default=None, repr=False)
     lora_config: LoRAConfig | None = None
 
     def __post_init__(self) -> None:

@@ -53,6 +53,9 @@ class ByteTokenizer:
         self.end_of_text = ends[0] if ends else None
         self.ends = frozenset(ends)
 
+    def __repr__(self) -> str:
+        return "ByteTokenizer(256 tokens, each a byte of UTF-8)"
+
     def encode(self, text: str) -> np.ndarray:
         """The UTF-8 bytes of a text, 1-D int32."""
         return np.frombuffer(text.encode("utf-8", "replace"), np.uint8).astype(np.int32)
@@ -90,6 +93,9 @@ class BPETokenizer:
         self.end_of_text = ends[0] if ends else None
         self.ends = frozenset(ends)
         self.source = source
+
+    def __repr__(self) -> str:
+        return f"BPETokenizer({self.vocab_size:,} tokens)"
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text, 1-D int32. Raises for an id that the base lacks."""

@@ -13,7 +13,7 @@ PACKAGE = Path(minilora.__path__[0])
 
 # The mathematics, layer upon layer.
 LAYERS = (
-    ("tree", "errors", "backend", "gradcheck"),
+    ("tree", "errors", "backend", "settings", "gradcheck"),
     ("fused", "kernels", "tiles"),
     ("ops", "loss", "optim"),
     ("adapters", "lora"),
@@ -28,13 +28,14 @@ ALLOWED = {
     "tree": set(),
     "gradcheck": set(),
     "backend": {"errors", "tree"},
+    "settings": set(),
     "fused": {"backend"},
     "kernels": {"backend"},
     "tiles": {"backend", "fused", "kernels"},
     "ops": {"backend", "tiles"},
     "loss": {"backend", "ops"},
     "optim": {"backend", "tree", "kernels"},
-    "adapters": {"errors", "backend", "tree"},
+    "adapters": {"errors", "backend", "tree", "settings"},
     "lora": {"errors", "backend", "tree", "ops", "adapters"},
     "keep": {"tree", "ops", "adapters", "lora"},
     "gpt2": {"errors", "backend", "tree", "ops", "adapters", "lora", "keep"},

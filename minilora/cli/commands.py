@@ -9,22 +9,27 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from minilora.errors import MiniloraError
 
-ADAPT_LR = {"lora": 5e-3, "full": 1e-3}
-ADAPT_LORA: dict[str, Any] = {"rank": 2, "targets": ("qkv", "o", "up", "down")}
-
 
 def demo_command(args: argparse.Namespace) -> int:
     from minilora.cli.demo import demo
+    from minilora.training.loop import Interrupted
 
-    figures = demo(seed=args.seed, threads=args.threads, device=chosen_device(args))
+    try:
+        figures = demo(seed=args.seed, threads=args.threads, device=chosen_device(args))
+    except Interrupted as stop:  # its folder is gone
+        raise KeyboardInterrupt(str(stop).partition(";")[0]) from None
     write_figures(args, figures)
     return 0
 
@@ -34,21 +39,20 @@ def adapt_command(args: argparse.Namespace) -> int:
 
     from minilora.adapters import LoRAConfig, adapted_paths
     from minilora.data import load_corpus
+    from minilora.formats.card import write_card
     from minilora.model import load_model
+    from minilora.training.progress import ProgressBar
     from minilora.training.ranks import find_ranks
     from minilora.training.runs import adapt_in_folder
 
+    check_run(args)
     ranks = find_ranks()
-    if args.lr is None:
-        args.lr = ADAPT_LR[args.method]
     if args.method == "full" and args.dropout:
         raise MiniloraError("--dropout acts on the input of adapters; --method full has none")
     if args.method == "full" and args.half:
         raise MiniloraError("--half is for a frozen base; --method full trains it")
     given = lora_options(args)
-    lora_config = LoRAConfig(
-        **{**ADAPT_LORA, "alpha": given.get("rank", ADAPT_LORA["rank"]), **given}
-    )
+    lora_config = LoRAConfig(**given)
     settings = settings_of(args, method=args.method)
     device = chosen_device(args)
     model = load_model(args.base)
@@ -61,13 +65,15 @@ def adapt_command(args: argparse.Namespace) -> int:
         model = model.on(device, half=True)
     corpus = load_corpus(args.data, model.tokenizer)
     print_left_out(corpus.left_out)
-    with progress_bar(args, "adapt") as report:
+    with ProgressBar(args.steps, "adapt") as report:
         run = adapt_in_folder(
             model, corpus, lora_config, settings, args.out,
             dtype=args.dtype, resume=args.resume, device=device, report=report, ranks=ranks,
         )  # fmt: skip
     if ranks.rank > 0:
         return 0  # the first tells
+    if args.method == "lora":
+        write_card(args.out, card_facts(lora_config, settings, run.figures))
     finish_training(args, run)
     if args.adapter:
         print(f"trained further from {args.adapter[0]}, with a fresh optimiser")
@@ -92,6 +98,14 @@ def lora_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
+def card_facts(lora_config: Any, settings: Any, figures: dict[str, Any]) -> dict[str, Any]:
+    """What the card of an adapter tells: nothing of the machine, so that a run repeats it."""
+    facts = {name: getattr(lora_config, name) for name in ("rank", "alpha", "targets", "dropout")}
+    facts |= {name: getattr(settings, name) for name in ("steps", "batch", "context", "lr", "seed")}
+    names = ("trainable_parameters", "base_parameters", "loss_before", "loss_after")
+    return facts | {name.replace("_", " "): figures[name] for name in names}
+
+
 def matches_qkv_part(path: str) -> bool:
     """Whether a LoRA path is q, k or v, which PEFT's layout knows only as parts of c_attn."""
     return path.rpartition(".")[2] in ("q", "k", "v")
@@ -101,20 +115,19 @@ def pretrain_command(args: argparse.Namespace) -> int:
     from minilora.data import load_corpus
     from minilora.gpt2 import GPTConfig
     from minilora.tokenizer import ByteTokenizer
+    from minilora.training.progress import ProgressBar
     from minilora.training.ranks import find_ranks
     from minilora.training.runs import pretrain_in_folder
 
+    check_run(args)
     ranks = find_ranks()
     settings = settings_of(args, method="full")
-    sizes = {"n_embd": args.width, "n_layer": args.layers, "n_head": args.heads}
-    try:
-        config = GPTConfig(ByteTokenizer.vocab_size, args.context, **sizes)
-    except MiniloraError as error:
-        raise MiniloraError(f"--width, --layers, --heads: {error}") from None
+    sizes = {name: getattr(args, name) for name in ("n_embd", "n_layer", "n_head")}
+    config = GPTConfig(ByteTokenizer.vocab_size, args.context, **sizes)
     device = chosen_device(args)
     corpus = load_corpus(args.data, ByteTokenizer())
     print_left_out(corpus.left_out)
-    with progress_bar(args, "pretrain") as report:
+    with ProgressBar(args.steps, "pretrain") as report:
         run = pretrain_in_folder(
             config, corpus, settings, args.out,
             dtype=args.dtype, resume=args.resume, device=device, report=report, ranks=ranks,
@@ -162,11 +175,13 @@ def generate_command(args: argparse.Namespace) -> int:
 
     device = chosen_device(args)
     model = chosen_model(args).on(device, half=args.half)
-    prompt = "\n" if args.prompt is None else args.prompt
+    if args.text is not None and args.prompt is not None:
+        raise MiniloraError("TEXT and --prompt are both given; they mean the same")
+    prompt = next((text for text in (args.text, args.prompt) if text is not None), "\n")
     if prompt == "-":
         prompt = read_documents("-")[0][0].text
     drawn = complete(
-        model, prompt, max_tokens=args.tokens, temperature=args.temperature,
+        model, prompt, max_tokens=args.max_tokens, temperature=args.temperature,
         top_k=args.top_k, top_p=args.top_p, seed=args.seed,
     )  # fmt: skip
     token_ids: list[int] = []
@@ -181,6 +196,8 @@ def generate_command(args: argparse.Namespace) -> int:
     for piece in model.tokenizer.stream(remembered()):
         print(piece, end="", flush=True)
         text += piece
+        if args.json is None and getattr(sys.stdout, "is_gone", False):
+            break  # nobody reads it
     print()
     write_figures(args, {"text": text, "token_ids": token_ids})
     return 0
@@ -216,6 +233,7 @@ def merge_command(args: argparse.Namespace) -> int:
 
 def mix_command(args: argparse.Namespace) -> int:
     from minilora import tree
+    from minilora.formats.card import CARD, card
     from minilora.formats.output import new_folder
     from minilora.formats.peft import adapter_files
     from minilora.training.runs import ADAPTER_WEIGHTS
@@ -223,8 +241,12 @@ def mix_command(args: argparse.Namespace) -> int:
     with new_folder(args.out) as write:
         model = chosen_model(args)
         before = probe_logits(model)
-        lora, lora_config = model.lora, model.lora_config
-        write(adapter_files(lora, lora_config, model.config, base_name=model.base_name))
+        lora, lora_config, base_name = model.lora, model.lora_config, model.base_name
+        weights = args.weight or [1.0] * len(args.adapter)
+        parts = [f"{w:g} × {name}" for w, name in zip(weights, args.adapter, strict=True)]
+        text = card(args.out.resolve().name, base_name, {"the sum of": parts})
+        files = adapter_files(lora, lora_config, model.config, base_name=base_name)
+        write({CARD: [text.encode()], **files})
         saved = model.with_adapters_from(args.out)
         figures = {
             "mix_max_abs_difference": largest_difference(before, probe_logits(saved)),
@@ -298,7 +320,7 @@ def budget_command(args: argparse.Namespace) -> int:
     name, config, tied = args.model, SHAPES[args.model], True
     if args.base is not None:
         name, (config, tied) = args.base, read_shape(args.base)
-    config = resized(config, args.layers, args.width, args.heads, args.vocabulary)
+    config = resized(config, args.n_layer, args.n_embd, args.n_head, args.vocab_size)
     lora_config = LoRAConfig(args.rank, targets=targets_of(args.targets), dropout=args.dropout)
     lora = Step(
         config, lora_config, args.batch, args.context, args.dtype, args.threads, tied,
@@ -338,10 +360,15 @@ def chosen_model(args: argparse.Namespace) -> Any:
     """The Model that --base names, with the sum that --adapter and --weight ask for."""
     from minilora.model import load_model
 
+    if args.weight is not None and len(args.weight) != len(args.adapter):
+        raise MiniloraError(
+            f"--adapter: given {len(args.adapter)} times, --weight: {len(args.weight)}; "
+            "expected a weight for each adapter"
+        )
     model = load_model(args.base)
-    if not args.adapter and args.weight is None:
-        return model
-    return model.with_adapters_from(*args.adapter, weights=args.weight)
+    if args.adapter:
+        model = model.with_adapters_from(*args.adapter, weights=args.weight)
+    return model
 
 
 def probe_logits(model: Any) -> Any:
@@ -397,14 +424,24 @@ def print_left_out(left_out: Sequence[Any]) -> None:
         print(f"minilora: {summary(left_out)}", file=sys.stderr)
 
 
-def progress_bar(args: argparse.Namespace, what: str) -> Any:
-    """The reports of a training run; a plot that cannot be drawn is noticed before it starts."""
-    from minilora.cli.report import ProgressBar, check_plot
+def check_run(args: argparse.Namespace) -> None:
+    """Raise MiniloraError, before any work, for a folder of another run or an impossible plot."""
+    from minilora.training.checkpoint import CHECKPOINT
+    from minilora.training.runs import RECORD
 
     if args.plot is not None:
-        check_writable(args.plot, "--plot")
+        from minilora.cli.report import check_plot
+
         check_plot(args.plot)
-    return ProgressBar(args.steps, what)
+    if not args.resume and (args.out / RECORD).exists():
+        raise MiniloraError(
+            f"--out {args.out} holds a finished run; name another folder with --out"
+        )
+    if not args.resume and (args.out / CHECKPOINT).exists():
+        raise MiniloraError(
+            f"--out {args.out} holds an unfinished run; go on with it by --resume, "
+            "or name another folder with --out"
+        )
 
 
 def finish_training(args: argparse.Namespace, run: Any) -> None:
@@ -414,7 +451,8 @@ def finish_training(args: argparse.Namespace, run: Any) -> None:
         from minilora.cli.report import plot_losses
 
         more = f" and {len(args.data) - 1} more" if args.data[1:] else ""
-        plot_losses(run.history, args.plot, title=(Path(args.data[0]).name or args.data[0]) + more)
+        name = (Path(args.data[0]).name or args.data[0]).encode("utf-8", "replace").decode("utf-8")
+        plot_losses(run.history, args.plot, title=name + more)
     if run.was_finished:
         print(f"{args.out} holds this run, finished; nothing was left to do")
     print_figures(run.figures)
@@ -430,15 +468,68 @@ def print_figures(figures: dict[str, Any]) -> None:
 
 def print_next(*words: object) -> None:
     """Say which command comes next."""
-    quoted = (f'"{word}"' if " " in str(word) else str(word) for word in words)
-    print("next: minilora", *quoted)
+    print("next:", command_line(*words))
 
 
-def check_writable(path: Path, option: str) -> None:
-    """Raise MiniloraError, before any work, when a file could not be written there."""
-    replaceable = path.is_file() or not path.exists()  # not a folder, nor a device
-    if not replaceable or not path.absolute().parent.is_dir():
-        raise MiniloraError(f"{option} {path}: expected a file name in an existing folder")
+def command_line(*words: object) -> str:
+    """A command of minilora as it is typed, quoted where the shell needs it."""
+    texts = ["minilora", *map(str, words)]
+    return subprocess.list2cmdline(texts) if os.name == "nt" else shlex.join(texts)
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Raise MiniloraError, before any work, when --json or --plot may not be written.
+
+    They may not replace what the command reads, nor each other, nor lie among the results of --out.
+    A link is followed: the file behind it counts, and is the one that is written.
+    """
+    taken: dict[Path, str] = {}
+    for option in ("json", "plot"):
+        path = getattr(args, option, None)
+        if path is None:
+            continue
+        name, file = f"--{option} {path}", plain_file(path)
+        if file is None:
+            raise MiniloraError(f"{name}: expected a file name in an existing folder")
+        if file in taken:
+            raise MiniloraError(f"{name} is the file of --{taken[file]}, too; expected another")
+        if "out" in args and lies_in(file, args.out):
+            raise MiniloraError(f"{name} is in the folder of --out; expected a file elsewhere")
+        for source in sources(args):
+            if file.exists() and lies_in(file, source):
+                raise MiniloraError(f"{name} would replace what is read from {source}")
+        taken[file] = option
+
+
+def plain_file(path: Path) -> Path | None:
+    """The file behind a name, there or not yet there; None for a folder, a device, our output."""
+    try:
+        file = path.resolve()
+        is_plain = file.is_file() and not is_output(file) or not path.exists()
+        return file if is_plain and file.parent.is_dir() else None
+    except (OSError, RuntimeError):  # a name that the system refuses, a ring of links
+        return None
+
+
+def sources(args: argparse.Namespace) -> list[str]:
+    """The files and folders that a command reads."""
+    data = [source for source in getattr(args, "data", []) if source not in ("python", "-")]
+    base = getattr(args, "base", None)
+    return [*data, *getattr(args, "adapter", []), *([] if base is None else [base])]
+
+
+def lies_in(file: Path, folder: str | Path) -> bool:
+    """Whether a resolved path is this file or folder, or lies in it."""
+    return Path(folder).resolve() in (file, *file.parents)
+
+
+def is_output(file: Path) -> bool:
+    """Whether standard output or error goes to this file, as /dev/stdout says."""
+    for descriptor in (1, 2):
+        with suppress(OSError):
+            if os.path.samestat(file.stat(), os.fstat(descriptor)):
+                return True
+    return False
 
 
 def write_figures(args: argparse.Namespace, figures: dict[str, Any]) -> None:
@@ -447,4 +538,4 @@ def write_figures(args: argparse.Namespace, figures: dict[str, Any]) -> None:
         from minilora.formats.files import write_json
 
         args.command.check(figures)
-        write_json(args.json, figures)
+        write_json(args.json.resolve(), figures)  # not the link, if it is one

@@ -1,17 +1,13 @@
-"""What a run shows while it goes: a progress bar or plain lines, and a plot of its losses."""
+"""The plot of a run's losses."""
 
 from __future__ import annotations
 
 import io
-import sys
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 from minilora.errors import MiniloraError
 from minilora.formats.files import write_bytes
 from minilora.training.checkpoint import History
-from minilora.training.loop import Progress
 
 # By the end of the name, what is written into the file: no date.
 PLOTS: dict[str, dict[str, None]] = {
@@ -19,69 +15,6 @@ PLOTS: dict[str, dict[str, None]] = {
     ".svg": {"Date": None},
     ".pdf": {"CreationDate": None},
 }
-
-
-class ProgressBar:
-    """A tqdm bar on a terminal; elsewhere a plain line for each report. Both go to stderr.
-
-    Use it as the `report` of `train`; leaving the `with` block closes the bar.
-    """
-
-    def __init__(self, steps: int, what: str) -> None:
-        self.steps, self.what = steps, what
-        self.held_out: float | None = None
-        self.bar: Any = None
-
-    def __enter__(self) -> ProgressBar:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def __call__(self, progress: Progress) -> None:
-        """Show a report of the training loop."""
-        if progress.held_out is not None:
-            self.held_out = progress.held_out
-        figures = f"loss {progress.loss:.3f}"
-        if self.held_out is not None:
-            figures += f", held-out {self.held_out:.3f}"
-        figures += f", {progress.tokens_per_second:,.0f} tokens/s"
-        figures += f", {time_left(progress.seconds_left)} left"
-        if sys.stderr.isatty():
-            if self.bar is None:
-                self.bar = self.new_bar()
-            self.bar.n = progress.step
-            self.bar.set_postfix_str(figures)
-        else:
-            line = f"{self.what}: step {progress.step}/{self.steps}, {figures}"
-            print(line, file=sys.stderr, flush=True)
-
-    def new_bar(self) -> Any:
-        """A bar, drawn from the first report on, so that an error before it stands alone.
-
-        tqdm's own estimate of the time left would be wrong after a resume.
-        """
-        from tqdm import tqdm
-
-        return tqdm(
-            total=self.steps,
-            desc=self.what,
-            dynamic_ncols=True,
-            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
-        )
-
-
-def time_left(seconds: float) -> str:
-    """A duration as h:mm:ss or m:ss."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
 
 
 def check_plot(path: Path) -> None:

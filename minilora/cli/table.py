@@ -7,22 +7,52 @@ a command may write no other figures than those of its row, and tests compare RE
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from minilora.adapters import TARGETS as TARGET_NAMES
+from minilora.adapters import LoRAConfig
 from minilora.bench.budget import SHAPES
 from minilora.cli import commands
 from minilora.errors import MiniloraError
+from minilora.training.loop import RATES, TrainConfig
+
+ADAPTED, TRAINED = LoRAConfig(), TrainConfig()  # the defaults, which Python has, too
+PRETRAINED = TrainConfig(
+    method="full",
+    steps=5600,
+    context=512,
+    short_steps=3400,
+    lr=2e-3,
+    warmup=100,
+    weight_decay=0.1,
+    beta2=0.98,
+    eval_every=200,
+    eval_tokens=65536,
+    checkpoint_every=200,
+)
 
 
 class Option(NamedTuple):
-    """An option, in the words of argparse's `add_argument`."""
+    """An option or a positional argument, in the words of argparse's `add_argument`.
+
+    Its `dest` is the name of the argument that it becomes, so that an error can be told of it.
+    """
 
     flag: str
     keywords: dict[str, Any]
+
+    @property
+    def dest(self) -> str:
+        """The name of the argument that it becomes."""
+        return str(self.keywords.get("dest", self.flag.lstrip("-").replace("-", "_")))
+
+    @property
+    def help(self) -> str:
+        """What it is for."""
+        return str(self.keywords["help"])
 
     def but(self, **keywords: Any) -> Option:
         """The same option with other keywords."""
@@ -51,14 +81,23 @@ class Figure(NamedTuple):
 
 
 class Command(NamedTuple):
-    """A row of the table: `run` returns the exit status, `parallel` allows several processes."""
+    """A row of the table: `run` returns the exit status, `parallel` allows several processes.
+
+    `examples` are commands that run as they stand, but for the names of files.
+    """
 
     name: str
     run: Callable[[argparse.Namespace], int]
     summary: str
+    examples: tuple[str, ...]
     options: tuple[Option | Group | OneOf, ...]
     figures: tuple[Figure, ...]
     parallel: bool = False
+
+    def every_option(self) -> Iterator[Option]:
+        """The options, those in groups among them."""
+        for entry in self.options:
+            yield from [entry] if isinstance(entry, Option) else entry.options
 
     def check(self, names: Iterable[str]) -> None:
         """Raise MiniloraError unless these are the names of this row's figures, in any order."""
@@ -129,7 +168,7 @@ METHOD = option(
     "--method",
     "train adapters on a frozen base, or the whole base",
     choices=("lora", "full"),
-    default="lora",
+    default=TRAINED.method,
 )
 RANK = option("--rank", "rank R of A and B", type=int, default=8)
 TARGETS = option(
@@ -138,11 +177,12 @@ TARGETS = option(
     "or regular expressions over paths such as blocks.0.attn.qkv",
     default="qkv",
 )
-DROPOUT = option("--dropout", "dropout on the adapters' input", type=float, default=0.0)
-BATCH = option("--batch", "sequences in a step", type=int, default=8)
+DROPOUT = option("--dropout", "dropout on the adapters' input", type=float, default=ADAPTED.dropout)
+BATCH = option("--batch", "sequences in a step", type=int, default=TRAINED.batch)
 CONTEXT = option("--context", "tokens in a sequence", type=int, default=128)
 LR = option("--lr", "peak learning rate", type=float)
-RATES = ", ".join(f"{rate:g} for {method}" for method, rate in commands.ADAPT_LR.items())
+RATE_OF_METHODS = ", ".join(f"{rate:g} for {method}" for method, rate in RATES.items())
+WARMUP = option("--warmup", "steps in which the learning rate rises; a cosine follows", type=int)
 SEED = option("--seed", "seed of everything random", type=natural, default=0)
 THREADS = option(
     "--threads",
@@ -165,7 +205,6 @@ HALF = option(
 DTYPE = option("--dtype", "dtype in the file", choices=("float32", "float16"), default="float32")
 OUT = option("--out", "folder for the result", type=Path, default=Path("adapter"))
 
-FRESH = commands.ADAPT_LORA
 LORA = Group(
     "adapters (method lora)",
     (
@@ -173,12 +212,9 @@ LORA = Group(
             help="folder of an adapter to train further: its rank, scale and targets stay, "
             "the optimiser starts afresh"
         ),
-        RANK.but(default=None, help=f"rank R of A and B (default: {FRESH['rank']})"),
+        RANK.but(default=None, help=f"{RANK.help} (default: {ADAPTED.rank})"),
         option("--alpha", "s = alpha / rank (default: rank)", type=float),
-        TARGETS.but(
-            default=None,
-            help=f"{TARGETS.keywords['help']} (default: {','.join(FRESH['targets'])})",
-        ),
+        TARGETS.but(default=None, help=f"{TARGETS.help} (default: {','.join(ADAPTED.targets)})"),
         option("--rslora", "s = alpha / √rank", action="store_true"),
         DROPOUT.but(default=None, help="dropout on the adapters' input (default: 0)"),
         *(
@@ -195,67 +231,60 @@ LORA = Group(
 )
 
 
-def training(
-    lr: Option,
-    *,
-    steps: int,
-    context: int,
-    short_steps: int,
-    warmup: int,
-    weight_decay: float,
-    beta2: float,
-    every: int,
-) -> Group:
-    """The options of a training run, with the learning rate and the defaults of one command.
-
-    `every`: steps between evaluations, and between checkpoints.
-    """
+def training(defaults: TrainConfig, lr: Option, warmup: Option) -> Group:
+    """The options of a training run."""
     return Group(
         "training",
         (
-            option("--steps", "optimiser steps", type=int, default=steps),
+            option("--steps", "optimiser steps", type=int, default=defaults.steps),
             BATCH,
-            CONTEXT.but(default=context),
+            CONTEXT.but(default=defaults.context),
             lr,
             option(
                 "--short-context",
                 "tokens in a sequence of the first --short-steps steps",
                 type=int,
-                default=128,
+                default=defaults.short_context,
             ),
             option(
                 "--short-steps",
                 "steps that read as many tokens in shorter sequences",
                 type=int,
-                default=short_steps,
+                default=defaults.short_steps,
             ),
-            option(
-                "--warmup",
-                "steps in which the learning rate rises; a cosine follows",
-                type=int,
-                default=warmup,
-            ),
+            warmup,
             option(
                 "--weight-decay",
                 "AdamW's decoupled decay of matrices",
                 type=float,
-                default=weight_decay,
+                default=defaults.weight_decay,
             ),
             option(
-                "--beta2", "AdamW's decay of the squared gradient's mean", type=float, default=beta2
+                "--beta2",
+                "AdamW's decay of the squared gradient's mean",
+                type=float,
+                default=defaults.beta2,
             ),
-            option("--clip", "largest global gradient norm", type=float, default=1.0),
+            option("--clip", "largest global gradient norm", type=float, default=defaults.clip),
             option(
                 "--eval-every",
                 "steps between evaluations on held-out text",
                 type=int,
-                default=every,
+                default=defaults.eval_every,
             ),
             option(
-                "--eval-tokens", "held-out tokens read by an evaluation", type=int, default=65536
+                "--eval-tokens",
+                "held-out tokens read by an evaluation",
+                type=int,
+                default=defaults.eval_tokens,
             ),
-            option("--checkpoint-every", "steps between checkpoints", type=int, default=every),
-            option("--log-every", "steps between reports", type=int, default=10),
+            option(
+                "--checkpoint-every",
+                "steps between checkpoints",
+                type=int,
+                default=defaults.checkpoint_every,
+            ),
+            option("--log-every", "steps between reports", type=int, default=defaults.log_every),
             SEED,
             THREADS,
             DEVICE,
@@ -293,6 +322,7 @@ COMMANDS = (
         "demo",
         commands.demo_command,
         "watch the built-in model learn Python through LoRA, in about a minute",
+        examples=("minilora demo",),
         options=(SEED, THREADS, DEVICE),
         figures=(
             *TRAINING,
@@ -304,20 +334,19 @@ COMMANDS = (
         "adapt",
         commands.adapt_command,
         "adapt a base to text",
+        examples=(
+            "minilora adapt notes.txt --out my-adapter",
+            "minilora adapt python --rank 4 --targets q,v --steps 400 --plot losses.png",
+        ),
         options=(
             DATA,
             BASE,
             METHOD,
             LORA,
             training(
-                LR.but(help=f"peak learning rate (default: {RATES})"),
-                steps=200,
-                context=256,
-                short_steps=0,
-                warmup=20,
-                weight_decay=0.0,
-                beta2=0.999,
-                every=50,
+                TRAINED,
+                LR.but(help=f"{LR.help} (default: {RATE_OF_METHODS})"),
+                WARMUP.but(help=f"{WARMUP.help} (default: a tenth of the steps)"),
             ),
             HALF,
             DTYPE.but(help="dtype in the file of a base (--method full)"),
@@ -330,20 +359,19 @@ COMMANDS = (
         "pretrain",
         commands.pretrain_command,
         "train a byte-level base from scratch",
+        examples=(
+            "minilora pretrain books/ --out base",
+            "minilora pretrain text.txt --layers 2 --width 64 --context 128 --steps 500",
+        ),
         options=(
             DATA,
-            option("--layers", "number of blocks", type=int, default=6),
-            option("--width", "width of the model", type=int, default=256),
-            option("--heads", "attention heads in a block", type=int, default=4),
+            option("--layers", "number of blocks", dest="n_layer", type=int, default=6),
+            option("--width", "width of the model", dest="n_embd", type=int, default=256),
+            option("--heads", "attention heads in a block", dest="n_head", type=int, default=4),
             training(
-                LR.but(default=2e-3),
-                steps=5600,
-                context=512,
-                short_steps=3400,
-                warmup=100,
-                weight_decay=0.1,
-                beta2=0.98,
-                every=200,
+                PRETRAINED,
+                LR.but(default=PRETRAINED.lr),
+                WARMUP.but(default=PRETRAINED.warmup),
             ),
             DTYPE,
             OUT.but(default=Path("base"), help="folder for the base"),
@@ -355,6 +383,10 @@ COMMANDS = (
         "evaluate",
         commands.evaluate_command,
         "measure the loss of a model on text",
+        examples=(
+            "minilora evaluate notes.txt",
+            "minilora evaluate python --held-out --adapter my-adapter",
+        ),
         options=(
             DATA,
             BASE,
@@ -376,16 +408,22 @@ COMMANDS = (
         "generate",
         commands.generate_command,
         "continue a text",
+        examples=(
+            'minilora generate "Once upon a time"',
+            'minilora generate "class " --adapter my-adapter --temperature 0.5 --tokens 100',
+        ),
         options=(
+            option(
+                "text",
+                "the text to continue, or - for standard input (default: a new line)",
+                nargs="?",
+                metavar="TEXT",
+            ),
+            option("--prompt", "the same as TEXT", metavar="TEXT"),
             BASE,
             ADAPTER,
             WEIGHT,
-            option(
-                "--prompt",
-                "the text to continue, or - for standard input (default: a new line)",
-                metavar="TEXT",
-            ),
-            option("--tokens", "how many tokens to add", type=int, default=300),
+            option("--tokens", "how many tokens to add", dest="max_tokens", type=int, default=300),
             option("--temperature", "0 always takes the likeliest token", type=float, default=0.8),
             option("--top-k", "draw from the k likeliest tokens", type=int),
             option(
@@ -401,6 +439,10 @@ COMMANDS = (
         "merge",
         commands.merge_command,
         "add adapters into their base, giving a base as fast as the old",
+        examples=(
+            "minilora merge --adapter my-adapter --out merged",
+            "minilora merge --adapter first --weight 0.7 --adapter second --weight 0.3",
+        ),
         options=(
             BASE,
             ADAPTER.but(required=True),
@@ -422,6 +464,10 @@ COMMANDS = (
         "mix",
         commands.mix_command,
         "write the weighted sum of adapters as one adapter",
+        examples=(
+            "minilora mix --adapter first --adapter second --out both",
+            "minilora mix --adapter first --weight 1 --adapter second --weight -0.5",
+        ),
         options=(
             BASE,
             ADAPTER.but(required=True),
@@ -437,6 +483,10 @@ COMMANDS = (
         "gradcheck",
         commands.gradcheck_command,
         "compare every gradient with central differences in float64",
+        examples=(
+            "minilora gradcheck",
+            "minilora gradcheck --seed 1 --json errors.json",
+        ),
         options=(SEED.but(help="seed of the random arguments"), DEVICE),
         figures=(
             Figure("max_relative_error"),
@@ -447,6 +497,10 @@ COMMANDS = (
         "bench",
         commands.bench_command,
         "time a step, and the matrix products that it cannot do without",
+        examples=(
+            "minilora bench --shape small --rank 8",
+            "minilora bench --versus 1 --rounds 5",
+        ),
         options=(
             option(
                 "--shape",
@@ -494,6 +548,10 @@ COMMANDS = (
         "budget",
         commands.budget_command,
         "work out by formula what a training step takes, LoRA beside full fine-tuning",
+        examples=(
+            "minilora budget --model gpt3 --rank 4 --targets q,v --context 2048",
+            "minilora budget --base my-base --method full",
+        ),
         options=(
             OneOf(
                 (
@@ -502,8 +560,13 @@ COMMANDS = (
                 )
             ),
             *(
-                option(f"--{size}", f"other {size} than the shape's", type=int)
-                for size in ("layers", "width", "heads", "vocabulary")
+                option(f"--{size}", f"other {size} than the shape's", dest=dest, type=int)
+                for size, dest in (
+                    ("layers", "n_layer"),
+                    ("width", "n_embd"),
+                    ("heads", "n_head"),
+                    ("vocabulary", "vocab_size"),
+                )
             ),
             METHOD.but(help="whose figures --json writes"),
             RANK,

@@ -31,6 +31,12 @@ class History:
     train: list[tuple[int, float]] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        held_out = " → ".join(
+            f"{loss:.3f}" for _, loss in (self.held_out[:1] + self.held_out[1:][-1:])
+        )
+        return f"History({len(self.train)} steps, held out {held_out or 'nothing'} nats per token)"
+
 
 @dataclass
 class State:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from minilora.evaluation import held_out_batches, sum_nats
 from minilora.keep import Plan
 from minilora.network import Net, loss_and_grads
 from minilora.optim import adamw, adamw_init, clip_by_global_norm, warmup_cosine
+from minilora.settings import Settings
 from minilora.training.checkpoint import (
     History,
     State,
@@ -40,27 +41,43 @@ from minilora.training.ranks import Ranks
 from minilora.tree import Tree
 from minilora.workers import Workers
 
+RATES = {"lora": 1e-2, "full": 1e-3}  # the peak learning rate of each method, where none is given
+
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """How to train. `method` says which tree: the adapters (`lora`) or the base (`full`).
 
     `batch` sequences of `context` tokens a step; the first `short_steps` steps read as many tokens
     in sequences of `short_context`, from which nearby positions are learned sooner (Press et al.
-    2021, Shortformer, §4). `warmup`, `eval_every`, `log_every` and `checkpoint_every` are numbers
-    of steps; `clip` bounds the gradient's global norm; `eval_tokens` bounds the held-out text that
-    an evaluation reads; `threads` share each batch (0: one for each core). `recompute` keeps only
-    the input of each block for the backward pass, and computes the rest a second time.
+    2021, Shortformer, §4). `lr` is the method's of RATES unless given; `warmup` (a tenth of the
+    steps), `eval_every`, `log_every` and `checkpoint_every` are numbers of steps; `clip` bounds the
+    gradient's global norm; `eval_tokens` bounds the held-out text that an evaluation reads;
+    `threads` share each batch (0: one for each core). `recompute` keeps only the input of each
+    block for the backward pass, and computes the rest a second time.
     """
+
+    foreign: ClassVar[Mapping[str, str]] = {  # transformers' names
+        "learning_rate": "lr",
+        "max_steps": "steps",
+        "per_device_train_batch_size": "batch",
+        "warmup_steps": "warmup",
+        "adam_beta1": "beta1",
+        "adam_beta2": "beta2",
+        "max_grad_norm": "clip",
+        "eval_steps": "eval_every",
+        "save_steps": "checkpoint_every",
+        "logging_steps": "log_every",
+    }
 
     method: Literal["lora", "full"] = "lora"
     steps: int = 200
     batch: int = 8
     context: int = 256
-    short_context: int = 0
+    short_context: int = 128
     short_steps: int = 0
-    lr: float = 1e-3
-    warmup: int = 20
+    lr: float = None  # type: ignore[assignment]  # RATES[method]: __post_init__
+    warmup: int = None  # type: ignore[assignment]  # steps // 10
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
@@ -69,13 +86,18 @@ class TrainConfig:
     threads: int = 0
     recompute: bool = False
     log_every: int = 10
-    eval_every: int = 100
+    eval_every: int = 50
     eval_tokens: int = 32768
-    checkpoint_every: int = 100
+    checkpoint_every: int = 50
 
     def __post_init__(self) -> None:
-        if self.method not in ("lora", "full"):
+        super().__post_init__()
+        if self.method not in RATES:
             raise MiniloraError(f"method {self.method!r} is not one of lora, full")
+        if self.lr is None:
+            object.__setattr__(self, "lr", RATES[self.method])
+        if self.warmup is None:
+            object.__setattr__(self, "warmup", self.steps // 10)
         for name in ("steps", "batch", "context", "log_every", "eval_every", "eval_tokens",
                      "checkpoint_every"):  # fmt: skip
             if getattr(self, name) < 1:
@@ -114,7 +136,11 @@ class Progress:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Training was stopped by Ctrl-C between two steps, after its state was saved."""
+    """Training was stopped by Ctrl-C between two steps; `is_saved`: its state is in its folder."""
+
+    def __init__(self, step: int, *, is_saved: bool) -> None:
+        super().__init__(f" at step {step}{'; its state is saved' if is_saved else ''}")
+        self.is_saved = is_saved
 
 
 # --- one step ----------------------------------------------------------------------------------
@@ -192,6 +218,12 @@ class Trained:
     history: History
     seconds: float
     tokens_per_second: float
+
+    def __repr__(self) -> str:
+        return (
+            f"Trained({tree.count(self.params):,} parameters in {self.seconds:.0f} s, "
+            f"{self.tokens_per_second:,.0f} tokens/s; {self.history!r})"
+        )
 
 
 def train(
@@ -322,8 +354,7 @@ class Loop:
             if folder and saving:
                 self.save(folder, state, fingerprint)
             if stopping and not last:
-                saved = "; its state is saved, and --resume goes on from it" if folder else ""
-                raise Interrupted(f" at step {step}{saved}")
+                raise Interrupted(step, is_saved=folder is not None)
         speed = self.tokens_per_step * state.step / state.seconds
         return Trained(to_host(state.params), state.history, state.seconds, speed)
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,8 @@ from minilora.training.checkpoint import (
     file_checksum,
     read_history,
 )
-from minilora.training.loop import Progress, TrainConfig, Trained, run_fingerprint, train
+from minilora.training.loop import RATES, Progress, TrainConfig, Trained, run_fingerprint, train
+from minilora.training.progress import ProgressBar, is_watched
 from minilora.training.ranks import Ranks
 from minilora.tree import Tree
 
@@ -69,6 +70,18 @@ def silent(progress: Progress) -> None:
     """A report that shows nothing."""
 
 
+@contextmanager
+def shown(report: Report | None, progress: bool | None, steps: int) -> Iterator[Report]:
+    """The caller's report, or else a bar if `progress`; where that is None, if it is watched."""
+    if report is not None:
+        yield report
+    elif progress or (progress is None and is_watched()):
+        with ProgressBar(steps, "adapt") as bar:
+            yield bar
+    else:
+        yield silent
+
+
 def adapt(
     model: Model,
     corpus: Corpus,
@@ -76,19 +89,22 @@ def adapt(
     settings: TrainConfig | None = None,
     *,
     device: str = "cpu",
-    report: Report = silent,
+    report: Report | None = None,
+    progress: bool | None = None,
     ranks: Ranks | None = None,
 ) -> tuple[Model, Trained]:
     """A model adapted to a corpus: with a trained adapter, or a trained base (method `full`).
 
     An adapter that the model has is trained further, with a fresh optimiser; its rank, scale and
     targets stay, and `lora_config`, if given, may only say another dropout. The given model stays
-    as it is. Raises MiniloraError as `lora_init` and `train` do, and for method `full` with an
-    adapter.
+    as it is. A bar shows the progress on a terminal and in a notebook; with `progress` it always
+    does, or never, and a `report` takes its place. Raises MiniloraError as `lora_init` and `train`
+    do, and for method `full` with an adapter.
     """
     settings = settings or TrainConfig()
     start = _start(model, lora_config, settings)
-    trained = train(start, corpus, settings=settings, device=device, report=report, ranks=ranks)
+    with shown(report, progress, settings.steps) as tell:
+        trained = train(start, corpus, settings=settings, device=device, report=tell, ranks=ranks)
     return _with_trained(start, settings, trained.params), trained
 
 
@@ -175,7 +191,8 @@ def pretrain_in_folder(
     """
     base = gpt_init(config, seed=settings.seed)
     fresh = Model(base, config, tokenizer=ByteTokenizer(), folder=Path(folder))
-    settings = dataclasses.replace(settings, method="full")
+    lr = settings.lr if settings.lr != RATES[settings.method] else RATES["full"]
+    settings = dataclasses.replace(settings, method="full", lr=lr)
     return adapt_in_folder(fresh, corpus, None, settings, folder, **options)
 
 
@@ -218,8 +235,7 @@ def check_free(folder: Path, *, resume: bool) -> None:
     run_is_here = CHECKPOINT in there or RECORD in there
     if run_is_here and not resume:
         raise MiniloraError(
-            f"{folder} holds another training run; continue it with --resume "
-            "or choose another output folder"
+            f"{folder} holds another training run; expected a new or an empty output folder"
         )
     if there and not run_is_here:
         raise MiniloraError(

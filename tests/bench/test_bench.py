@@ -182,9 +182,9 @@ def test_peft_trains_as_many_numbers():
         ("--context 1025", "1025 tokens exceed the model's context of 1024"),
         ("--context 1024 --what generate", "1032 tokens exceed the model's context of 1024"),
         ("--targets nowhere", "unknown target 'nowhere'"),
-        ("--rank 257", "minilora: rank 257 is above the smaller side of blocks.0.attn.qkv"),
+        ("--rank 257", "minilora: --rank 257 is above the smaller side of blocks.0.attn.qkv"),
         ("--shape huge", "invalid choice: 'huge'"),
-        ("--device gpu", "unknown device 'gpu'; it is one of cpu, cuda, auto"),
+        ("--device gpu", "--device 'gpu' is not one of cpu, cuda, auto"),
     ],
 )
 def test_a_mistake_is_answered_in_one_sentence(words, sentence, capsys):

@@ -138,7 +138,7 @@ def test_recomputing_keeps_the_input_of_each_block(step):
 
 # --- what tracemalloc sees -----------------------------------------------------------------------
 
-QKV = LoRAConfig(rank=8)
+QKV = LoRAConfig(rank=8, targets=("qkv",))
 EVERYWHERE = LoRAConfig(rank=2, targets=("qkv", "o", "up", "down"))
 UPPER_HALF = LoRAConfig(rank=4, targets=("blocks.[1-9].attn.[qv]", "blocks.[1-9].mlp.down"))
 DROPPED = LoRAConfig(rank=8, dropout=0.1)

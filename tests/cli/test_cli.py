@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shlex
 import signal
 import sys
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from helpers import Terminal, adapter_bytes
 
 from minilora import complete, evaluate, load_adapter, load_base, load_corpus, load_model
 from minilora.cli import main
+from minilora.cli.commands import command_line
 from minilora.cli.parser import json_option
 from minilora.cli.table import COMMANDS, DATA, SEED, Option
 from minilora.formats import save_base
@@ -169,7 +171,7 @@ def test_alpha_is_the_rank_unless_given(cli, quick, tmp_path):
     assert config["target_modules"] == ["attn.c_proj"]
 
 
-@pytest.mark.parametrize(("method", "lr"), [("lora", 5e-3), ("full", 1e-3)])
+@pytest.mark.parametrize(("method", "lr"), [("lora", 1e-2), ("full", 1e-3)])
 def test_each_method_has_its_own_rate(cli, quick, tmp_path, method, lr):
     assert cli(*quick, "--method", method, "--out", "out").status == 0
     record = json.loads((tmp_path / "out" / "training.json").read_text(encoding="utf-8"))
@@ -207,7 +209,10 @@ def test_a_short_context_needs_no_other_option(cli, tmp_path, text):
 
 
 def test_a_path_with_a_space_is_quoted_in_the_next_command(cli, quick):
-    assert '--adapter "my adapter"' in cli(*quick, "--out", "my adapter").out
+    assert (
+        command_line("--adapter", "my adapter").removeprefix("minilora ")
+        in cli(*quick, "--out", "my adapter").out
+    )
 
 
 def test_a_bar_on_a_terminal(cli, quick, monkeypatch):
@@ -264,7 +269,7 @@ def test_the_demo_shows_what_changed_and_documents_its_figures(cli, tmp_path, te
 @pytest.fixture
 def ctrl_c(monkeypatch):
     """Press Ctrl-C when the report of a step is shown."""
-    from minilora.cli.report import ProgressBar
+    from minilora.training.progress import ProgressBar
 
     show = ProgressBar.__call__
 
@@ -284,14 +289,13 @@ def test_ctrl_c_saves_exits_130_and_resumes(cli, quick, tmp_path, ctrl_c):
     ctrl_c(2)
     result = cli(*quick, "--out", "out")
     assert result.status == 130
-    assert result.lines[-1] == (
-        "minilora: stopped at step 3; its state is saved, and --resume goes on from it"
-    )
+    told, command = result.lines[-1].split(" To go on: ")
+    assert told == "minilora: stopped at step 3; its state is saved."
     assert "Traceback" not in result.err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint.safetensors"]
     ctrl_c(None)
     assert cli(*quick, "--out", "out").status == 2
-    result = cli(*quick, "--out", "out", "--resume")
+    result = cli(*shlex.split(command)[1:])
     assert result.status == 0
     assert [line.split(",")[0] for line in result.lines] == ["adapt: step 4/4"]
     assert adapter_bytes(tmp_path / "out") == adapter_bytes(tmp_path / "whole")
@@ -312,7 +316,7 @@ def test_resuming_a_finished_run_only_writes_its_figures_again(cli, quick, tmp_p
 @pytest.mark.parametrize(
     ("words", "name"),
     [
-        (["--lr", 0.5], "lr 0.005, but this one has 0.5"),
+        (["--lr", 0.5], "lr 0.01, but this one has 0.5"),
         (["--seed", 3], "seed 0"),
         (["--steps", 5], "steps 4"),
         (["--rank", 3], "(alpha 2|rank 2)"),
@@ -583,7 +587,7 @@ def test_what_an_adapter_has_of_its_own_may_be_named_but_not_changed(cli, refuse
     refused("alpha 4.0 was asked for, but the adapter has alpha 2.0", *further, "--alpha", 4)
     refused("targets .* was asked for, but the adapter has targets", *further, "--targets", "q,v")
     refused("rslora True was asked for", *further, "--rslora")
-    refused("rank_pattern .* was asked for", *further, "--rank-pattern", "down=1")
+    refused("--rank-pattern .* was asked for", *further, "--rank-pattern", "down=1")
     refused("--adapter: expected one to train further", *further, "--adapter", adapter)
     refused("merge the adapter into it before", *further, "--method", "full")
     assert cli(*further, "--rank", 2, "--alpha", 2, "--targets", "qkv,o,up,down").status == 0

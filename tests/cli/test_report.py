@@ -7,10 +7,11 @@ import sys
 import pytest
 from helpers import Terminal
 
-from minilora.cli.report import ProgressBar, check_plot, plot_losses, smoothed, time_left
+from minilora.cli.report import check_plot, plot_losses, smoothed
 from minilora.errors import MiniloraError
 from minilora.training.checkpoint import History
 from minilora.training.loop import Progress
+from minilora.training.progress import ProgressBar, time_left
 
 PNG = b"\x89PNG\r\n\x1a\n"
 HISTORY = History(

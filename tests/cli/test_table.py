@@ -69,7 +69,7 @@ def test_readme_names_the_figures_of_each_command(command):
 # --- what a row checks and shows ---------------------------------------------------------------
 
 
-ROW = Command("row", print, "do it", (), (*figures("a", "b"), Figure("c", "with --c", False)))
+ROW = Command("row", print, "do it", (), (), (*figures("a", "b"), Figure("c", "with --c", False)))
 
 
 @pytest.mark.parametrize("names", ["ab", "abc", "cba"])

@@ -146,7 +146,9 @@ def test_what_recomputing_saves(figures):
 
 def test_the_formulas_are_those_of_the_ledger():
     lora_config = LoRAConfig(rank=3, targets=("qkv", "o", "up", "down"), dropout=0.5)
-    steps = [Step(SHAPES["tiny"], c) for c in (None, LoRAConfig(rank=3), lora_config)]
+    steps = [
+        Step(SHAPES["tiny"], c) for c in (None, LoRAConfig(rank=3, targets=("qkv",)), lora_config)
+    ]
     sizes = {**steps[0].sizes, "R": 3}
     in_ledger = {line.numbers for step in steps for line in ledger(step)}
     on_page = {row[1] for row in table(BUDGET, "what a pair keeps")}

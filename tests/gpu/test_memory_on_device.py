@@ -23,7 +23,7 @@ SHAPES = {
 }
 METHODS = {
     "full": None,
-    "LoRA on qkv": LoRAConfig(rank=8),
+    "LoRA on qkv": LoRAConfig(rank=8, targets=("qkv",)),
     "LoRA everywhere": LoRAConfig(rank=2, targets=("qkv", "o", "up", "down")),
 }
 

@@ -142,7 +142,7 @@ def test_a_base_passes_there_and_back_unchanged(oracle, tmp_path):
 # --- adapters ----------------------------------------------------------------------------------
 
 OURS = {
-    "qkv": LoRAConfig(rank=4, alpha=6.0),
+    "qkv": LoRAConfig(rank=4, alpha=6.0, targets=("qkv",)),
     "everywhere": LoRAConfig(rank=3, alpha=5.0, targets=("qkv", "o", "up", "down", "embedding")),
     "embedding": LoRAConfig(rank=3, alpha=5.0, targets=("embedding",)),
     "rslora": LoRAConfig(rank=5, alpha=3.0, targets=("o", "down"), rslora=True),

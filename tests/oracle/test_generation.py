@@ -14,7 +14,7 @@ CONFIG = GPTConfig(vocab_size=61, n_positions=112, n_embd=24, n_layer=2, n_head=
 PROMPT = np.random.default_rng(0).integers(CONFIG.vocab_size, size=7)
 ADAPTERS = {
     "base": None,
-    "qkv": LoRAConfig(rank=3, alpha=6.0),
+    "qkv": LoRAConfig(rank=3, alpha=6.0, targets=("qkv",)),
     "q-v": LoRAConfig(rank=2, alpha=2.0, targets=("q", "v"), rslora=True),
     "all": LoRAConfig(rank=2, alpha=4.0, targets=("qkv", "k", "o", "up", "down", "embedding")),
 }

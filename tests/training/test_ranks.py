@@ -258,7 +258,7 @@ def test_ctrl_c_on_one_rank_stops_all_after_the_same_step(tmp_path, monkeypatch,
         stopped.append(str(caught.value))
 
     together(2, of_rank, Pressing)
-    assert stopped == [" at step 3; its state is saved, and --resume goes on from it"] * 2
+    assert stopped == [" at step 3; its state is saved"] * 2
     resumed, expected = together(2, lambda ranks: run(ranks, folder=tmp_path)), together(2, run)
     assert_same_bits(resumed[0], expected[0])
 

@@ -1,0 +1,81 @@
+"""What training shows while it goes: a bar where somebody watches, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minilora.training.loop import Progress
+
+
+class ProgressBar:
+    """A tqdm bar where somebody watches; elsewhere a plain line for each report. Both go to stderr.
+
+    Use it as the `report` of `train`; leaving the `with` block closes the bar.
+    """
+
+    def __init__(self, steps: int, what: str) -> None:
+        self.steps, self.what = steps, what
+        self.held_out: float | None = None
+        self.bar: Any = None
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def __call__(self, progress: Progress) -> None:
+        """Show a report of the training loop."""
+        if progress.held_out is not None:
+            self.held_out = progress.held_out
+        figures = f"loss {progress.loss:.3f}"
+        if self.held_out is not None:
+            figures += f", held-out {self.held_out:.3f}"
+        figures += f", {progress.tokens_per_second:,.0f} tokens/s"
+        figures += f", {time_left(progress.seconds_left)} left"
+        if is_watched():
+            if self.bar is None:
+                self.bar = self.new_bar()
+            self.bar.n = progress.step
+            self.bar.set_postfix_str(figures)
+        else:
+            line = f"{self.what}: step {progress.step}/{self.steps}, {figures}"
+            print(line, file=sys.stderr, flush=True)
+
+    def new_bar(self) -> Any:
+        """A bar, drawn from the first report on, so that an error before it stands alone.
+
+        tqdm's own estimate of the time left would be wrong after a resume.
+        """
+        from tqdm import tqdm
+
+        return tqdm(
+            total=self.steps,
+            desc=self.what,
+            dynamic_ncols=True,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
+        )
+
+
+def is_watched() -> bool:
+    """Whether standard error is shown as it comes: on a terminal, or below a notebook's cell."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        return True
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return hasattr(shell, "kernel")
+
+
+def time_left(seconds: float) -> str:
+    """A duration as h:mm:ss or m:ss."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
