@@ -79,7 +79,7 @@ def small_tiles() -> Iterator[None]:
         yield
 
 
-# --- comparison --------------------------------------------------------------------------
+# --- comparison --------------------------------------------------------------------------------
 
 
 def assert_trees_equal(actual: Tree, expected: Tree) -> None:
@@ -103,7 +103,7 @@ def close(actual: Any, expected: Any, **tolerance: float) -> None:
     np.testing.assert_allclose(actual, expected, **{"rtol": 1e-12, "atol": 1e-13, **tolerance})
 
 
-# --- caches --------------------------------------------------------------------------------------
+# --- caches ------------------------------------------------------------------------------------
 
 
 def parts_of(value: Any, path: str = "") -> dict[str, Any]:
@@ -149,7 +149,7 @@ def numbers_kept(cache: Any, *, of: Tree) -> dict[str, np.ndarray]:
     return kept
 
 
-# --- runs ----------------------------------------------------------------------------------------
+# --- runs --------------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -174,7 +174,20 @@ def adapter_bytes(folder: Path) -> list[bytes]:
     ]
 
 
-# --- streams -------------------------------------------------------------------------------------
+# --- files and streams -------------------------------------------------------------------------
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    """What is in each file of a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
+    """Write files, by their paths in the folder, and the folders between."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
 
 
 class Terminal(io.StringIO):

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from helpers import Killed
 
 from minilora.formats.files import TEMPORARY
 from minilora.formats.output import LOCK, held
@@ -13,10 +14,6 @@ from minilora.formats.output import LOCK, held
 NEEDS_SPACE = {"open", "write", "flush", "truncate", "fsync", "mkdir"}
 TEMPORARIES = ".minilora-*.tmp"
 MODES = ["killed", "refused", "full"]
-
-
-class Killed(BaseException):
-    """Stands for the end of the process."""
 
 
 class Disk:

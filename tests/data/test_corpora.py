@@ -4,7 +4,7 @@ import sysconfig
 
 import numpy as np
 import pytest
-from helpers import set_stdin
+from helpers import set_stdin, write_files
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,20 +35,13 @@ class WordTokenizer:
         return [np.array([len(word) for word in text.split()], np.int32) for text in texts]
 
 
-def write(folder, files):
-    for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
-
-
 @pytest.fixture
 def library(tmp_path, monkeypatch):
     """A standard library of 40 files that repeat one word each, beside what is left out."""
     folder = tmp_path / "lib"
-    write(folder, {f"room{i % 3}/file{i}.py": f"word{i}\n" * 10 for i in range(40)})
-    write(folder, {f"{room}/x.py": "no" for room in ("test", "site-packages", "a/tests")})
-    write(folder, {"readme.txt": "no"})
+    write_files(folder, {f"room{i % 3}/file{i}.py": f"word{i}\n" * 10 for i in range(40)})
+    write_files(folder, {f"{room}/x.py": "no" for room in ("test", "site-packages", "a/tests")})
+    write_files(folder, {"readme.txt": "no"})
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(folder)})
 
 
@@ -65,7 +58,7 @@ def library(tmp_path, monkeypatch):
     ],
 )
 def test_a_file_is_read_as_text(tmp_path, monkeypatch, data, text):
-    write(tmp_path, {"a.txt": data})
+    write_files(tmp_path, {"a.txt": data})
     path = str(tmp_path / "a.txt")
     assert read_documents(path) == ([Document(path, text)], [])
     set_stdin(monkeypatch, data)
@@ -85,14 +78,14 @@ def test_a_folder_gives_its_text_files_sorted(tmp_path):
         "picture.png": b"\x89PNG\xff\xfe",
         "zeros.bin": b"\0\0text",
     }
-    write(tmp_path, files)
+    write_files(tmp_path, files)
     documents, _ = read_documents(str(tmp_path))
     assert [document.name for document in documents] == ["a/deep/y.py", "a/z.md", "a.txt", "b.txt"]
     assert [document.text for document in documents] == ["y", "z", "a", "b"]
 
 
 def test_a_hidden_folder_that_is_named_is_read(tmp_path):
-    write(tmp_path, {".notes/a.txt": "a"})
+    write_files(tmp_path, {".notes/a.txt": "a"})
     assert len(read_documents(str(tmp_path / ".notes"))[0]) == 1
 
 
@@ -108,7 +101,7 @@ def test_python_is_the_standard_library_without_tests():
 
 
 def test_python_the_file_is_reached_by_its_path(tmp_path, monkeypatch, library):
-    write(tmp_path, {"python": "a file"})
+    write_files(tmp_path, {"python": "a file"})
     monkeypatch.chdir(tmp_path)
     assert read_documents("./python")[0][0].text == "a file"
     assert len(read_documents("python")[0]) == 40
@@ -127,7 +120,7 @@ def test_python_the_file_is_reached_by_its_path(tmp_path, monkeypatch, library):
 )
 def test_a_bad_source_is_named(tmp_path, name, content, message):
     if content is not None:
-        write(tmp_path, {name: content})
+        write_files(tmp_path, {name: content})
     source = str(tmp_path / name.split("/")[0])
     for load in (load_corpus, load_text):
         with pytest.raises(MiniloraError, match=message):
@@ -190,7 +183,7 @@ def test_the_same_files_are_held_out_on_every_machine():
 
 
 def test_the_held_out_part_is_cut_between_characters(tmp_path):
-    write(tmp_path, {"a.txt": "é" * 101})
+    write_files(tmp_path, {"a.txt": "é" * 101})
     corpus = load_corpus([str(tmp_path / "a.txt")], BYTES)
     assert BYTES.decode(corpus.train) == "é" * 96
     assert BYTES.decode(corpus.held_out) == "é" * 5
@@ -198,7 +191,7 @@ def test_the_held_out_part_is_cut_between_characters(tmp_path):
 
 
 def test_every_file_has_its_own_tail_held_out(tmp_path):
-    write(tmp_path, {"a.txt": "a" * 95 + "A" * 5, "b/c.txt": "b" * 190 + "B" * 10})
+    write_files(tmp_path, {"a.txt": "a" * 95 + "A" * 5, "b/c.txt": "b" * 190 + "B" * 10})
     corpus = load_corpus([str(tmp_path)], BYTES)
     assert BYTES.decode(corpus.train) == "a" * 95 + "\n\n" + "b" * 190
     assert BYTES.decode(corpus.held_out) == "A" * 5 + "\n\n" + "B" * 10
@@ -208,7 +201,7 @@ def test_every_file_has_its_own_tail_held_out(tmp_path):
 
 
 def test_sources_keep_their_order(tmp_path):
-    write(tmp_path, {"a.txt": "a" * 20, "b.txt": "b" * 20})
+    write_files(tmp_path, {"a.txt": "a" * 20, "b.txt": "b" * 20})
     sources = [str(tmp_path / "b.txt"), str(tmp_path / "a.txt")]
     corpus = load_corpus(sources, BYTES)
     assert BYTES.decode(corpus.train) == "b" * 19 + "\n\n" + "a" * 19
@@ -217,14 +210,14 @@ def test_sources_keep_their_order(tmp_path):
 
 
 def test_a_single_source_may_be_a_string(tmp_path):
-    write(tmp_path, {"a.txt": "some text"})
+    write_files(tmp_path, {"a.txt": "some text"})
     path = str(tmp_path / "a.txt")
     assert load_corpus(path, BYTES).files == 1
     assert load_text(path, BYTES)[1] == 9
 
 
 def test_nothing_is_held_out_at_a_share_of_zero(tmp_path):
-    write(tmp_path, {"a.txt": "a" * 100})
+    write_files(tmp_path, {"a.txt": "a" * 100})
     corpus = load_corpus([str(tmp_path)], BYTES, held_out=0.0)
     assert (corpus.train.size, corpus.held_out.size, corpus.held_out_bytes) == (100, 0, 0)
 
@@ -263,7 +256,7 @@ def test_the_end_of_text_stands_between_documents_and_counts_no_byte():
 
 
 def test_load_text_is_everything_as_it_is(tmp_path):
-    write(tmp_path, {"a.txt": "début\r\n" * 10, "b.txt": "end"})
+    write_files(tmp_path, {"a.txt": "début\r\n" * 10, "b.txt": "end"})
     tokens, size, _ = load_text([str(tmp_path / "a.txt")], BYTES)
     assert BYTES.decode(tokens) == "début\n" * 10
     assert size == 70

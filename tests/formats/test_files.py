@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import Killed
+from helpers import Killed, bytes_of
 
 from minilora.errors import MiniloraError
 from minilora.formats import files
@@ -167,10 +167,6 @@ def test_a_replaced_file_keeps_its_permissions(tmp_path):
 # --- several files -----------------------------------------------------------------------------
 
 
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def renaming_fails(monkeypatch, at, error):
     """The renaming number `at` fails; a killed process does nothing after it, either."""
     replace, unlink, count = os.replace, Path.unlink, [0]
@@ -205,7 +201,7 @@ def test_a_renaming_that_fails_leaves_the_old_files(tmp_path, monkeypatch, at):
         else:
             with pytest.raises(MiniloraError, match=rf"cannot write {tmp_path}.(\w+): no"):
                 files.write_folder(tmp_path, {name: [data] for name, data in NEW.items()})
-    assert contents(tmp_path) == (OLD | NEW if at == 6 else OLD)
+    assert bytes_of(tmp_path) == (OLD | NEW if at == 6 else OLD)
 
 
 @pytest.mark.parametrize("at", range(1, 6))
@@ -215,16 +211,16 @@ def test_killed_amid_the_renamings_nothing_is_lost_and_nothing_is_mixed(tmp_path
         renaming_fails(patched, at, Killed)
         with pytest.raises(Killed):
             files.write_folder(tmp_path, {name: [data] for name, data in NEW.items()})
-    found = contents(tmp_path)
+    found = bytes_of(tmp_path)
     assert set(found.values()) >= set(OLD.values()) | set(NEW.values())
     if "config" in found:
         assert {name: found[name] for name in OLD} == OLD
     files.write_folder(tmp_path, {name: [data] for name, data in NEW.items()})
-    assert contents(tmp_path).items() >= NEW.items()
+    assert bytes_of(tmp_path).items() >= NEW.items()
 
 
 def test_a_part_that_cannot_be_written_leaves_every_file_as_it_was(tmp_path):
     files.write_folder(tmp_path, {name: [data] for name, data in OLD.items()})
     with pytest.raises(TypeError):
         files.write_folder(tmp_path, {"weights": [b"new"], "config": [b"new", 3.0]})
-    assert contents(tmp_path) == OLD
+    assert bytes_of(tmp_path) == OLD

@@ -7,6 +7,7 @@ import time
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from helpers import bytes_of
 from hypothesis import given, settings
 
 from minilora.adapters import (
@@ -46,10 +47,6 @@ def updates(lora, lora_config, config=CONFIG):
         n_out = 3 * config.n_embd if where.endswith("qkv.w") else update.shape[1]
         dense.setdefault(where, np.zeros((len(update), n_out)))[:, columns] += update
     return dense
-
-
-def files(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def edit(folder, **fields):
@@ -107,13 +104,13 @@ def test_round_trip_computes_the_same(tmp_path_factory, lora_config, seed):
 def test_save_load_save_is_exact(tmp_path_factory, lora_config, seed):
     lora, folder = drawn(lora_config, seed=seed), tmp_path_factory.mktemp("a")
     save_adapter(folder, lora, lora_config, CONFIG, base_name="a/b")
-    before = files(folder)
+    before = bytes_of(folder)
     assert before.keys() == {WEIGHTS, JSON}
     loaded, loaded_config = load_adapter(folder, CONFIG)
     for path, leaf in flatten(loaded).items():
         assert leaf.dtype == np.float32 and leaf.flags.c_contiguous and leaf.flags.writeable, path
     save_adapter(folder, loaded, loaded_config, CONFIG, base_name="a/b")
-    assert files(folder) == before
+    assert bytes_of(folder) == before
     if not fused_blocks(lora):  # then the tree itself comes back, to the last bit
         assert flatten(lora).keys() == flatten(loaded).keys()
         for path, leaf in flatten(lora).items():

@@ -5,6 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
+from helpers import bytes_of
 
 from minilora.cli import main
 from minilora.formats.tensors import read_tensors
@@ -14,10 +15,6 @@ pytestmark = pytest.mark.oracle
 SIZES = {"vocab_size": 262, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
 CHANGED = {"dtype", "architectures"}  # what describes the weights that were written
 TEXT = "the cat sat on the mat and the dog sat on the cat; " * 40
-
-
-def read_files(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture(params=["float32", "float16", "gelu_fast", "eos"])
@@ -70,7 +67,7 @@ def adapter_of(base, folder):
 
 def same_but_for_the_weights(base, written):
     """The new folder's files are the base's, but for the weights and what describes them."""
-    before, after = read_files(base), read_files(written)
+    before, after = bytes_of(base), bytes_of(written)
     after.pop("training.json", None)
     assert before.keys() == after.keys()
     new = {name for name in before if before[name] != after[name]}

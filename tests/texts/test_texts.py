@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import write_files
 
 from minilora import texts
 from minilora.adapters import LoRAConfig
@@ -21,13 +22,6 @@ from minilora.training.runs import adapt_in_folder, pretrain_in_folder
 
 BYTES = ByteTokenizer()
 RECORDS = '{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}\n'
-
-
-def write(folder, files):
-    for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
 
 
 def read(folder):
@@ -67,7 +61,7 @@ NOT_UTF_8 = {
 def test_what_is_not_utf_8_is_named_with_its_encoding_where_that_can_be_told(
     tmp_path, reason, data
 ):
-    write(tmp_path, {"good.txt": "good", "sub/bad.txt": data})
+    write_files(tmp_path, {"good.txt": "good", "sub/bad.txt": data})
     assert read(tmp_path) == (["good.txt"], {"sub/bad.txt": reason})
     with pytest.raises(MiniloraError) as error:
         read_documents(tmp_path / "sub" / "bad.txt")
@@ -77,12 +71,14 @@ def test_what_is_not_utf_8_is_named_with_its_encoding_where_that_can_be_told(
 
 @pytest.mark.parametrize("data", [b"", b"\xef\xbb\xbf"])
 def test_an_empty_file_has_nothing_to_leave_out(tmp_path, data):
-    write(tmp_path, {"a.txt": "a", "empty.txt": data})
+    write_files(tmp_path, {"a.txt": "a", "empty.txt": data})
     assert read(tmp_path) == (["a.txt"], {})
 
 
 def test_both_ways_of_loading_hand_on_what_was_left_out(tmp_path):
-    write(tmp_path, {"one/a.txt": "some text" * 9, "one/b.bin": b"\0", "two.txt": "more text"})
+    write_files(
+        tmp_path, {"one/a.txt": "some text" * 9, "one/b.bin": b"\0", "two.txt": "more text"}
+    )
     sources = [str(tmp_path / "one"), tmp_path / "two.txt"]
     expected = (LeftOut(os.path.join(sources[0], "b.bin"), "not text"),)
     assert load_corpus(sources, BYTES).left_out == expected
@@ -90,7 +86,7 @@ def test_both_ways_of_loading_hand_on_what_was_left_out(tmp_path):
 
 
 def test_a_folder_with_nothing_but_what_is_left_out_says_so(tmp_path):
-    write(tmp_path, {"a.bin": b"\0", "b.txt": "é".encode("utf-16")})
+    write_files(tmp_path, {"a.bin": b"\0", "b.txt": "é".encode("utf-16")})
     with pytest.raises(MiniloraError, match=r"without text \(left out: 1 not text \(a.bin\); 1 in"):
         read_documents(str(tmp_path))
 
@@ -100,7 +96,7 @@ def test_a_folder_with_nothing_but_what_is_left_out_says_so(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
 def test_a_pipe_among_the_files_is_not_waited_for(tmp_path):
-    write(tmp_path, {"a.txt": "a"})
+    write_files(tmp_path, {"a.txt": "a"})
     os.mkfifo(tmp_path / "pipe.txt")
     link(tmp_path / "null.txt", "/dev/null")
     regular = "not a regular file"
@@ -109,7 +105,7 @@ def test_a_pipe_among_the_files_is_not_waited_for(tmp_path):
 
 def test_what_may_not_be_read_is_left_out(tmp_path, monkeypatch):
     """Refused here by the functions that read, since an administrator may read everything."""
-    write(tmp_path, {"a.txt": "a", "secret.txt": "b", "sub/c.txt": "c"})
+    write_files(tmp_path, {"a.txt": "a", "secret.txt": "b", "sub/c.txt": "c"})
 
     def refusing(function, name):
         def refuse(path):
@@ -126,7 +122,7 @@ def test_what_may_not_be_read_is_left_out(tmp_path, monkeypatch):
 
 
 def test_a_file_that_vanishes_while_the_folder_is_read_is_left_out(tmp_path, monkeypatch):
-    write(tmp_path, {"a.txt": "a", "b.txt": "b"})
+    write_files(tmp_path, {"a.txt": "a", "b.txt": "b"})
     whole = texts.walk
 
     def walk(*args):
@@ -142,7 +138,7 @@ def test_a_file_that_vanishes_while_the_folder_is_read_is_left_out(tmp_path, mon
 
 
 def test_links_are_followed_and_nothing_is_read_twice(tmp_path):
-    write(tmp_path, {"outside/deep/o.txt": "o", "in/z.txt": "z", "in/sub/y.txt": "y"})
+    write_files(tmp_path, {"outside/deep/o.txt": "o", "in/z.txt": "z", "in/sub/y.txt": "y"})
     folder = tmp_path / "in"
     for name in ("a.txt", "zz.txt"):
         link(folder / name, folder / "z.txt")
@@ -159,7 +155,7 @@ def test_links_are_followed_and_nothing_is_read_twice(tmp_path):
 
 
 def test_links_that_lead_to_each_other_end(tmp_path):
-    write(tmp_path, {"a/a.txt": "a", "b/b.txt": "b"})
+    write_files(tmp_path, {"a/a.txt": "a", "b/b.txt": "b"})
     link(tmp_path / "a" / "b", tmp_path / "b", is_folder=True)
     link(tmp_path / "b" / "a", tmp_path / "a", is_folder=True)
     assert read(tmp_path / "a") == (["a.txt", "b/b.txt"], {"b/a": "read by another path"})
@@ -169,16 +165,16 @@ def test_links_that_lead_to_each_other_end(tmp_path):
 
 
 def test_no_output_of_a_run_and_no_base_is_read_as_text(tmp_path):
-    write(tmp_path, {"a.txt": "some text to learn" * 20, "more/b.txt": "more text" * 20})
+    write_files(tmp_path, {"a.txt": "some text to learn" * 20, "more/b.txt": "more text" * 20})
     corpus = load_corpus(tmp_path, BYTES)
     assert corpus.files == 2 and corpus.left_out == ()
     settings = TrainConfig(steps=1, batch=1, context=8, warmup=0)
     adapt_in_folder(load_model(), corpus, LoRAConfig(rank=1), settings, tmp_path / "adapter")
     config = GPTConfig(256, 16, n_embd=4, n_layer=1, n_head=1)
     pretrain_in_folder(config, corpus, settings, tmp_path / "more" / "base")
-    write(tmp_path, {"stopped/checkpoint.safetensors": b"\0", "stopped/notes": "of the run"})
+    write_files(tmp_path, {"stopped/checkpoint.safetensors": b"\0", "stopped/notes": "of the run"})
     for name in ("README.md", "config.json", "model.safetensors"):
-        write(tmp_path, {f"copied/{name}": (BUILT_IN / name).read_bytes()})
+        write_files(tmp_path, {f"copied/{name}": (BUILT_IN / name).read_bytes()})
     again = load_corpus(tmp_path, BYTES)
     assert np.array_equal(again.train, corpus.train)
     assert {entry.reason for entry in again.left_out} == {"with a model or a training run"}
@@ -187,12 +183,12 @@ def test_no_output_of_a_run_and_no_base_is_read_as_text(tmp_path):
 
 
 def test_folders_of_text_within_that_of_a_run_are_read(tmp_path):
-    write(tmp_path, {"training.json": "{}", "figures.txt": "no", "texts/a.txt": "a"})
+    write_files(tmp_path, {"training.json": "{}", "figures.txt": "no", "texts/a.txt": "a"})
     assert read(tmp_path) == (["texts/a.txt"], {".": "with a model or a training run"})
 
 
 def test_a_configuration_alone_is_text(tmp_path):
-    write(tmp_path, {"config.json": "{}", "tokenizer.json": "{}"})
+    write_files(tmp_path, {"config.json": "{}", "tokenizer.json": "{}"})
     assert read(tmp_path) == (["config.json", "tokenizer.json"], {})
 
 
@@ -211,7 +207,7 @@ def test_a_configuration_alone_is_text(tmp_path):
     ],
 )
 def test_json_lines_are_not_learned_as_text(tmp_path, name, text):
-    write(tmp_path, {name: text, "good.txt": "good"})
+    write_files(tmp_path, {name: text, "good.txt": "good"})
     assert read(tmp_path) == (["good.txt"], {name: "in JSON Lines"})
     with pytest.raises(MiniloraError, match=f"{name} is JSON Lines.*expected text"):
         read_documents(tmp_path / name)
@@ -247,7 +243,7 @@ def test_json_lines_are_text_where_they_are_piped(monkeypatch):
 
 
 def test_a_path_is_always_a_path(tmp_path, monkeypatch):
-    write(tmp_path, {"python": "a file", "-": "another"})
+    write_files(tmp_path, {"python": "a file", "-": "another"})
     monkeypatch.chdir(tmp_path)
     for name, text in (("python", "a file"), ("-", "another")):
         assert load_text(Path("./") / name, BYTES).bytes == len(text)
@@ -256,7 +252,7 @@ def test_a_path_is_always_a_path(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names are Unicode there")
 def test_a_name_that_is_not_unicode_is_read_and_can_be_printed(tmp_path):
-    write(tmp_path, {os.fsdecode(b"caf\xe9.txt"): "text", os.fsdecode(b"\xff.bin"): b"\0"})
+    write_files(tmp_path, {os.fsdecode(b"caf\xe9.txt"): "text", os.fsdecode(b"\xff.bin"): b"\0"})
     corpus = load_corpus(tmp_path, BYTES)
     assert corpus.files == 1
     assert summary(corpus.left_out).encode("utf-8").endswith(b"?.bin)")
@@ -279,7 +275,7 @@ def test_the_summary_counts_by_reason_and_names_the_first():
 def test_the_command_line_says_what_was_left_out_beside_its_results(tmp_path, capsys):
     from minilora.cli import main
 
-    write(tmp_path, {"texts/a.txt": "some text " * 20, "texts/b.txt": "é".encode("cp1252")})
+    write_files(tmp_path, {"texts/a.txt": "some text " * 20, "texts/b.txt": "é".encode("cp1252")})
     assert main(["evaluate", str(tmp_path / "texts")]) == 0
     out, err = capsys.readouterr()
     assert "bits per byte" in out and "left out" not in out

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from helpers import Killed, bytes_of, killed_at
 
 from minilora.adapters import LoRAConfig
 from minilora.data import Corpus
@@ -37,15 +38,6 @@ def run(model, folder, method, **options):
     return adapt_in_folder(model, corpus, LORA_CONFIG, settings, folder, **options)
 
 
-class Killed(BaseException):
-    """Stands for the end of the process."""
-
-
-def killed(progress):
-    if progress.step == 2:
-        raise Killed
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     base = gpt_init(CONFIG, seed=0)
@@ -61,7 +53,7 @@ def folders(model):
     for method in ("lora", "full"):
         root = model.folder.parent / method
         with pytest.raises(Killed):
-            run(model, root / "checkpoint", method, report=killed)
+            run(model, root / "checkpoint", method, report=killed_at(2))
         run(model, root / "result", method)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(runs, "_remove", lambda folder, *names: None)
@@ -70,10 +62,6 @@ def folders(model):
             found[method, kind] = root / kind
     assert CHECKPOINT in {path.name for path in found["lora", "both"].iterdir()}
     return found
-
-
-def bytes_of(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 # --- what is done to a file ----------------------------------------------------------------------

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from helpers import assert_trees_equal, moved
+from helpers import Killed, assert_trees_equal, killed_at, moved
 
 from minilora.adapters import LoRAConfig, lora_init
 from minilora.data import Corpus
@@ -102,18 +102,6 @@ def test_full_training_of_a_model_with_an_adapter_is_refused(model, tmp_path):
     assert merged.lora is None
 
 
-class Killed(BaseException):
-    """Stands for the end of the process."""
-
-
-def stop_at(step):
-    def report(progress):
-        if progress.step == step:
-            raise Killed
-
-    return report
-
-
 @pytest.fixture
 def loaded(model, tmp_path):
     """The model as the command line has it: q and v are one adapter on qkv, as in PEFT's file."""
@@ -126,7 +114,7 @@ def test_a_stopped_run_ends_in_the_same_files(tmp_path, loaded, step):
     whole, out = tmp_path / "whole", tmp_path / "out"
     adapt_in_folder(loaded, corpus(), None, SETTINGS, whole)
     with pytest.raises(Killed):
-        adapt_in_folder(loaded, corpus(), None, SETTINGS, out, report=stop_at(step))
+        adapt_in_folder(loaded, corpus(), None, SETTINGS, out, report=killed_at(step))
     adapt_in_folder(loaded, corpus(), None, SETTINGS, out, resume=True)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
@@ -141,7 +129,7 @@ def test_resume_is_bound_to_the_adapter_that_it_started_from(tmp_path, loaded, i
         adapt_in_folder(loaded, corpus(), None, SETTINGS, tmp_path / "out")
     else:
         with pytest.raises(Killed):
-            adapt_in_folder(loaded, corpus(), None, SETTINGS, tmp_path / "out", report=stop_at(3))
+            adapt_in_folder(loaded, corpus(), None, SETTINGS, tmp_path / "out", report=killed_at(3))
     other = loaded.with_adapter(map_leaves(np.copy, loaded.lora), loaded.lora_config)
     other.lora["blocks"][1]["mlp"]["down"]["B"][0, 0] += 1e-3
     with pytest.raises(MiniloraError, match="checksum of the adapter"):
