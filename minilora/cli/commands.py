@@ -495,7 +495,7 @@ def check_outputs(args: argparse.Namespace) -> None:
             raise MiniloraError(f"{name} is the file of --{taken[file]}, too; expected another")
         if "out" in args and lies_in(file, args.out):
             raise MiniloraError(f"{name} is in the folder of --out; expected a file elsewhere")
-        for source in sources(args):
+        for source in sources_of(file, args):
             if file.exists() and lies_in(file, source):
                 raise MiniloraError(f"{name} would replace what is read from {source}")
         taken[file] = option
@@ -511,9 +511,14 @@ def plain_file(path: Path) -> Path | None:
         return None
 
 
-def sources(args: argparse.Namespace) -> list[str]:
-    """The files and folders that a command reads."""
+def sources_of(file: Path, args: argparse.Namespace) -> list[str]:
+    """What a command reads that a file may be part of: data, and models where it is named so."""
+    from minilora.formats.companions import COMPANIONS
+
     data = [source for source in getattr(args, "data", []) if source not in ("python", "-")]
+    is_model_s = file.name in (*COMPANIONS, "config.json", "adapter_config.json")
+    if not is_model_s and not file.name.endswith((".safetensors", ".safetensors.index.json")):
+        return data
     base = getattr(args, "base", None)
     return [*data, *getattr(args, "adapter", []), *([] if base is None else [base])]
 

@@ -106,7 +106,7 @@ def test_dropout_keeps_masks_and_threads_share_the_batch(budget):
         (["--threads", "-1"], "is not a whole number of at least 0"),
         (["--base", "nowhere"], "nowhere"),
         (["--model", "tiny", "--base", "x"], "not allowed with"),
-        (["--width", "700"], "n_embd 700 is not a multiple of n_head 12"),
+        (["--width", "700"], "--width 700 is not a multiple of --heads 12"),
         (["--dropout", "1"], "dropout 1.0 is not in"),
     ],
     ids=lambda words: " ".join(words) if isinstance(words, list) else "",
