@@ -80,7 +80,7 @@ class SmallIntegers:
         return getattr(self.rng, name)
 
 
-def whole_cases(tasks: Mapping[str, Task], seeds: int = 3) -> Iterator[Case]:
+def whole_cases(tasks: Mapping[str, Task], seeds: int = 2) -> Iterator[Case]:
     """Cases of whole numbers of every task, the smallest first."""
     yield from _cases(tasks, SmallIntegers, range(seeds))
 
@@ -155,7 +155,7 @@ def named(result: Any, names: Sequence[str]) -> Outputs:
 # --- the smallest case -------------------------------------------------------------------------
 
 
-def shrunk(case: Case, fails: Callable[[Case], bool], tries: int = 300) -> Case:
+def shrunk(case: Case, fails: Callable[[Case], bool], tries: int = 150) -> Case:
     """The case with as many zeros and ones in its arrays as it still fails with."""
     for name, array in case.inputs.items():
         if name == "mask" or not (isinstance(array, np.ndarray) and array.dtype.kind == "f"):

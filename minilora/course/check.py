@@ -99,7 +99,7 @@ def check(exercise: Exercise, source: str, filename: str = "") -> Verdict:
 
 def _check(exercise: Exercise, source: str, filename: str) -> Verdict:
     try:
-        with blocked(exercise):
+        with blocked(places_of(exercise)):
             functions = load(exercise, source, filename)
         return judge(exercise, functions, source, filename)
     except SyntaxError as error:
@@ -161,26 +161,37 @@ def told(error: BaseException, filename: str) -> str:
 
 
 @contextlib.contextmanager
-def blocked(exercise: Exercise) -> Iterator[None]:
-    """Within, the package's own functions of the exercise are not to be had anywhere in it."""
-    stubs = {}
-    for name in (*exercise.functions, *exercise.helpers):
-        own = getattr(exercise.module, name)
-        stubs[id(own)] = (own, _stub(name))
-    places = [
-        (module, name, *stubs[id(value)])
+def blocked(places: list[Place]) -> Iterator[None]:
+    """Within, the package's own functions of an exercise are not to be had in these places."""
+    for place in places:
+        setattr(place.module, place.name, place.stub)
+    try:
+        yield
+    finally:
+        for place in places:
+            setattr(place.module, place.name, place.own)
+
+
+class Place(NamedTuple):
+    """Where one of the package's own functions is found, and what takes its place."""
+
+    module: Any
+    name: str
+    own: Any
+    stub: Any
+
+
+def places_of(exercise: Exercise) -> list[Place]:
+    """Every place in the package where the exercise's own functions are found."""
+    own = {name: getattr(exercise.module, name) for name in (*exercise.functions, *exercise.helpers)}
+    stubs = {id(function): (function, _stub(name)) for name, function in own.items()}
+    return [
+        Place(module, name, *stubs[id(value)])
         for key, module in list(sys.modules.items())
         if key.split(".")[0] == "minilora" and module is not None
         for name, value in list(vars(module).items())
         if id(value) in stubs
     ]
-    for module, name, _, stub in places:
-        setattr(module, name, stub)
-    try:
-        yield
-    finally:
-        for module, name, own, _ in places:
-            setattr(module, name, own)
 
 
 def _stub(name: str) -> Callable[..., Any]:
@@ -197,11 +208,13 @@ class Changed(Exception):
 def guarded(exercise: Exercise, functions: Functions) -> Functions:
     """The functions, watched: they may not change an argument, nor call the package's own."""
 
+    places = places_of(exercise)
+
     def watch(f: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*arguments: Any, **keywords: Any) -> Any:
             named = dict(zip(parameters(f, len(arguments)), arguments, strict=True)) | keywords
             before = {name: _snapshot(value) for name, value in named.items()}
-            with blocked(exercise):
+            with blocked(places):
                 result = f(*arguments, **keywords)
             for name, value in named.items():
                 if not _same(before[name], value):

@@ -84,7 +84,12 @@ def diagnosed(exercise: Exercise, observed: Observed, output: str | None) -> Fou
         if told:
             return Found("exact", told)
     for names in dict.fromkeys((tuple(wrong), (output,) if output else ())):
-        found = _fitting(exercise, observed, names)
+        for others in (True, False):  # first a guess that leaves right what is right
+            found = _fitting(exercise, observed, names, others)
+            if found:
+                return Found("exact", found)
+    if output:
+        found = _in_some_tasks(exercise, observed, output)
         if found:
             return Found("exact", found)
     where = _where(exercise, answers, output) if output else ""
@@ -98,6 +103,20 @@ def names_of(answers: list[Answer]) -> list[str]:
 
 def _agrees(answers: list[Answer], name: str) -> bool:
     return all(is_close(a.got.get(name), a.want.get(name)) for a in answers)
+
+
+def _in_some_tasks(exercise: Exercise, observed: Observed, output: str) -> str:
+    """The sentence for an output that is right in all cases of some tasks, and wrong in others."""
+    tasks = list(dict.fromkeys(a.case.name for a in observed.answers if a.want.get(output) is not None))
+    of_task = {name: [a for a in observed.answers if a.case.name == name] for name in tasks}
+    wrong = [name for name, answers in of_task.items() if not _agrees(answers, output)]
+    if len(wrong) == len(tasks):
+        return ""
+    answers = [a for name in wrong for a in of_task[name]]
+    found = _fitting(exercise, observed._replace(answers=answers, raising=[]), (output,))
+    cases = " and ".join(map(repr, wrong))
+    right = " and ".join(repr(name) for name in tasks if name not in wrong)
+    return f"Right in the case {right}; in the case {cases}: {found}" if found else ""
 
 
 # --- the form ----------------------------------------------------------------------------------
@@ -116,6 +135,12 @@ def _of_form(answers: list[Answer], output: str) -> str:
     if absent:
         case = absent[0].case.name
         return f"{output} is None in the case {case!r}, where what it is made of is in the cache."
+    if all(getattr(a.got[output], "dtype", None) == np.float32 for a in wrong) and all(
+        np.shape(a.got[output]) == np.shape(a.want[output])
+        and np.allclose(a.got[output], a.want[output], rtol=1e-5, atol=1e-5)
+        for a in wrong
+    ):
+        return f"{output} is float32 where float64 came in: keep the dtype of what you are given."
     shapes = [(np.shape(a.got[output]), np.shape(a.want[output])) for a in wrong]
     off = [(got, want) for got, want in shapes if got != want]
     if not off:
@@ -138,24 +163,29 @@ def _of_form(answers: list[Answer], output: str) -> str:
 # --- hypotheses --------------------------------------------------------------------------------
 
 
-def _fitting(exercise: Exercise, observed: Observed, names: tuple[str, ...]) -> str:
+def _fitting(
+    exercise: Exercise, observed: Observed, names: tuple[str, ...], others: bool = False
+) -> str:
     """The sentence of the first guess that gives these outputs in every case; "" if none does.
 
     And "" where another guess gives them too and is another function.
     """
     answers = observed.answers
-    fitting = [g for g in guesses(exercise, names) if _fits(g, answers, names)]
+    every = tuple(names_of(answers)) if others else names
+    fitting = [g for g in guesses(exercise, names) if _fits(g, answers, names, every)]
     fitting = [g for g in fitting if _raises_alike(g, observed, exercise)]
     if not fitting:
         return ""
     first = fitting[0]
     for other in fitting[1:]:
-        if not _same_function(first, other, exercise, names):
+        if not _same_function(first, other, exercise, names, {a.case.name for a in answers}):
             return ""
     return first.sentence
 
 
-def _fits(guess: Guess, answers: list[Answer], names: tuple[str, ...]) -> bool:
+def _fits(
+    guess: Guess, answers: list[Answer], names: tuple[str, ...], every: tuple[str, ...]
+) -> bool:
     told = False
     for answer in answers:
         wanted = [n for n in names if answer.want.get(n) is not None]
@@ -168,6 +198,10 @@ def _fits(guess: Guess, answers: list[Answer], names: tuple[str, ...]) -> bool:
         for name in wanted:
             if name not in gives or not is_close(_like(gives[name], answer.want[name]), answer.got[name]):
                 return False
+        for name in every:
+            if name in gives and answer.want.get(name) is not None and name not in names:
+                if not is_close(_like(gives[name], answer.want[name]), answer.got.get(name)):
+                    return False
         told = told or bool(wanted)
     return told or not names
 
@@ -204,10 +238,12 @@ def _raises_alike(guess: Guess, observed: Observed, exercise: Exercise) -> bool:
     return True
 
 
-def _same_function(a: Guess, b: Guess, exercise: Exercise, names: tuple[str, ...]) -> bool:
+def _same_function(
+    a: Guess, b: Guess, exercise: Exercise, names: tuple[str, ...], tasks: set[str]
+) -> bool:
     """Whether two guesses agree on cases that neither has seen."""
     reference = exercise.reference()
-    for case in normal_cases(exercise.tasks, (5,)):
+    for case in normal_cases({k: t for k, t in exercise.tasks.items() if k in tasks}, (5,)):
         want = case.outputs(reference)
         answer = Answer(case, want, want)
         results = []
@@ -297,6 +333,12 @@ def _general(exercise: Exercise, names: tuple[str, ...]) -> Iterator[Guess]:
         yield Guess(
             f"{name} is {given} itself.",
             lambda v, given=given: {name: v.case.inputs[given]},  # type: ignore[misc]
+        )
+    argument = name.removeprefix("d")
+    if argument in case.inputs and argument != name:
+        yield Guess(
+            f"{name} was added to {argument} itself: a gradient starts at zero.",
+            lambda v: {name: v.want[name] + v.case.inputs[argument]},
         )
     for word, turned in _TURNED.items():
         yield Guess(f"{name} {word}.", lambda v, turned=turned: {name: turned(v.want[name])})  # type: ignore[misc]

@@ -13,7 +13,6 @@ from __future__ import annotations
 import ast
 import copy
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -315,11 +314,15 @@ def variants(
         case ast.BinOp(left, ast.Add(), right):
             yield left, f"without the term {m(right)}"
             yield right, f"without the term {m(left)}"
+            doubled = binary(ast.Constant(2), ast.Mult(), right)
+            yield binary(left, ast.Add(), doubled), f"with the term {m(right)} twice"
             yield binary(left, ast.Sub(), right), f"with − in place of + before {m(right)}"
             yield binary(right, ast.Sub(), left), f"with − before {m(left)}"
         case ast.BinOp(left, ast.Sub(), right):
             yield left, f"without the term {m(right)}, which is subtracted"
             yield ast.UnaryOp(ast.USub(), right), f"without the term {m(left)}"
+            doubled = binary(ast.Constant(2), ast.Mult(), right)
+            yield binary(left, ast.Sub(), doubled), f"with the term {m(right)} subtracted twice"
             yield binary(left, ast.Add(), right), f"with + in place of − before {m(right)}"
             yield binary(right, ast.Sub(), left), f"with {m(right)} and {m(left)} exchanged in the difference"
             yield right, f"with {m(right)} alone in place of the difference from {m(left)}"
@@ -437,7 +440,7 @@ def hypotheses(
 ) -> tuple[Hypothesis, ...]:
     """Every small change of one equation, no two of them in the same words."""
     program, found = equations(text), list[tuple[str, Change, tuple[Equation, ...]]]()
-    spelling = dict(letters)
+    spelling, names = dict(letters), {e.name for e in program}
     for i, equation in enumerate(program):
         if equation.given:
             continue
@@ -445,12 +448,24 @@ def hypotheses(
         known = (*inputs, *(e.name for e in program[:i]))
 
         for change in _of_equation(equation, known, spelling, scalars):
-            new = equation._replace(expression=change.expression)
-            found.append((where, change, (*program[:i], new, *program[i + 1 :])))
+            new = {equation.name: change.expression}
+            if f"{equation.name}_2" in names:  # the same for a second adapter
+                new[f"{equation.name}_2"] = twin(change.expression, {*names, *inputs})
+            changed = tuple(e._replace(expression=new.get(e.name, e.expression)) for e in program)
+            found.append((where, change, changed))
     words = _told_apart([(where, change) for where, change, _ in found])
     return tuple(
         Hypothesis(where, text, new) for (where, _, new), text in zip(found, words, strict=True)
     )
+
+
+def twin(expression: ast.expr, names: set[str]) -> ast.expr:
+    """The expression with each variable x replaced by x_2, where there is one of that name."""
+    new = copy.deepcopy(expression)
+    for node in ast.walk(new):
+        if isinstance(node, ast.Name) and f"{node.id}_2" in names:
+            node.id = f"{node.id}_2"
+    return new
 
 
 def _of_equation(
@@ -499,8 +514,10 @@ def is_close(got: Any, want: Any) -> bool:
         got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     except (TypeError, ValueError):
         return False
-    size = float(np.max(np.abs(want), initial=0.0)) if want.size else 0.0
-    atol = 1e-9 * (size if math.isfinite(size) else 1.0) + 1e-12
-    return got.shape == want.shape and bool(
-        np.allclose(got, want, rtol=1e-7, atol=atol, equal_nan=True)
-    )
+    if got.shape != want.shape or not got.size:
+        return bool(got.shape == want.shape)
+    with np.errstate(all="ignore"):
+        off, size = np.abs(got - want).max(), np.abs(want).max()
+    if not np.isfinite(off) or not np.isfinite(size):
+        return bool(np.allclose(got, want, rtol=1e-7, equal_nan=True))
+    return bool(off <= 1e-8 * size + 1e-12)

@@ -480,9 +480,11 @@ def _rows() -> list[Exercise]:
                 rows="cross-entropy"),
         of_pair("dropout", "Dropout", 10, "linear", varied={
             "dropout, none": PAIRS["dropout"]._replace(constants=lambda rng, s: {"mask": None})}),
-        of_pair("lora", "Low-rank adaptation", 40, "linear"),
+        of_pair("lora", "Low-rank adaptation", 40, "linear", varied={
+            "lora, B frozen": PAIRS["lora"]._replace(dropped={lora.LoRACache: ("h",)}, frozen=("B",))}),
         of_pair("lora_embedding", "LoRA of an embedding", 25, "lora", "embedding", page="lora",
-                rows="lora, embedding"),
+                rows="lora, embedding", varied={"lora, embedding, B frozen": PAIRS["lora, embedding"]._replace(
+                    dropped={lora.LoRAEmbeddingCache: ("h",)}, frozen=("B",))}),
         Exercise(
             "adapted_linear", "A linear map with its adapters", lora, ("adapted_linear_backward",),
             model, 30, ("lora", "dropout"),
@@ -491,6 +493,7 @@ def _rows() -> list[Exercise]:
                 "an adapter, without dropout": adapted_task(mask=False),
                 "two adapters": adapted_task(adapters=2),
                 "a frozen base": adapted_task(dropped=keep.OF_WEIGHTS),
+                "frozen adapters": adapted_task(dropped=keep.OF_FACTORS),
                 "no dx": adapted_task(dropped=keep.OF_INPUTS),
             },
         ),

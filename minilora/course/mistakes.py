@@ -72,13 +72,20 @@ def of_normalise(inputs: Inputs) -> Values:
     v = matrices(inputs)
     c = v["x"] - v["x"].mean(-1, keepdims=True)
     rstd = 1.0 / np.sqrt((c * c).mean(-1, keepdims=True) + inputs["eps"])
-    return v | {"c": c, "rstd": rstd, "xhat": c * rstd, "C": float(c.shape[-1])}
+    shape = inputs["x"].shape
+
+    def over_batch(a: np.ndarray) -> np.ndarray:
+        mean = a.reshape(shape).mean(0, keepdims=True)
+        return ops.rows(np.broadcast_to(mean, shape))
+
+    return v | {
+        "c": c, "rstd": rstd, "xhat": c * rstd, "C": float(c.shape[-1]), "over_batch": over_batch
+    }  # fmt: skip
 
 
 def of_rms(inputs: Inputs) -> Values:
     v = matrices(inputs)
-    r = 1.0 / np.sqrt((v["x"] ** 2).mean(-1, keepdims=True) + inputs["eps"])
-    return v | {"C": float(v["x"].shape[-1])} | {"r": r, "xhat": v["x"] * r}
+    return v | {"C": float(v["x"].shape[-1])}
 
 
 def of_gelu(inputs: Inputs) -> Values:
@@ -106,16 +113,12 @@ def of_attention(inputs: Inputs) -> Values:
     def merged(x: np.ndarray) -> np.ndarray:
         return x.transpose(0, 2, 1, 3).reshape(B, n, H * K)
 
-    def unmasked(x: np.ndarray) -> np.ndarray:
-        return FUNCTIONS["softmax"](q @ k.swapaxes(-1, -2) / math.sqrt(K)) + 0 * x
-
     def straight(x: np.ndarray) -> np.ndarray:
         return x.reshape(B, n, H * K)
 
-    own = {"merged": merged, "unmasked": unmasked, "straight": straight}
-    P = ops.attention_weights(q, k, mask=mask)
+    own = {"merged": merged, "straight": straight}
     sizes = {"root": math.sqrt(K), "K": float(K), "n": float(n), "H": float(H)}
-    return {"q": q, "k": k, "v": v, "dy": dy, "P": P, **sizes, **own}
+    return {"q": q, "k": k, "v": v, "dy": dy, "mask": mask, **sizes, **own}
 
 
 def of_cross_entropy(inputs: Inputs) -> Values:
@@ -127,7 +130,10 @@ def of_cross_entropy(inputs: Inputs) -> Values:
     onehot[np.arange(targets.size), np.where(is_counted, targets, 0)] = 1.0
     divisor = float(inputs.get("count") or counted)
     return {
-        "logits": logits, "p": FUNCTIONS["softmax"](logits), "onehot": onehot,
+        "logits": logits, "onehot": onehot,
+        "lse": np.log(np.exp(logits).sum(-1, keepdims=True)),
+        "weight": is_counted[:, None] / divisor,
+        "target": np.where(is_counted, targets, 0),
         "counted": is_counted[:, None].astype(float), "N": divisor,
         "all": float(targets.size), "V": float(logits.shape[-1]), "dloss": inputs["dloss"],
     }  # fmt: skip
@@ -143,6 +149,7 @@ def of_position(inputs: Inputs) -> Values:
         return y
 
     own = {"place": place, "at_zero": lambda values: place(values, 0)}
+    own |= {"in_table": lambda values: wpe * (place(1 + 0 * values) == 0) + place(values)}
     own |= {"at_next": lambda values: place(values, offset + 1)}
     own |= {"at_end": lambda values: place(values, len(wpe) - n)}
     return {"x": x, "wpe": wpe, "dy": dy, "N": float(len(dy)), "n": float(n), **own}
@@ -160,6 +167,8 @@ def of_adapted(inputs: Inputs) -> Values:
     if "A_2" not in v:
         v |= {"A_2": 0 * v["A"], "B_2": 0 * v["B"], "scale_2": 0.0}
         v |= {"mask_2": 1 + 0 * x, "kept_2": x}
+    for end in ("", "_2"):
+        v[f"h{end}"] = v[f"scale{end}"] * v[f"kept{end}"] @ v[f"A{end}"]
     return v | {"dyc": v["dy"][:, columns], "first": v["dy"][:, : columns.stop - columns.start]}
 
 
@@ -218,6 +227,7 @@ def of_merging(inputs: Inputs) -> Values:
         wide[:, third * C : (third + 1) * C] = update
         return wide
 
+    v["others"] = lambda w: w * (place(np.ones((C, C))) == 0)
     v |= {"at_k": place, "at_q": lambda u: place(u, 0), "at_v": lambda u: place(u, 2)}
     return v | {"at_all": lambda u: np.concatenate([u, u, u], axis=1)}
 
@@ -305,14 +315,15 @@ LESSONS["position"] = Lesson(
     """,
     {**LETTERS, "place": "at offset"},
     (("N", "divided by B, the number of sequences", "multiplied by B, the number of sequences"),
-     ("n", "divided by T, the number of times", "multiplied by T, the number of times")),
+     ("n", "divided by T, the number of times", "multiplied by T, the number of times"), BY_2),
     (
+        Mistake("dwpe = in_table(total(dy))", "dwpe starts from the table, not from zeros: rows that are not used have the gradient 0.", "POS.2"),
         Mistake("dwpe = at_zero(total(dy))",
                 "dwpe is written at the positions from 0 on: it begins at the offset.", "POS.2"),
         Mistake("dwpe = at_next(total(dy))", "dwpe begins one position after the offset.", "POS.2"),
         Mistake("dwpe = at_end(total(dy))", "dwpe is written at the last positions of the table: it begins at the offset.", "POS.2"),
         Mistake("dwpe = place(total(dy)[::-1])", "The times run backwards in dwpe.", "POS.2"),
-        Mistake("dwpe = place(total(dy)) + wpe", "dwpe starts from the table, not from zeros.", "POS.2"),
+        Mistake("dwpe = place(total(dy)) + wpe", "The table was added to dwpe.", "POS.2"),
         Mistake("dwpe = place(total(dy).sum(axis=0, keepdims=True) + 0 * total(dy))",
                 "dwpe is summed over the times as well: each position has its own gradient.", "POS.2"),
         Mistake("dx = dy + wpe[:number(dy[0])]", "The positions were added to dx, as the forward pass adds them to x.", "POS.1"),
@@ -337,8 +348,14 @@ OF_NORM = (
             "ρ multiplies all of the bracket of [LN.6]; the term mean(dx̂) is outside of it in yours.", "LN.6"),
     Mistake("dx = dxhat * rstd - mean(dxhat) - xhat * mean(dxhat * xhat)",
             "ρ multiplies all of the bracket of [LN.6], in yours only its first term.", "LN.6"),
-    Mistake("dx = (dxhat - mean(dxhat) - xhat * mean(dxhat) * mean(xhat)) * rstd",
-            "The mean of a product is not the product of the means: [LN.6] has mean(dx̂ ∘ x̂).", "LN.6"),
+    Mistake("dx = (dxhat - mean(dxhat)) * rstd",
+            "dx lacks the term x̂ mean(dx̂ ∘ x̂) of [LN.6] (with mean(dx̂) mean(x̂) in its place it is zero, as mean(x̂) is).", "LN.6"),
+    Mistake("dx = (dxhat - over_batch(dxhat) - xhat * mean(dxhat * xhat)) * rstd",
+            "mean(dx̂) is taken along the first axis: each row has its own mean, axis=-1, keepdims=True.", "LN.6"),
+    Mistake("dx = (dxhat - mean(dxhat) - xhat * over_batch(dxhat * xhat)) * rstd",
+            "mean(dx̂ ∘ x̂) is taken along the first axis: each row has its own mean, axis=-1, keepdims=True.", "LN.6"),
+    Mistake("dx = (dxhat - over_batch(dxhat) - xhat * over_batch(dxhat * xhat)) * rstd",
+            "Both means are taken along the first axis: each row has its own, axis=-1, keepdims=True.", "LN.6"),
     Mistake("dx = (dxhat - mean(dxhat) - xhat * sums(dxhat * xhat) / (C - 1 + (C == 1))) * rstd",
             "mean(dx̂ ∘ x̂) is divided by C − 1 in yours: the variance of a layer norm divides by C.", "LN.6"),
     Mistake("dx = (dxhat - mean(dxhat) - xhat * xhat * mean(dxhat)) * rstd",
@@ -395,7 +412,9 @@ LESSONS["layer_norm"] = Lesson(
 )  # fmt: skip
 LESSONS["rms_norm"] = Lesson(
     """
-    y = w * x * r
+    r = 1 / sqrt(mean(x ** 2) + eps)
+    xhat = x * r
+    y = w * xhat
     dxhat = dy * w
     dx = (dxhat - xhat * mean(dxhat * xhat)) * r
     dw = total(dy * xhat)
@@ -403,9 +422,9 @@ LESSONS["rms_norm"] = Lesson(
     {**VECTOR, "r": "r", "y": "y"},
     (BY_N, BY_2, BY_C),
     (
-        Mistake("y = w * x / (sqrt(mean(x ** 2)) + eps)\ndx = dx", "ε is added outside of the root: it belongs under it."),
+        Mistake("r = 1 / (sqrt(mean(x ** 2)) + eps)", "ε is added outside of the root: it belongs under it."),
         Mistake("y = w * (x - mean(x)) * r", "The forward pass subtracts the mean, as a layer norm does; RMSNorm does not."),
-        Mistake("y = w * x / sqrt(sums(x ** 2) + eps)", "The forward pass has the sum of the squares where their mean belongs."),
+        Mistake("r = 1 / sqrt(sums(x ** 2) + eps)", "The forward pass has the sum of the squares where their mean belongs."),
         Mistake("dx = dxhat * r", "dx is that of a plain scaling: the root of the mean square depends on x too, and its term is missing."),
         Mistake("dx = (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat)) * r",
                 "dx has the term mean(dx̂) of the layer norm; RMSNorm subtracts no mean, so it has none."),
@@ -441,6 +460,7 @@ LESSONS["softmax"] = Lesson(
         Mistake("dx = dy * y * (1 - y)", "dx takes the diagonal of the Jacobian alone: each output depends on every input of its row.", "SM.2"),
         Mistake("dx = dy * y - sums(dy * y)", "y multiplies all of the bracket of [SM.2], in yours only its first term.", "SM.2"),
         Mistake("dx = dy - y * sums(dy * y)", "y multiplies all of the bracket of [SM.2], in yours only its second term.", "SM.2"),
+        Mistake("dx = dy * y * y", "dx is dy ∘ y²: the bracket of [SM.2] is a difference.", "SM.2"),
         Mistake("dx = y - dy", "dx is y − dy, as for softmax and cross-entropy in one; here dy is any gradient.", "SM.2"),
         Mistake("dx = dy - y", "dx is dy − y; [SM.2] is a product.", "SM.2"),
         Mistake("dx = y * (dy - sums(y) * sums(dy))", "The sum of a product is not the product of the sums: [SM.2] has Σ dy ∘ y.", "SM.2"),
@@ -473,6 +493,7 @@ LESSONS["attend"] = Lesson(
 )
 LESSONS["attention"] = Lesson(
     """
+    P = softmax(q @ T(k) / root + mask)  # ATT.2
     dv_h = T(P) @ dy                  # ATT.4
     dP = dy @ T(v)                    # ATT.5
     dS = P * (dP - sums(dP * P))      # ATT.6
@@ -482,12 +503,12 @@ LESSONS["attention"] = Lesson(
     dk = merged(dk_h)  # given
     dv = merged(dv_h)  # given
     """,
-    {**LETTERS, "dq_h": "dq", "dk_h": "dk", "dv_h": "dv"},
+    {**LETTERS, "dq_h": "dq", "dk_h": "dk", "dv_h": "dv", "mask": "mask"},
     (BY_ROOT, BY_K, BY_2, ("n", "divided by T, the number of times", "multiplied by T, the number of times"),
      ("H", "divided by H, the number of heads", "multiplied by H, the number of heads")),
     (
         *OF_ATTEND,
-        Mistake("dv_h = T(unmasked(P)) @ dy\ndS = unmasked(P) * (dP - sums(dP * unmasked(P)))",
+        Mistake("P = softmax(q @ T(k) / root)",
                 "The causal mask is missing where P is recomputed: a time must not see later ones.", "ATT.6"),
         Mistake("dq = straight(dq_h)\ndk = straight(dk_h)\ndv = straight(dv_h)",
                 "The heads are put together without moving their axis behind the time: (B, H, T, K) needs a transpose before the reshape.", "ATT.8"),
@@ -506,19 +527,31 @@ LESSONS["head"] = Lesson(
     (BY_N, BY_2, ("size(dy) / N", "divided by V, the number of tokens", "multiplied by V, the number of tokens")),
 )
 LESSONS["cross_entropy"] = Lesson(
-    "dlogits = (p - onehot) * counted * dloss / N   # CE.3",
-    {**LETTERS, "counted": "[target counted]"},
+    """
+    p = exp(logits - lse)                           # CE.1
+    dlogits = (p - onehot) * weight * dloss         # CE.3
+    """,
+    {**LETTERS, "weight": "1 / N", "logits": "z", "lse": "log Σ exp z"},
     (BY_2, ("V", "divided by V, the number of tokens", "multiplied by V, the number of tokens"),
      ("all", "divided by the number of rows besides", "multiplied by the number of rows")),
     (
         Mistake("dlogits = (p - onehot) * counted * dloss / all",
                 "The mean is over all rows in yours: N counts the targets that are not ignored, or is the count given.", "CE.3"),
-        Mistake("dlogits = (logits - onehot) * counted * dloss / N", "The logits stand where their softmax p belongs.", "CE.3"),
-        Mistake("dlogits = (exp(logits) - onehot) * counted * dloss / N", "exp(z) is not divided by its sum: p = exp(z − log Σ exp z).", "CE.3"),
-        Mistake("dlogits = (log(p) - onehot) * counted * dloss / N", "log p stands where p belongs: exp is missing.", "CE.3"),
+        Mistake("dlogits = (p - onehot) * dloss / all",
+                "The mean is over all rows, and rows whose target is ignored have a gradient: weight holds 1 / N, or 0 for those.", "CE.3"),
+        Mistake("dlogits = p - onehot", "Neither dloss nor the 1 / N of the mean is there.", "CE.3"),
+        Mistake("dlogits = (p - onehot) / (weight * dloss)", "dloss / N divides in yours: it multiplies.", "CE.3"),
+        Mistake("dlogits = 0 * p + weight * dloss", "dlogits is dloss / N alone: p less the one-hot target is missing.", "CE.3"),
+        Mistake("dlogits = (p - 2 * onehot) * weight * dloss", "2 is subtracted at the target, where 1 belongs.", "CE.3"),
+        Mistake("dlogits = (p * (1 - onehot) + onehot) * weight * dloss", "The target's entry is set to 1: 1 is subtracted from p there.", "CE.3"),
+        Mistake("dlogits = (p * (1 - onehot) - onehot) * weight * dloss", "The target's entry is set to −1: 1 is subtracted from p there.", "CE.3"),
+        Mistake("p = exp(lse - logits)", "The exponent has the wrong sign: p = exp(z − log Σ exp z).", "CE.3"),
+        Mistake("dlogits = (logits - onehot) * weight * dloss", "The logits stand where their softmax p belongs.", "CE.3"),
+        Mistake("dlogits = (exp(logits) - onehot) * weight * dloss", "exp(z) is not divided by its sum: p = exp(z − log Σ exp z).", "CE.3"),
+        Mistake("dlogits = (log(p) - onehot) * weight * dloss", "log p stands where p belongs: exp is missing.", "CE.3"),
         Mistake("dlogits = (p - onehot * counted) * dloss / N", "Rows whose target is ignored get the gradient p: theirs is 0.", "CE.3"),
-        Mistake("dlogits = p * onehot * counted * dloss / N", "p is multiplied by the one-hot target where that is subtracted.", "CE.3"),
-        Mistake("dlogits = -onehot / p * counted * dloss / N", "dlogits is the gradient of the probabilities, −1 / p at the target; the softmax's own is still to come.", "CE.3"),
+        Mistake("dlogits = p * onehot * weight * dloss", "p is multiplied by the one-hot target where that is subtracted.", "CE.3"),
+        Mistake("dlogits = -onehot / p * weight * dloss", "dlogits is the gradient of the probabilities, −1 / p at the target; the softmax's own is still to come.", "CE.3"),
     ),
     of_cross_entropy,
 )  # fmt: skip
@@ -557,7 +590,7 @@ LESSONS["lora"] = Lesson(
         Mistake("dA = x.T @ dxA / N", "dA is a mean over the rows: each row adds to A's gradient, so it is a sum.", "LORA.5"),
         Mistake("dB = h.T @ dy / N", "dB is a mean over the rows: each row adds to B's gradient, so it is a sum.", "LORA.3"),
         Mistake("dA = x.T @ dy @ ones(B).T * scale", "dA has ones where Bᵀ belongs: A is seen through B.", "LORA.5"),
-        Mistake("dB = A.T @ (scale * x.T @ dy) / scale", "dB lacks the factor s: it is s Aᵀ dW in yours without the s.", "LORA.3"),
+        Mistake("dxA = 2 * (dy @ B.T)", "The scale is 2 in yours, whatever s is: take it from the cache.", "LORA.4"),
     ),
     of_lora,
 )  # fmt: skip
@@ -581,21 +614,24 @@ LESSONS["adapted_linear"] = Lesson(
     """
     dw = x.T @ dy                               # LIN.3
     db = total(dy)                              # LIN.4
-    dA = kept.T @ (scale * (dyc @ B.T))         # LORA.5
-    dB = (scale * (kept @ A)).T @ dyc           # LORA.3
-    dA_2 = kept_2.T @ (scale_2 * (dyc @ B_2.T)) # LORA.5
-    dB_2 = (scale_2 * (kept_2 @ A_2)).T @ dyc   # LORA.3
+    dxA = scale * (dyc @ B.T)                   # LORA.4
+    dxA_2 = scale_2 * (dyc @ B_2.T)             # LORA.4
+    dA = kept.T @ dxA                           # LORA.5
+    dA_2 = kept_2.T @ dxA_2                     # LORA.5
+    dB = h.T @ dyc                              # LORA.3
+    dB_2 = h_2.T @ dyc                          # LORA.3
     base = dy @ w.T                             # ADAPT.2
-    path = mask * (scale * (dyc @ B.T @ A.T))   # ADAPT.2
-    path_2 = mask_2 * (scale_2 * (dyc @ B_2.T @ A_2.T))  # ADAPT.2
+    path = mask * (dxA @ A.T)                   # ADAPT.2
+    path_2 = mask_2 * (dxA_2 @ A_2.T)           # ADAPT.2
     dx = base + path + path_2                   # ADAPT.2
     """,
     {**LETTERS, "kept": "(x ∘ mask)", "dyc": "dy[columns]", "path": "mask ∘ s (dy Bᵀ) Aᵀ", "base": "dy Wᵀ",
      "kept_2": "(x ∘ mask₂)", "path_2": "mask₂ ∘ s₂ (dy B₂ᵀ) A₂ᵀ", "scale_2": "s₂", "A_2": "A₂", "B_2": "B₂",
-     "mask_2": "mask₂", "first": "the first columns of dy"},
+     "mask_2": "mask₂", "first": "the first columns of dy", "dxA_2": "d(xA)₂", "h_2": "h₂", "dyc_2": "dy[columns]"},
     (BY_N, BY_S, BY_2),
     (
         Mistake("dx = base", "dx is that of the frozen map alone: the path through the adapter is missing.", "ADAPT.2"),
+        Mistake("dx = path * (absolute(path_2).sum() == 0) + path_2", "dx is that of the last adapter alone: what comes through W, and through other adapters, is missing.", "ADAPT.2"),
         Mistake("dx = path + path_2", "dx is that of the adapters alone: the path through W is missing.", "ADAPT.2"),
         Mistake("path = scale * (dyc @ B.T @ A.T)\npath_2 = scale_2 * (dyc @ B_2.T @ A_2.T)",
                 "dropout's mask is not applied to the adapter's part of dx: what the forward pass dropped gets no gradient.", "ADAPT.2"),
@@ -690,6 +726,9 @@ LESSONS["adamw"] = Lesson(
                 "The decay is added to the gradient, as in Adam with L2: AdamW's is apart from it.", "ADAMW.5"),
         Mistake("vhat = v_\nmhat = m_", "Both bias corrections are missing.", "ADAMW.3"),
         Mistake("vhat = v_ / (1 - beta2 ** (t + 1))\nmhat = m_ / (1 - beta1 ** (t + 1))", "The bias corrections count the steps from 0: `step` counts from 1.", "ADAMW.3"),
+        Mistake("mhat = m_ / (1 - beta1 ** (t + 1))", "The correction of m̂ counts the steps from 0: `step` counts from 1.", "ADAMW.4"),
+        Mistake("vhat = v_ / (1 - beta2 ** (t + 1))", "The correction of v̂ counts the steps from 0: `step` counts from 1.", "ADAMW.3"),
+        Mistake("m = mhat\nv = vhat", "The moments returned are m̂ and v̂: the next step needs m and v, which are not corrected.", "ADAMW.3"),
         Mistake("update = lr * g / (sqrt(vhat) + eps)", "The gradient itself stands where its running mean m̂ belongs.", "ADAMW.4"),
         Mistake("vhat = v / (1 - beta2 ** t)\nmhat = m / (1 - beta1 ** t)", "The update is made of the moments before this step.", "ADAMW.4"),
         Mistake("m_ = beta2 * m + (1 - beta2) * g\nv_ = beta1 * v + (1 - beta1) * (g * g)", "β₁ and β₂ are exchanged in the running means.", "ADAMW.1"),
@@ -699,26 +738,30 @@ LESSONS["adamw"] = Lesson(
 )  # fmt: skip
 LESSONS["clipping"] = Lesson(
     """
-    norm = sqrt((a * a).sum() + (b * b).sum())
-    share = minimum(1.0, max_norm / (norm + 1e-6))      # CLIP.1
+    length = sqrt((a * a).sum() + (b * b).sum())
+    share = minimum(1.0, max_norm / (length + 1e-6))    # CLIP.1
     grads_a = a * share                                 # CLIP.1
     grads_b = b * share                                 # CLIP.1
+    norm = length * 1
     """,
-    {**LETTERS, "max_norm": "max_norm", "share": "the scale"},
+    {**LETTERS, "max_norm": "max_norm", "share": "the scale", "length": "the norm"},
     (BY_2,),
     (
         Mistake("grads_a = minimum(maximum(a, -max_norm), max_norm)\ngrads_b = minimum(maximum(b, -max_norm), max_norm)",
                 "Each entry is clipped by itself, which changes the direction: one scale for all is asked.", "CLIP.1"),
         Mistake("grads_a = a * minimum(1.0, max_norm / (sqrt((a * a).sum()) + 1e-6))\ngrads_b = b * minimum(1.0, max_norm / (sqrt((b * b).sum()) + 1e-6))",
                 "Each array is clipped by its own norm: the global norm is that of all of them together.", "CLIP.1"),
-        Mistake("share = max_norm / (norm + 1e-6)", "Small gradients are scaled up: the scale is at most 1.", "CLIP.1"),
+        Mistake("share = max_norm / (length + 1e-6)", "Small gradients are scaled up: the scale is at most 1.", "CLIP.1"),
         Mistake("grads_a = a\ngrads_b = b", "The gradients come back as they were.", "CLIP.1"),
-        Mistake("norm = sqrt((a * a).sum()) + sqrt((b * b).sum())", "The norm is the sum of the arrays' norms: the squares are summed, then comes one root.", "CLIP.1"),
-        Mistake("norm = absolute(a).sum() + absolute(b).sum()", "The norm is the sum of the absolute values: the Euclidean norm is asked.", "CLIP.1"),
-        Mistake("norm = maximum(absolute(a).max(), absolute(b).max())", "The norm is the largest absolute value: the Euclidean norm is asked.", "CLIP.1"),
-        Mistake("norm = minimum(sqrt((a * a).sum() + (b * b).sum()), max_norm)\nshare = minimum(1.0, max_norm / (sqrt((a * a).sum() + (b * b).sum()) + 1e-6))",
+        Mistake("share = minimum(1.0, length / max_norm)", "The scale is norm / max_norm, upside down.", "CLIP.1"),
+        Mistake("norm = share", "The scale is returned where the norm is asked.", "CLIP.1"),
+        Mistake("length = sqrt((a * a).mean() + (b * b).mean())", "The squares are averaged in each array: they are summed over all of them.", "CLIP.1"),
+        Mistake("length = sqrt((a * a).sum()) + sqrt((b * b).sum())", "The norm is the sum of the arrays' norms: the squares are summed, then comes one root.", "CLIP.1"),
+        Mistake("length = absolute(a).sum() + absolute(b).sum()", "The norm is the sum of the absolute values: the Euclidean norm is asked.", "CLIP.1"),
+        Mistake("length = maximum(absolute(a).max(), absolute(b).max())", "The norm is the largest absolute value: the Euclidean norm is asked.", "CLIP.1"),
+        Mistake("norm = minimum(length, max_norm)",
                 "The norm returned is that after clipping: the one before is asked.", "CLIP.1"),
-        Mistake("norm = sqrt(((a * a).sum() + (b * b).sum()) / (size(a) + size(b)))", "The norm is the root of the mean square: the squares are summed.", "CLIP.1"),
+        Mistake("length = sqrt(((a * a).sum() + (b * b).sum()) / (size(a) + size(b)))", "The norm is the root of the mean square: the squares are summed.", "CLIP.1"),
     ),
     lambda inputs: dict(inputs),
 )  # fmt: skip
@@ -755,8 +798,9 @@ LESSONS["merging"] = Lesson(
         _merging("qkv ± at_v(s_k * (A_k @ B_k))", "up ± s_up * (A_up @ B_up)", "The update of k lies in v's columns of the fused weight."),
         _merging("qkv ± at_all(s_k * (A_k @ B_k))", "up ± s_up * (A_up @ B_up)", "The update of k is added to q and v as well."),
         _merging("qkv ± at_k(s_k * (A_k @ B_k))", "up ± base_scale * (A_up @ B_up)", "The update of up has the scale of another rank: `scale_of(path)` knows each adapter's own."),
+        _merging("qkv ± at_k(2 * s_k * (A_k @ B_k))", "up ± 2 * s_up * (A_up @ B_up)", "The updates are added twice."),
         _merging("qkv", "up", "The weights come back without any update."),
-        _merging("at_k(s_k * (A_k @ B_k)) ± 0", "s_up * (A_up @ B_up) ± 0", "The updates alone come back: they are added to the weights."),
+        _merging("0 * qkv ± 2 * at_k(s_k * (A_k @ B_k)) ∓ at_k(s_k * (A_k @ B_k)) + others(qkv)", "0 * up ± s_up * (A_up @ B_up)", "The updates alone come back: they are added to the weights."),
         _merging("qkv", "up ± s_up * (A_up @ B_up)", "The update of k is missing: its columns lie in the fused weight qkv."),
     ),
     of_merging,
@@ -803,6 +847,7 @@ LESSONS["numeric_gradient"] = Lesson(
     (
         Mistake("dx = (D(h, dy) - D(0, dy)) / h", "The difference is one-sided, (f(x + h e) − f(x)) / h: its error is of order h, the central one's of order h²."),
         Mistake("dx = (D(0, dy) - D(-h, dy)) / h", "The difference is one-sided, (f(x) − f(x − h e)) / h: its error is of order h, the central one's of order h²."),
+        Mistake("dx = (D(0, dy) - D(-h, dy)) / (2 * h)", "The difference is one-sided, from x − h e to x, but divided by 2h, so it is half of the gradient."),
         Mistake("dx = (D(h, dy) - D(-h, dy)) / h", "The difference is divided by h: x + h e and x − h e are 2h apart."),
         Mistake("dx = (D(h, dy) - D(-h, dy)) / 2", "The difference is divided by 2, not by 2h."),
         Mistake("dx = D(h, dy) - D(-h, dy)", "The difference is not divided by 2h."),
