@@ -93,4 +93,3 @@ def _autograder(args: argparse.Namespace, chosen: list[Any], figures: dict[str, 
     print(f"{args.path}: {os.path.getsize(args.path):,} bytes")
     print(f"Enter {figures['max_points']} as the assignment's points on Gradescope.")
     return 0
-

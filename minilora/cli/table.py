@@ -614,7 +614,9 @@ COMMANDS = (
             ),
             option("--timeout", "seconds that an exercise may take", type=float, default=60.0),
             option(
-                "--gradescope", "check: write the results there for Gradescope", type=Path,
+                "--gradescope",
+                "check: write the results there for Gradescope",
+                type=Path,
                 metavar="FILE",
             ),
         ),

@@ -61,7 +61,7 @@ class Failure(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """The outcome for an exercise: which results are right, and what is wrong first, if anything."""
+    """The outcome for an exercise: which results are right, and what is wrong first, if any."""
 
     name: str
     right: dict[str, bool]
@@ -183,7 +183,9 @@ class Place(NamedTuple):
 
 def places_of(exercise: Exercise) -> list[Place]:
     """Every place in the package where the exercise's own functions are found."""
-    own = {name: getattr(exercise.module, name) for name in (*exercise.functions, *exercise.helpers)}
+    own = {
+        name: getattr(exercise.module, name) for name in (*exercise.functions, *exercise.helpers)
+    }
     stubs = {id(function): (function, _stub(name)) for name, function in own.items()}
     return [
         Place(module, name, *stubs[id(value)])
@@ -236,8 +238,10 @@ def parameters(f: Callable[..., Any], count: int) -> list[str]:
 # --- judging functions -------------------------------------------------------------------------
 
 
-def judge(exercise: Exercise, functions: Functions, source: str = "", filename: str = "") -> Verdict:
-    """The verdict on functions: the cases of whole numbers, then dtypes, then the gradient check."""
+def judge(
+    exercise: Exercise, functions: Functions, source: str = "", filename: str = ""
+) -> Verdict:
+    """The verdict on functions: cases of whole numbers, then dtypes, then the gradient check."""
     reference, student = exercise.reference(), guarded(exercise, functions)
     names = exercise.gradients()
     wrong: dict[str, Case] = {}
@@ -265,7 +269,9 @@ def judge(exercise: Exercise, functions: Functions, source: str = "", filename: 
             sentence = exercise.target(functions, source)
             if sentence:
                 right[names[-1]] = False
-                failure = Failure("target", "Right, but not yet as asked.", (), sentence, exercise.page)
+                failure = Failure(
+                    "target", "Right, but not yet as asked.", (), sentence, exercise.page
+                )
         elif failure:
             right = dict.fromkeys(right, False)
     return Verdict(exercise.name, right, failure)
@@ -328,9 +334,15 @@ def _explained(exercise: Exercise, student: Functions, wrong: dict[str, Case]) -
     others = [name for name in points if name != point_of(output)]
     also = f"; so {'is' if len(others) == 1 else 'are'} {' and '.join(others)}" if others else ""
     where = f", in the case {case.name!r}" if len(exercise.tasks) > 1 else ""
-    numbers = (*listed_inputs(case), f"your {output} = {shown(got)}", f"the right {output} = {shown(want)}")
+    numbers = (
+        *listed_inputs(case),
+        f"your {output} = {shown(got)}",
+        f"the right {output} = {shown(want)}",
+    )
     found = diagnosed(exercise, Observed.of(exercise, student), output)
-    return Failure(found.kind, f"{output} is wrong{where}{also}.", numbers, found.sentence, exercise.page)
+    return Failure(
+        found.kind, f"{output} is wrong{where}{also}.", numbers, found.sentence, exercise.page
+    )
 
 
 def _kept_float32(exercise: Exercise, student: Functions) -> Failure | None:
@@ -348,11 +360,13 @@ def _kept_float32(exercise: Exercise, student: Functions) -> Failure | None:
                 what = f"{output} is {dtype} where float32 came in ({name})."
                 sentence = (
                     "A new array is float64 unless told otherwise: np.zeros_like(x), or "
-                    "dtype=x.dtype; and a number of NumPy's, such as np.sqrt(2), makes float32 float64."
+                    "dtype=x.dtype; and a NumPy number such as np.sqrt(2) makes float32 float64."
                 )
                 return Failure("dtype", what, (), sentence, exercise.page)
         large = {
-            k: np.float32(300.0) * x if isinstance(x, np.ndarray) and x.dtype == np.float32 and k != "mask" else x
+            k: np.float32(300.0) * x
+            if isinstance(x, np.ndarray) and x.dtype == np.float32 and k != "mask"
+            else x
             for k, x in single.items()
         }
         for output, right in task.call(exercise.reference(), large).items():
@@ -371,7 +385,8 @@ def _differences(exercise: Exercise, functions: Functions) -> Failure | None:
         backward = functions[exercise.functions[0]]
         try:
             checks = check_pair(
-                pair.forward, backward, arguments, constants, entries=5, frozen=pair.frozen, thin=pair.thin
+                pair.forward, backward, arguments, constants, entries=5,
+                frozen=pair.frozen, thin=pair.thin,
             )  # fmt: skip
             assert_close(checks)
         except GradientError as error:

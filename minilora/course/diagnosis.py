@@ -61,12 +61,10 @@ class Found(NamedTuple):
 
 
 class Guess(NamedTuple):
-    """A hypothesis in general: its sentence, and what it gives, for the outputs that it is about."""
+    """A hypothesis in general: its sentence, and what it gives."""
 
     sentence: str
     gives: Callable[[Answer], Outputs]  # raises what a wrong formula raises
-    about: tuple[str, ...] = ()  # all outputs, if empty
-    wide: bool = False  # one change for all outputs that are wrong, to be preferred
 
 
 def diagnosed(exercise: Exercise, observed: Observed, output: str | None) -> Found:
@@ -77,22 +75,20 @@ def diagnosed(exercise: Exercise, observed: Observed, output: str | None) -> Fou
         return Found("none", "")
     if output is None or output not in wrong:
         output = wrong[0] if wrong else None
-    if output is None and not observed.raising:
+    if output is None:
         return Found("none", "")
-    if output is not None:
-        told = _of_form(answers, output)
-        if told:
-            return Found("exact", told)
-    for names in dict.fromkeys((tuple(wrong), (output,) if output else ())):
+    told = _exchanged(answers, wrong) or _of_form(answers, output)
+    if told:
+        return Found("exact", told)
+    for names in dict.fromkeys((tuple(wrong), (output,))):
         for others in (True, False):  # first a guess that leaves right what is right
             found = _fitting(exercise, observed, names, others)
             if found:
                 return Found("exact", found)
-    if output:
-        found = _in_some_tasks(exercise, observed, output)
-        if found:
-            return Found("exact", found)
-    where = _where(exercise, answers, output) if output else ""
+    found = _in_some_tasks(exercise, observed, output)
+    if found:
+        return Found("exact", found)
+    where = _where(exercise, answers, output)
     return Found("where", where) if where else Found("none", "")
 
 
@@ -107,7 +103,9 @@ def _agrees(answers: list[Answer], name: str) -> bool:
 
 def _in_some_tasks(exercise: Exercise, observed: Observed, output: str) -> str:
     """The sentence for an output that is right in all cases of some tasks, and wrong in others."""
-    tasks = list(dict.fromkeys(a.case.name for a in observed.answers if a.want.get(output) is not None))
+    tasks = list(
+        dict.fromkeys(a.case.name for a in observed.answers if a.want.get(output) is not None)
+    )
     of_task = {name: [a for a in observed.answers if a.case.name == name] for name in tasks}
     wrong = [name for name, answers in of_task.items() if not _agrees(answers, output)]
     if len(wrong) == len(tasks):
@@ -122,14 +120,33 @@ def _in_some_tasks(exercise: Exercise, observed: Observed, output: str) -> str:
 # --- the form ----------------------------------------------------------------------------------
 
 
+def _exchanged(answers: list[Answer], wrong: list[str]) -> str:
+    """Two outputs of which each is the other."""
+    plain = [name for name in wrong if name.startswith("d") and "." not in name]
+    for i, a in enumerate(plain):
+        for b in plain[i + 1 :]:
+            if all(
+                is_close(v.got.get(a), v.want.get(b)) and is_close(v.got.get(b), v.want.get(a))
+                for v in answers
+            ):
+                return (
+                    f"{a} and {b} are exchanged: the gradients stand in the order of the arguments."
+                )
+    return ""
+
+
 def _of_form(answers: list[Answer], output: str) -> str:
     """What is wrong with the kind or the shape of an output, in every case where it is wrong."""
+    if output.endswith(".refused"):
+        return (
+            "An adapter of the embedding is merged although the head is tied: raise MiniloraError."
+        )
     wrong = [a for a in answers if not is_close(a.got.get(output), a.want.get(output))]
     needless = [a for a in wrong if a.want.get(output) is None]
     if needless:
         return (
-            f"{output} must be None in the case {needless[0].case.name!r}: what it is made of is not "
-            "in the cache, as nothing wants it."
+            f"{output} must be None in the case {needless[0].case.name!r}: what it is made "
+            "of is not in the cache, as nothing wants it."
         )
     absent = [a for a in wrong if a.got.get(output) is None]
     if absent:
@@ -149,15 +166,24 @@ def _of_form(answers: list[Answer], output: str) -> str:
     argument = output.removeprefix("d")
     if all(g == w[::-1] and is_close(np.transpose(a.got[output]), a.want[output])
            for (g, w), a in zip(shapes, wrong, strict=True)):  # fmt: skip
-        return f"{output} is the transpose of the gradient: it has the shape {got}, {argument} has {want}."
+        return (
+            f"{output} is the transpose of the gradient: it has the shape {got}, "
+            f"{argument} has {want}."
+        )
     is_flat = all(
         np.size(a.got[output]) == np.size(a.want[output])
         and is_close(np.reshape(a.got[output], np.shape(a.want[output])), a.want[output])
         for a in wrong
     )
     if is_flat:
-        return f"{output} has the right numbers in the shape {got}: reshape them to that of {argument}, {want}."
-    return f"{output} has the shape {got}, {argument} has {want}: a gradient has the shape of its argument."
+        return (
+            f"{output} has the right numbers in the shape {got}: reshape them to that of "
+            f"{argument}, {want}."
+        )
+    return (
+        f"{output} has the shape {got}, {argument} has {want}: a gradient has the shape of its "
+        "argument."
+    )
 
 
 # --- hypotheses --------------------------------------------------------------------------------
@@ -196,12 +222,16 @@ def _fits(
         except Exception:
             return False
         for name in wanted:
-            if name not in gives or not is_close(_like(gives[name], answer.want[name]), answer.got[name]):
+            if name not in gives or not is_close(
+                _like(gives[name], answer.want[name]), answer.got[name]
+            ):
                 return False
         for name in every:
-            if name in gives and answer.want.get(name) is not None and name not in names:
-                if not is_close(_like(gives[name], answer.want[name]), answer.got.get(name)):
-                    return False
+            is_other = name in gives and answer.want.get(name) is not None and name not in names
+            if is_other and not is_close(
+                _like(gives[name], answer.want[name]), answer.got.get(name)
+            ):
+                return False
         told = told or bool(wanted)
     return told or not names
 
@@ -213,11 +243,18 @@ def _like(x: Any, want: Any) -> Any:
     x = np.asarray(x)
     if x.shape == np.shape(want):
         return x
-    if x.size == np.size(want) and x.ndim == 2 and np.ndim(want) > 2 and x.shape[1] == want.shape[-1]:
+    if (
+        x.size == np.size(want)
+        and x.ndim == 2
+        and np.ndim(want) > 2
+        and x.shape[1] == want.shape[-1]
+    ):
         return x.reshape(np.shape(want))
     if np.ndim(want) > 2 and x.ndim <= 2:
         try:
-            return np.broadcast_to(x, (int(np.prod(want.shape[:-1])), want.shape[-1])).reshape(want.shape)
+            return np.broadcast_to(x, (int(np.prod(want.shape[:-1])), want.shape[-1])).reshape(
+                want.shape
+            )
         except ValueError:
             return x
     try:
@@ -272,7 +309,9 @@ def guesses(exercise: Exercise, names: tuple[str, ...]) -> Iterator[Guess]:
         for h in hypotheses(lesson.equations, known, tuple(lesson.letters.items()), lesson.scalars):
             subject = "Your result" if len(names) != 1 else f"Your {names[0]}"
             if len(names) > 1:
-                subject = f"Your {', '.join(names[:-1])} and {names[-1]}" if len(names) < 5 else subject
+                subject = (
+                    f"Your {', '.join(names[:-1])} and {names[-1]}" if len(names) < 5 else subject
+                )
             verb = "are" if len(names) > 1 and len(names) < 5 else "is"
             yield Guess(
                 f"{subject} {verb} what {h.where} gives {h.words}.", _by_program(lesson, h.program)
@@ -281,7 +320,11 @@ def guesses(exercise: Exercise, names: tuple[str, ...]) -> Iterator[Guess]:
 
 def _classic(name: str, lesson: Lesson) -> Iterator[Guess]:
     for mistake in lesson.mistakes:
-        tag = f" [{mistake.tag}]" if mistake.tag and f"[{mistake.tag}]" not in mistake.sentence else ""
+        tag = (
+            f" [{mistake.tag}]"
+            if mistake.tag and f"[{mistake.tag}]" not in mistake.sentence
+            else ""
+        )
         yield Guess(mistake.sentence + tag, _by_program(lesson, replaced(lesson, mistake)))
 
 
@@ -296,7 +339,11 @@ def replaced(lesson: Lesson, mistake: Mistake) -> tuple[Equation, ...]:
 def _by_program(lesson: Lesson, program: tuple[Equation, ...]) -> Callable[[Answer], Outputs]:
     def gives(answer: Answer) -> Outputs:
         found = computed(program, lesson.bind(answer.case.inputs))
-        return {name: found[name.replace(".", "_")] for name in answer.want if name.replace(".", "_") in found}
+        return {
+            name: found[name.replace(".", "_")]
+            for name in answer.want
+            if name.replace(".", "_") in found
+        }
 
     return gives
 
@@ -306,16 +353,19 @@ def _general(exercise: Exercise, names: tuple[str, ...]) -> Iterator[Guess]:
     if not names:
         return
     case = next(normal_cases(exercise.tasks))
-    outputs = [n for n in case.outputs(exercise.reference())]
+    outputs = list(case.outputs(exercise.reference()))
     listed = " and ".join(names) if len(names) < 4 else "The results"
     be = "is" if len(names) == 1 else "are"
     if len(names) == 2:
         a, b = names
         yield Guess(
-            f"{a} and {b} are exchanged: the gradients stand in the order of the arguments.",
+            f"{a} and {b} are exchanged.",
             lambda v: {a: v.want[b], b: v.want[a]},
         )
-    yield Guess(f"{listed} {be} zero everywhere.", lambda v: {n: 0 * v.want[n] for n in names if v.want[n] is not None})
+    yield Guess(
+        f"{listed} {be} zero everywhere.",
+        lambda v: {n: 0 * v.want[n] for n in names if v.want[n] is not None},
+    )
     yield Guess(
         f"{listed} {'has' if len(names) == 1 else 'have'} the wrong sign.",
         lambda v: {n: -v.want[n] for n in names if v.want[n] is not None},
@@ -326,7 +376,8 @@ def _general(exercise: Exercise, names: tuple[str, ...]) -> Iterator[Guess]:
     for other in outputs:
         if other != name:
             yield Guess(
-                f"What you return as {name} is {other}: the gradients stand in the order of the arguments.",
+                f"What you return as {name} is {other}: the gradients stand in the order of the "
+                "arguments.",
                 lambda v, other=other: {name: v.want[other]},  # type: ignore[misc]
             )
     for given in case.inputs:
@@ -373,7 +424,7 @@ class Feature(NamedTuple):
 
 def _size(case: Case, name: str, axis: int) -> int:
     x = case.inputs.get(name)
-    return int(np.shape(x)[axis]) if np.ndim(x) > abs(axis) - (axis < 0) else 0
+    return int(x.shape[axis]) if isinstance(x, np.ndarray) and x.ndim > axis else 0
 
 
 def _main(case: Case) -> Any:
@@ -381,19 +432,21 @@ def _main(case: Case) -> Any:
 
 
 FEATURES = (
-    Feature("only for a single row (T = 1 and one sequence)", lambda c: np.prod(_main(c).shape[:-1]) == 1),
+    Feature("only for a single row (T = 1 and one sequence)",
+            lambda c: np.prod(_main(c).shape[:-1]) == 1),
     Feature("only for T = 1", lambda c: _main(c).ndim > 1 and _main(c).shape[-2] == 1),
     Feature("only for a single sequence", lambda c: _main(c).ndim > 2 and _main(c).shape[0] == 1),
     Feature("only for rows of one entry", lambda c: _main(c).shape[-1] == 1),
     Feature("only for a square weight", lambda c: any(
-        np.ndim(c.inputs.get(k)) == 2 and np.shape(c.inputs[k])[0] == np.shape(c.inputs[k])[1] for k in ("w", "table"))),
+        _size(c, name, 0) == _size(c, name, 1) > 0 for name in ("w", "table"))),
     Feature("only for rank 1", lambda c: _size(c, "B", 0) == 1),
     Feature("only for one head", lambda c: c.inputs.get("heads") == 1),
     Feature("only where no index comes twice", lambda c: "index" in c.inputs
             and len(np.unique(c.inputs["index"])) == c.inputs["index"].size),
     Feature("only where no target is ignored", lambda c: "targets" in c.inputs
             and not (c.inputs["targets"] == c.inputs.get("ignore_index", -100)).any()),
-    Feature("only for T up to 64, where all queries are one tile", lambda c: _main(c).ndim > 1 and _main(c).shape[-2] <= 64),
+    Feature("only for T up to 64, where all queries are one tile",
+            lambda c: _main(c).ndim > 1 and _main(c).shape[-2] <= 64),
     Feature("only where the offset is 0", lambda c: c.inputs.get("offset") == 0),
 )  # fmt: skip
 
@@ -413,13 +466,15 @@ def _where(exercise: Exercise, answers: list[Answer], output: str) -> str:
     good = [name for name, k in by_task.items() if all(k)]
     bad = [name for name, k in by_task.items() if not all(k)]
     if good and bad:
-        return f"{output} is right in the case {' and '.join(map(repr, good))}, wrong in {' and '.join(map(repr, bad))}: compare the two."
+        right_in, wrong_in = (" and ".join(map(repr, names)) for names in (good, bad))
+        return f"{output} is right in the case {right_in}, wrong in {wrong_in}: compare the two."
     for feature in FEATURES:
-        if all(right[id(a)] for a in telling if feature.has(a.case)) and any(feature.has(a.case) for a in telling):
-            return f"{output} is right {feature.words.removeprefix('only ')}, and wrong in some other cases."
+        if all(right[id(a)] for a in telling if feature.has(a.case)) and any(
+            feature.has(a.case) for a in telling
+        ):
+            words = feature.words.removeprefix("only ")
+            return f"{output} is right {words}, and wrong in some other cases."
     return ""
-
-
 
 
 def shapes_told(error: BaseException, case: Case) -> str:

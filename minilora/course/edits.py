@@ -238,7 +238,11 @@ def maths(node: ast.AST, letters: Mapping[str, str]) -> str:
             power = of(right).translate(str.maketrans("0123456789-t", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻ᵗ"))
             return f"{tight(left)}{power}"
         case ast.BinOp(left, ast.Mult(), right):
-            return f"{tight(left)} ∘ {tight(right)}" if entrywise(node) else f"{tight(left)} {tight(right)}"
+            return (
+                f"{tight(left)} ∘ {tight(right)}"
+                if entrywise(node)
+                else f"{tight(left)} {tight(right)}"
+            )
         case ast.Call(ast.Name("T"), [argument]):
             return f"{tight(argument)}ᵀ"
         case ast.Call(ast.Name(name), arguments):
@@ -307,8 +311,7 @@ def variants(
     """The changed forms of one node, each in words."""
 
     def m(part: ast.AST) -> str:
-        text = maths(part, letters)
-        return text
+        return maths(part, letters)
 
     match node:
         case ast.BinOp(left, ast.Add(), right):
@@ -324,7 +327,10 @@ def variants(
             doubled = binary(ast.Constant(2), ast.Mult(), right)
             yield binary(left, ast.Sub(), doubled), f"with the term {m(right)} subtracted twice"
             yield binary(left, ast.Add(), right), f"with + in place of − before {m(right)}"
-            yield binary(right, ast.Sub(), left), f"with {m(right)} and {m(left)} exchanged in the difference"
+            yield (
+                binary(right, ast.Sub(), left),
+                f"with {m(right)} and {m(left)} exchanged in the difference",
+            )
             yield right, f"with {m(right)} alone in place of the difference from {m(left)}"
         case ast.BinOp(left, ast.Mult(), right):
             yield left, f"without the factor {m(right)}"
@@ -333,7 +339,10 @@ def variants(
             yield binary(node, ast.Mult(), left), f"with the factor {m(left)} twice"
             yield binary(left, ast.Div(), right), f"divided by {m(right)} instead of multiplied"
             yield binary(right, ast.Div(), left), f"divided by {m(left)} instead of multiplied"
-            yield binary(left, ast.Add(), right), f"with + in place of × between {m(left)} and {m(right)}"
+            yield (
+                binary(left, ast.Add(), right),
+                f"with + in place of × between {m(left)} and {m(right)}",
+            )
         case ast.BinOp(left, ast.Div(), right):
             yield left, f"without the division by {m(right)}"
             yield binary(left, ast.Mult(), right), f"multiplied by {m(right)} instead of divided"
@@ -343,12 +352,18 @@ def variants(
         case ast.BinOp(left, ast.MatMult(), right):
             yield left, f"without the factor {m(right)}"
             yield right, f"without the factor {m(left)}"
-            yield binary(right, ast.MatMult(), left), f"with {m(right)} and {m(left)} in the other order"
+            yield (
+                binary(right, ast.MatMult(), left),
+                f"with {m(right)} and {m(left)} in the other order",
+            )
             for side, (a, b) in {"left": (left, right), "right": (right, left)}.items():
                 if not is_transposed(a):
                     turned = call("T", a)
                     pair = (turned, b) if side == "left" else (b, turned)
-                    yield binary(pair[0], ast.MatMult(), pair[1]), f"with {m(turned)} in place of {m(a)}"
+                    yield (
+                        binary(pair[0], ast.MatMult(), pair[1]),
+                        f"with {m(turned)} in place of {m(a)}",
+                    )
             if is_transposed(left):
                 inner = left.value if isinstance(left, ast.Attribute) else left.args[0]  # type: ignore[attr-defined]
                 for which, words in ((slice(None, 1), "first"), (slice(-1, None), "last")):
@@ -363,11 +378,14 @@ def variants(
                         )
         case ast.BinOp(left, ast.Pow(), ast.Constant(int(power))):
             yield left, f"with {m(left)} in place of {m(node)}"
-            other = binary(left, ast.Pow(), ast.Constant(power + 1))
-            yield other, f"with {m(other)} in place of {m(node)}"
+            higher = binary(left, ast.Pow(), ast.Constant(power + 1))
+            yield higher, f"with {m(higher)} in place of {m(node)}"
         case ast.BinOp(left, ast.Pow(), right):
             yield left, f"with {m(left)} in place of {m(node)}"
-            yield binary(left, ast.Mult(), right), f"with the product of {m(left)} and {m(right)} in place of the power"
+            yield (
+                binary(left, ast.Mult(), right),
+                f"with the product of {m(left)} and {m(right)} in place of the power",
+            )
         case ast.Attribute(value, "T"):
             yield value, f"with {m(value)} in place of {m(node)}"
         case ast.Call(ast.Name("T"), [value]):
@@ -388,8 +406,8 @@ def variants(
         case ast.Name(name):
             for other in others:
                 if other != name:
-                    new_name = ast.Name(other, ast.Load())
-                    yield new_name, f"with {m(new_name)} in place of {m(node)}"
+                    replaced = ast.Name(str(other), ast.Load())
+                    yield replaced, f"with {m(replaced)} in place of {m(node)}"
             yield call("ones", node), f"with ones in place of {m(node)}"
         case _:
             return
@@ -409,7 +427,7 @@ EVERYWHERE = {
 
 
 def everywhere(node: ast.expr) -> Iterator[tuple[ast.expr, str]]:
-    """The expression with one function exchanged wherever it stands, where that is twice or more."""
+    """The expression with a function exchanged wherever it stands, if twice or more."""
     for name, swaps in EVERYWHERE.items():
         is_there = [n for n in ast.walk(node) if isinstance(n, ast.Name) and n.id == name]
         for other, words in swaps if len(is_there) > 1 else ():
@@ -436,18 +454,30 @@ Scalar = tuple[str, str, str]  # an expression, and in words: divided by it, mul
 
 @functools.cache
 def hypotheses(
-    text: str, inputs: tuple[str, ...], letters: tuple[tuple[str, str], ...], scalars: tuple[Scalar, ...]
+    text: str,
+    inputs: tuple[str, ...],
+    letters: tuple[tuple[str, str], ...],
+    scalars: tuple[Scalar, ...],
 ) -> tuple[Hypothesis, ...]:
     """Every small change of one equation, no two of them in the same words."""
     program, found = equations(text), list[tuple[str, Change, tuple[Equation, ...]]]()
     spelling, names = dict(letters), {e.name for e in program}
-    for i, equation in enumerate(program):
+    for i, equation, part in [(i, e, p) for p in (True, False) for i, e in enumerate(program)]:
         if equation.given:
             continue
-        where = f"[{equation.tag}]" if equation.tag else f"the equation of {spelling.get(equation.name, equation.name)}"
+        where = (
+            f"[{equation.tag}]"
+            if equation.tag
+            else f"the equation of {spelling.get(equation.name, equation.name)}"
+        )
         known = (*inputs, *(e.name for e in program[:i]))
 
-        for change in _of_equation(equation, known, spelling, scalars):
+        found_here = (
+            _of_equation(equation, known, spelling)
+            if part
+            else _of_the_whole(equation, known, scalars)
+        )
+        for change in found_here:
             new = {equation.name: change.expression}
             if f"{equation.name}_2" in names:  # the same for a second adapter
                 new[f"{equation.name}_2"] = twin(change.expression, {*names, *inputs})
@@ -469,14 +499,22 @@ def twin(expression: ast.expr, names: set[str]) -> ast.expr:
 
 
 def _of_equation(
-    equation: Equation, known: tuple[str, ...], letters: Mapping[str, str], scalars: tuple[Scalar, ...]
+    equation: Equation, known: tuple[str, ...], letters: Mapping[str, str]
 ) -> Iterator[Change]:
+    """Changes of its parts."""
     whole = equation.expression
-    yield Change(ast.UnaryOp(ast.USub(), whole), "with the opposite sign", ())
-    yield Change(binary(whole, ast.Mult(), ast.Constant(0.0)), "set to zero", ())
     for new, words in everywhere(whole):
         yield Change(new, words, ())
     yield from changes(whole, known, letters)
+
+
+def _of_the_whole(
+    equation: Equation, known: tuple[str, ...], scalars: tuple[Scalar, ...]
+) -> Iterator[Change]:
+    """Changes that say less: where a part of another equation explains as much, it comes first."""
+    whole = equation.expression
+    yield Change(ast.UnaryOp(ast.USub(), whole), "with the opposite sign", ())
+    yield Change(binary(whole, ast.Mult(), ast.Constant(0.0)), "set to zero", ())
     for expression, divided, multiplied in scalars:
         scalar = ast.parse(expression, mode="eval").body
         if set(_names(scalar)) <= {*known, *FUNCTIONS}:

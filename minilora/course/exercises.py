@@ -118,9 +118,11 @@ def of_pair(
 
 
 def _is_of(key: str, row: str) -> bool:
-    """Whether a row of the register is of this pair: `lora, frozen` of lora, not of its embedding."""
-    return key == row or (key.startswith(f"{row}, ") and not key.startswith("lora, embedding")) or (
-        row == "lora, embedding" and key.startswith(row)
+    """Whether a row of the register is of this pair; those of `lora, embedding` are not of lora."""
+    return (
+        key == row
+        or (key.startswith(f"{row}, ") and not key.startswith("lora, embedding"))
+        or (row == "lora, embedding" and key.startswith(row))
     )
 
 
@@ -150,7 +152,9 @@ def thirds_task(pair: Pair) -> Task:
 # --- the adapted linear map --------------------------------------------------------------------
 
 
-def adapted_task(*, adapters: int = 1, dropped: keep.Fields | None = None, mask: bool = True) -> Task:
+def adapted_task(
+    *, adapters: int = 1, dropped: keep.Fields | None = None, mask: bool = True
+) -> Task:
     """A linear map with adapters on the last of its columns, and a dropout mask for each."""
     ending = ["", "_2"][:adapters]
 
@@ -195,7 +199,9 @@ def entries(part: Any, what: str, *names: str) -> list[Any]:
     """The entries of a dict by name; Malformed where it is no dict with just these."""
     listed = ", ".join(f'"{name}"' for name in names)
     if not isinstance(part, Mapping) or set(part) != set(names):
-        has = f"has {', '.join(map(repr, part))}" if isinstance(part, Mapping) else f"is {part!r:.40}"
+        has = (
+            f"has {', '.join(map(repr, part))}" if isinstance(part, Mapping) else f"is {part!r:.40}"
+        )
         raise Malformed(f"It must return as {what} a dict with {listed or 'nothing'}; yours {has}.")
     return [part[name] for name in names]
 
@@ -228,7 +234,9 @@ def block_task(plan: Plan, *adapted: str) -> Task:
         outputs = {"dx": found["dx"]}
         for name in ("dblock", "dadapters"):
             if not isinstance(found[name], dict):
-                raise Malformed(f"{name} must be a tree, that is, a dict; yours is {found[name]!r:.40}.")
+                raise Malformed(
+                    f"{name} must be a tree, that is, a dict; yours is {found[name]!r:.40}."
+                )
             outputs |= flatten(found[name], name)
         return outputs
 
@@ -251,7 +259,7 @@ def block_parts(v: Inputs) -> tuple[Tree, Any, gpt2.GPTConfig]:
 def block_cache(v: Inputs, plan: Plan) -> Any:
     """What the block's forward pass keeps."""
     block, places, config = block_parts(v)
-    options = {"config": config, "plan": plan, "attend": ops.attention_forward}
+    options: dict[str, Any] = {"config": config, "plan": plan, "attend": ops.attention_forward}
     return gpt2.block_forward(v["x"], block, places, **options)[1]
 
 
@@ -266,7 +274,7 @@ def adamw_task(*, matrix: bool, first: bool = False) -> Task:
         p, g, m = (whole(rng, shape) for _ in range(3))
         v = np.abs(whole(rng, shape))
         state = {"m": 0 * m, "v": 0 * v, "step": 1} if first else {"m": m, "v": v, "step": 3}
-        rates = {"lr": 0.5, "beta1": 0.75, "beta2": 0.875, "eps": 0.125, "weight_decay": 0.25}
+        rates = {"lr": 0.3, "beta1": 0.7, "beta2": 0.9, "eps": 0.11, "weight_decay": 0.23}
         return {"p": p, "g": g, **state, **rates}
 
     def call(functions: Functions, inputs: Inputs) -> Outputs:
@@ -349,7 +357,9 @@ def merge_task() -> Task:
             found, base = flatten(tree), flatten(_base(v))
             if found.keys() != base.keys():
                 odd = ", ".join(sorted(found.keys() ^ base.keys()))
-                raise Malformed(f"{name} must return a tree of the base's form; these differ: {odd}.")
+                raise Malformed(
+                    f"{name} must return a tree of the base's form; these differ: {odd}."
+                )
             for path, leaf in found.items():
                 outputs[f"{result}.{path.removeprefix('blocks.0.')}"] = leaf
         return outputs
@@ -390,7 +400,7 @@ def mix_task(*, negative: bool = False) -> Task:
         result = functions["mix"](parts, [v["weight"], v["weight_2"]])
         tree, config = named(result, ["tree", "config"]).values()
         try:
-            found = {path: ab for path, ab in lora.adapters(tree).items()}
+            found = lora.adapters(tree)
             scales = {path: config.scale_of(path) for path in found}
         except (AttributeError, TypeError) as error:
             raise Malformed(f"It must return an adapter tree and a LoRAConfig: {error}.") from None
@@ -450,7 +460,6 @@ def _rows() -> list[Exercise]:
         "position": PAIRS["position"]._replace(constants=_offset),
         "position, frozen": PAIRS["position, frozen"]._replace(constants=_offset),
     }
-    attend = PAIRS["attend"]
     return [
         Exercise(
             "numeric_gradient", "The numeric gradient, by which all others are checked", given,
@@ -470,7 +479,8 @@ def _rows() -> list[Exercise]:
             ("rms_norm_forward", "rms_norm_backward"), "docs/derivations/layer_norm.md", 45,
             ("layer_norm",), {"rms norm": rms_norm_task()},
         ),
-        of_pair("gelu", "GELU", 25, "linear", helpers=("gelu_gradient",), tags_of=("gelu_gradient",)),
+        of_pair("gelu", "GELU", 25, "linear", helpers=("gelu_gradient",),
+                tags_of=("gelu_gradient",)),
         of_pair("softmax", "The softmax", 30, "linear", page="attention"),
         of_pair("attend", "Attention in one head", 45, "softmax", page="attention"),
         of_pair("attention", "Causal attention in all heads", 45, "attend",
@@ -481,9 +491,11 @@ def _rows() -> list[Exercise]:
         of_pair("dropout", "Dropout", 10, "linear", varied={
             "dropout, none": PAIRS["dropout"]._replace(constants=lambda rng, s: {"mask": None})}),
         of_pair("lora", "Low-rank adaptation", 40, "linear", varied={
-            "lora, B frozen": PAIRS["lora"]._replace(dropped={lora.LoRACache: ("h",)}, frozen=("B",))}),
+            "lora, B frozen": PAIRS["lora"]._replace(
+                dropped={lora.LoRACache: ("h",)}, frozen=("B",))}),
         of_pair("lora_embedding", "LoRA of an embedding", 25, "lora", "embedding", page="lora",
-                rows="lora, embedding", varied={"lora, embedding, B frozen": PAIRS["lora, embedding"]._replace(
+                rows="lora, embedding", varied={
+                    "lora, embedding, B frozen": PAIRS["lora, embedding"]._replace(
                     dropped={lora.LoRAEmbeddingCache: ("h",)}, frozen=("B",))}),
         Exercise(
             "adapted_linear", "A linear map with its adapters", lora, ("adapted_linear_backward",),
@@ -526,8 +538,9 @@ def _rows() -> list[Exercise]:
             helpers=("_with_updates",), tags_of=("_with_updates",),
         ),
         Exercise(
-            "mixing", "The weighted sum of adapters", importlib.import_module("minilora.mix"), ("mix",), "docs/mixing.md", 30,
-            ("merging",), {"two adapters": mix_task(), "a negative weight": mix_task(negative=True)},
+            "mixing", "The weighted sum of adapters", importlib.import_module("minilora.mix"),
+            ("mix",), "docs/mixing.md", 30, ("merging",),
+            {"two adapters": mix_task(), "a negative weight": mix_task(negative=True)},
         ),
     ]  # fmt: skip
 

@@ -4,6 +4,8 @@ Each small change of an equation is a hypothesis already (see `edits`). A mistak
 that is a row here: the equation as it then reads, and the sentence that names it.
 """
 
+# ruff: noqa: E501 (a mistake is one row: its equation beside its sentence)
+
 from __future__ import annotations
 
 import math
@@ -50,7 +52,9 @@ def matrices(inputs: Inputs) -> Values:
     values: Values = {}
     for name, x in inputs.items():
         if isinstance(x, np.ndarray) and x.ndim:
-            values[name] = x.reshape(-1) if x.dtype.kind == "i" else ops.rows(x) if x.ndim > 2 else x
+            values[name] = (
+                x.reshape(-1) if x.dtype.kind == "i" else ops.rows(x) if x.ndim > 2 else x
+            )
         elif isinstance(x, int | float | np.ndarray | np.generic):
             values[name] = x
     rows = [inputs[k] for k in ("dy", "dxhat", "logits") if k in inputs]
@@ -198,7 +202,7 @@ def _of_map(name: str, cache: Any) -> Values:
     values: Values = {f"through_{name}": lambda d: back(d)[0], f"W_{name}": without_adapter}
     values |= {f"w_{name}": lambda d: back(d)[1]["w"], f"b_{name}": lambda d: back(d)[1]["b"]}
     for letter in "AB":
-        values[f"{letter}_{name}"] = lambda d, letter=letter: back(d)[2][name][letter]
+        values[f"{letter}_{name}"] = lambda d, letter=letter: back(d)[2].get(name, {}).get(letter)
     return values
 
 
@@ -487,7 +491,12 @@ LESSONS["attend"] = Lesson(
     dk = T(dS) @ q / root             # ATT.8
     """,
     LETTERS,
-    (BY_ROOT, BY_K, BY_2, ("n", "divided by T, the number of times", "multiplied by T, the number of times")),
+    (
+        BY_ROOT,
+        BY_K,
+        BY_2,
+        ("n", "divided by T, the number of times", "multiplied by T, the number of times"),
+    ),
     OF_ATTEND,
     of_attend,
 )
@@ -524,7 +533,15 @@ LESSONS["head"] = Lesson(
     dtable = dy.T @ x     # HEAD.3
     """,
     {**LETTERS, "table": "wte"},
-    (BY_N, BY_2, ("size(dy) / N", "divided by V, the number of tokens", "multiplied by V, the number of tokens")),
+    (
+        BY_N,
+        BY_2,
+        (
+            "size(dy) / N",
+            "divided by V, the number of tokens",
+            "multiplied by V, the number of tokens",
+        ),
+    ),
 )
 LESSONS["cross_entropy"] = Lesson(
     """
@@ -699,6 +716,13 @@ LESSONS["block"] = Lesson(
     (
         Mistake("d_mid = d_mlp\ndx = d_attn", "Both residual paths are missing: x is added to each sublayer, so dy also goes straight through.", "BLOCK.3"),
         Mistake("dx = dy + d_attn", "dx adds dy where the gradient between the two sublayers belongs: [BLOCK.4] goes on from [BLOCK.3].", "BLOCK.4"),
+        Mistake("d_heads = through_o(dy)\ndblock_attn_o_w = w_o(dy)\ndblock_attn_o_b = b_o(dy)\ndadapters_attn_o_A = A_o(dy)\ndadapters_attn_o_B = B_o(dy)",
+                "The attention's sublayer is given dy, where the gradient between the two sublayers belongs.", "BLOCK.3"),
+        Mistake("d_heads = through_o(d_mlp)\ndblock_attn_o_w = w_o(d_mlp)\ndblock_attn_o_b = b_o(d_mlp)\ndadapters_attn_o_A = A_o(d_mlp)\ndadapters_attn_o_B = B_o(d_mlp)",
+                "The attention's sublayer is given the gradient through the MLP alone: dy is to be added first.", "BLOCK.3"),
+        Mistake("d_ln_2 = through_up(d_gelu)\ndblock_mlp_up_w = w_up(d_gelu)\ndblock_mlp_up_b = b_up(d_gelu)\ndadapters_mlp_up_A = A_up(d_gelu)\ndadapters_mlp_up_B = B_up(d_gelu)",
+                "GELU's backward pass is missing between down and up."),
+        Mistake("d_mid = 2 * dy + d_mlp", "dy is added twice between the sublayers.", "BLOCK.3"),
         Mistake("dx = dy + d_mlp + d_mid + d_attn", "The gradient between the sublayers is added twice.", "BLOCK.4"),
         Mistake("dx = dy + d_mid + d_attn", "dy is added twice: the gradient between the sublayers has it already.", "BLOCK.4"),
     ),
@@ -809,7 +833,9 @@ LESSONS["merging"] = Lesson(
 
 def _mixing(term: str, sentence: str) -> Mistake:
     """A mistake in the sum; # stands for k or up, and w, s, A, B, w2, s2, A2, B2 for what is mixed."""
-    return Mistake("\n".join(f"update_{name} = {term.replace('#', name)}" for name in ("k", "up")), sentence)
+    return Mistake(
+        "\n".join(f"update_{name} = {term.replace('#', name)}" for name in ("k", "up")), sentence
+    )
 
 
 LESSONS["mixing"] = Lesson(
@@ -865,4 +891,3 @@ LESSONS["numeric_gradient"] = Lesson(
     ),
     of_numeric,
 )  # fmt: skip
-

@@ -170,7 +170,7 @@ def task(
 
 
 def arrays(**shapes: str) -> Callable[[Any, Sizes], Inputs]:
-    """Inputs of these shapes in the letters of Sizes; N is the number of rows, a number is itself."""
+    """Inputs of these shapes in the letters of Sizes; N rows, a number is itself."""
 
     def make(rng: Any, s: Sizes) -> Inputs:
         sizes = {**s._asdict(), "N": int(np.prod(s.lead)), "I": s.C, "Q": s.R + 1, "T": s.lead[-1]}
@@ -275,7 +275,10 @@ def little_memory(name: str, most: str, bound: int, **sizes: tuple[int, ...]) ->
         numbers = peak_bytes(lambda: f(*arguments)) // 8
         if numbers <= bound:
             return None
-        return f"It makes {numbers:,} numbers at once; with nothing larger than {most} some {bound:,} suffice."
+        return (
+            f"It makes {numbers:,} numbers at once; with nothing larger than {most} some "
+            f"{bound:,} suffice."
+        )
 
     return target
 
@@ -286,7 +289,11 @@ def one_statement(name: str) -> Target:
     def target(functions: Functions, source: str) -> str | None:
         for node in ast.walk(ast.parse(source)) if source else ():
             if isinstance(node, ast.FunctionDef) and node.name == name:
-                body = [s for s in node.body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
+                body = [
+                    s
+                    for s in node.body
+                    if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))
+                ]
                 if len(body) > 1:
                     return f"Its body has {len(body)} statements; one is asked."
         return None
@@ -311,8 +318,23 @@ def no_leak(functions: Functions, source: str) -> str | None:
     with np.errstate(all="ignore"):
         a, b = (functions["causal_weights"](x) for x in (scores, later))
     if not np.isfinite(b).all():
-        return "A later score of 10,000 makes it infinite or NaN: the maximum is to be that of the times that count."
-    return None if np.allclose(a, b, rtol=0, atol=1e-12) else "A later score changes the weights: it leaks."
+        return (
+            "A later score of 10,000 makes it infinite or NaN: the maximum is to be that of the "
+            "times that count."
+        )
+    return (
+        None
+        if np.allclose(a, b, rtol=0, atol=1e-12)
+        else "A later score changes the weights: it leaks."
+    )
+
+
+def is_new(functions: Functions, source: str) -> str | None:
+    """The result shares no memory with the argument."""
+    qkv = np.arange(18.0).reshape(3, 6)
+    if np.shares_memory(functions["unswapped"](qkv), qkv):
+        return "It returns a view: what is changed there later changes the old weight as well."
+    return None
 
 
 def small_solve(functions: Functions, source: str) -> str | None:
@@ -348,7 +370,8 @@ def _rows() -> list[Exercise]:
         name = function.__name__
         return Exercise(
             name=name, title=title, module=sys.modules[__name__], functions=(name,), page=page,
-            minutes=minutes, needs=needs, tasks={"puzzle": how}, target=target, aim=aim, kind="puzzle",
+            minutes=minutes, needs=needs, tasks={"puzzle": how}, target=target, aim=aim,
+            kind="puzzle",
         )  # fmt: skip
 
     return [
@@ -367,12 +390,13 @@ def _rows() -> list[Exercise]:
         ),
         puzzle(
             unswapped, "Undo a swap of k and v", "docs/derivations/attention.md", 5, ("attention",),
-            task("unswapped", "w", _fused), "Target: one statement less than you think, at most two.",
+            task("unswapped", "w", _fused), "Target: a new array, no view of the old.", is_new,
         ),
         puzzle(
             step_of_update, "The update after a step has rank at most 2R", LORA, 20, ("lora",),
             task("step_of_update", "L M",
-                 arrays(A="IR", B="RO", dA="IR", dB="RO", lr="0.5", scale="3"), product("L", "M", "change")),
+                 arrays(A="IR", B="RO", dA="IR", dB="RO", lr="0.3", scale="3"),
+                 product("L", "M", "change")),
             "Target: factors with 2R columns and rows.",
             columns_at_most("step_of_update", _factors, 4, "2R = 4 suffice"),
         ),
@@ -396,7 +420,7 @@ def _rows() -> list[Exercise]:
             best_factors, "The best update of rank R", LORA, 15, ("two_as_one",),
             task("best_factors", "A B", _of_rank, product("A", "B")),
             "Target: factors with R columns and rows.",
-            columns_at_most("best_factors", lambda: [np.random.default_rng(0).standard_normal((9, 8)), 3],
+            columns_at_most("best_factors", lambda: [_adapters()[0] @ np.ones((2, 8)), 3],
                             3, "R = 3 are asked"),
         ),
         puzzle(
@@ -409,7 +433,8 @@ def _rows() -> list[Exercise]:
             overlap, "How much two adapters have in common", MIXING, 15, ("update_norm",),
             task("overlap", "product", arrays(A1="IR", B1="RO", A2="IQ", B2="QO")),
             "Target: no array of I × O is made; memory is measured.",
-            little_memory("overlap", "a factor", 2500, A1=(300, 2), B1=(2, 200), A2=(300, 3), B2=(3, 200)),
+            little_memory("overlap", "a factor", 2500, A1=(300, 2),
+                          B1=(2, 200), A2=(300, 3), B2=(3, 200)),
         ),
         puzzle(
             of_larger_rank, "The same update in a larger rank", LORA, 10, ("lora",),
@@ -431,11 +456,12 @@ def _rows() -> list[Exercise]:
             columns_at_most("balanced", lambda: _factors()[:2], 2, "R = 2 are asked"),
         ),
         puzzle(
-            reached_by_dropout, "Where dropout lets the gradient through", "docs/derivations/dropout.md",
-            10, ("dropout", "lora"), task("reached_by_dropout", "dx", _mask),
+            reached_by_dropout, "Where dropout lets the gradient through",
+            "docs/derivations/dropout.md", 10, ("dropout", "lora"),
+            task("reached_by_dropout", "dx", _mask),
             "Target: no array of I × O is made; memory is measured.",
-            little_memory("reached_by_dropout", "N × I", 12_000, x=(10, 300), mask=(10, 300), dy=(10, 250),
-                          A=(300, 2), B=(2, 250)),
+            little_memory("reached_by_dropout", "N × I", 12_000, x=(10, 300), mask=(10, 300),
+                          dy=(10, 250), A=(300, 2), B=(2, 250)),
         ),
     ]  # fmt: skip
 

@@ -42,7 +42,12 @@ def gradescope(verdicts: Sequence[Verdict], names: Sequence[str] = ()) -> dict[s
         text = said(verdict)
         for i, (result, is_right) in enumerate(verdict.right.items()):
             output = text if not is_right or i == 0 else ""
-            if not is_right and verdict.failure and i and list(verdict.right.values())[:i].count(False):
+            if (
+                not is_right
+                and verdict.failure
+                and i
+                and list(verdict.right.values())[:i].count(False)
+            ):
                 output = "See the first of this exercise's tests that failed."
             cut = output[:LONGEST] + ("\n… (cut)" if len(output) > LONGEST else "")
             tests.append({
@@ -77,7 +82,7 @@ fi
 """
 
 RUN = """#!/usr/bin/env bash
-# For each submission. Gradescope's folders are under /autograder; $AUTOGRADER may name another place.
+# For each submission. Gradescope's folders are under /autograder, or under $AUTOGRADER.
 ROOT=${AUTOGRADER:-/autograder}
 cd "$ROOT/source" || exit 1
 export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 PYTHONPATH="$ROOT/source"
@@ -90,8 +95,10 @@ exit $status
 """
 
 
-def write_autograder(path: Path, exercises: Sequence[Exercise], *, timeout: float, every: bool) -> None:
-    """The zip that Gradescope takes: setup.sh, run_autograder and the package, byte for byte the same.
+def write_autograder(
+    path: Path, exercises: Sequence[Exercise], *, timeout: float, every: bool
+) -> None:
+    """The zip that Gradescope takes: setup.sh, run_autograder and the package; two are the same.
 
     Raises MiniloraError where it exists already.
     """

@@ -6,6 +6,7 @@ file that prints a result, or ends the process, gains nothing.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -23,9 +24,9 @@ from minilora.course.check import Failure, Verdict, check, refused
 from minilora.course.exercises import Exercise
 from minilora.course.puzzles import ALL
 
-ONE_THREAD = {
-    name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
-}  # fmt: skip
+ONE_THREAD = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")} | {
+    "VECLIB_MAXIMUM_THREADS": "1"
+}
 
 
 def check_folder(
@@ -46,11 +47,18 @@ def check_file(folder: Path, exercise: Exercise, timeout: float) -> Verdict:
     word = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="minilora-") as place:
         answer = Path(place) / "verdict.json"
-        order = {"name": exercise.name, "path": str(path.absolute()), "answer": str(answer), "word": word}
+        order = {
+            "name": exercise.name,
+            "path": str(path.absolute()),
+            "answer": str(answer),
+            "word": word,
+        }
         status = run(order, timeout)
         seconds = time.perf_counter() - start
         if status is None:
-            what = f"{exercise.file} was still running after {timeout:g} seconds: a loop without end?"
+            what = (
+                f"{exercise.file} was still running after {timeout:g} seconds: a loop without end?"
+            )
             return refused(exercise, Failure("time", what))._replace(seconds=seconds)
         try:
             found = json.loads(answer.read_text(encoding="utf-8"))
@@ -87,10 +95,8 @@ def run(order: dict[str, str], timeout: float) -> int | None:
 def end(process: subprocess.Popen[bytes]) -> None:
     """End a process with all that it has started."""
     if hasattr(os, "killpg"):
-        try:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass
     elif process.poll() is None:
         command = ["taskkill", "/F", "/T", "/PID", str(process.pid)]
         subprocess.run(command, capture_output=True, check=False)
@@ -121,7 +127,9 @@ def answer_order() -> None:
     try:
         source = Path(order["path"]).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        verdict = refused(exercise, Failure("error", f"{exercise.file} cannot be read as UTF-8: {error}"))
+        verdict = refused(
+            exercise, Failure("error", f"{exercise.file} cannot be read as UTF-8: {error}")
+        )
     else:
         verdict = check(exercise, source, exercise.file)
     found = {"word": order["word"], "verdict": document(verdict)}

@@ -118,7 +118,10 @@ def _merged(lines: list[str]) -> list[str]:
     for line in lines:
         start, _, rest = line.partition(" import ")
         names.setdefault(start if rest else line, []).extend([rest] if rest else [])
-    return [f"{k} import {', '.join(v)}  # noqa: F401" if v else f"{k}  # noqa: F401" for k, v in names.items()]
+    return [
+        f"{k} import {', '.join(v)}  # noqa: F401" if v else f"{k}  # noqa: F401"
+        for k, v in names.items()
+    ]
 
 
 def write_skeletons(folder: Path, exercises: list[Exercise], hints: str) -> dict[str, bool]:
