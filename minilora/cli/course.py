@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import Any
 
-from minilora.cli.commands import check_writable, write_figures
+from minilora.cli.commands import write_figures
 from minilora.errors import MiniloraError
 
 ACTIONS = ("list", "new", "check", "autograder")
@@ -66,8 +66,6 @@ def _check(args: argparse.Namespace, chosen: list[Any], figures: dict[str, Any])
     from minilora.course.runner import check_folder, document
     from minilora.formats.files import write_json
 
-    if args.gradescope is not None:
-        check_writable(args.gradescope, "--gradescope")
     if not args.path.is_dir() and args.gradescope is None:
         raise MiniloraError(f"{args.path} is not a folder; `minilora course new` makes one")
     waiting = Failure("error", "It was not graded: the grader was stopped before.")
@@ -88,7 +86,6 @@ def _check(args: argparse.Namespace, chosen: list[Any], figures: dict[str, Any])
 def _autograder(args: argparse.Namespace, chosen: list[Any], figures: dict[str, Any]) -> int:
     from minilora.course.results import write_autograder
 
-    check_writable(args.path, "course autograder")
     write_autograder(args.path, chosen, timeout=args.timeout, every=not args.only)
     print(f"{args.path}: {os.path.getsize(args.path):,} bytes")
     print(f"Enter {figures['max_points']} as the assignment's points on Gradescope.")

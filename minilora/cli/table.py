@@ -595,16 +595,23 @@ COMMANDS = (
         "course",
         course.course_command,
         "write the backward passes yourself, and be told what is wrong with them",
+        examples=(
+            "minilora course list",
+            "minilora course new homework",
+            "minilora course check homework --only lora layer_norm",
+            "minilora course autograder autograder.zip",
+        ),
         options=(
             option(
                 "action",
                 "list the exercises; make files to fill in (new DIR); check them (check DIR); "
                 "write an autograder for Gradescope (autograder OUT.zip)",
                 choices=course.ACTIONS,
+                metavar="action",
                 nargs="?",
                 default="list",
             ),
-            option("path", "the folder, or the zip", type=Path, nargs="?"),
+            option("path", "the folder, or the zip", type=Path, nargs="?", metavar="path"),
             option("--only", "these exercises alone", nargs="+", metavar="NAME"),
             option(
                 "--hints",

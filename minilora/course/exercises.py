@@ -17,6 +17,7 @@ import numpy as np
 
 from minilora import gpt2, keep, lora, ops, optim
 from minilora.adapters import Adapter, LoRAConfig, dropout_mask
+from minilora.adapters import adapters as adapters_of
 from minilora.backend import Array
 from minilora.course import given
 from minilora.course.cases import (
@@ -400,7 +401,7 @@ def mix_task(*, negative: bool = False) -> Task:
         result = functions["mix"](parts, [v["weight"], v["weight_2"]])
         tree, config = named(result, ["tree", "config"]).values()
         try:
-            found = lora.adapters(tree)
+            found = adapters_of(tree)
             scales = {path: config.scale_of(path) for path in found}
         except (AttributeError, TypeError) as error:
             raise Malformed(f"It must return an adapter tree and a LoRAConfig: {error}.") from None

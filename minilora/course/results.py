@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from minilora.course.check import Verdict
 from minilora.course.exercises import Exercise
 from minilora.errors import MiniloraError
-from minilora.formats.files import replacing
+from minilora.formats.files import write_bytes
 
 LONGEST = 8000  # characters of one test's output
 
@@ -107,7 +108,8 @@ def write_autograder(
     only = "" if every else "--only " + " ".join(exercise.name for exercise in exercises)
     run = RUN.replace("@TIMEOUT@", f"{timeout:g}").replace("@ONLY@", only)
     package = Path(__file__).parents[1]
-    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as out:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as out:
         _add(out, "setup.sh", SETUP.encode(), 0o755)
         _add(out, "run_autograder", run.encode(), 0o755)
         for file in sorted(package.rglob("*")):
@@ -115,6 +117,7 @@ def write_autograder(
                 name = file.relative_to(package.parent).as_posix()
                 if not name.startswith("minilora/base/"):  # the model's weights, 18 MB
                     _add(out, name, file.read_bytes(), 0o644)
+    write_bytes(path, packed.getvalue())
 
 
 def _add(out: zipfile.ZipFile, name: str, data: bytes, mode: int) -> None:
