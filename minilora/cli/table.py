@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from minilora.adapters import TARGETS as TARGET_NAMES
 from minilora.adapters import LoRAConfig
 from minilora.bench.budget import SHAPES
-from minilora.cli import commands
+from minilora.cli import commands, course
 from minilora.errors import MiniloraError
 from minilora.training.loop import RATES, TrainConfig
 
@@ -589,6 +589,47 @@ COMMANDS = (
             *figures("trainable_parameters", "base_parameters", "adapter_bytes"),
             *figures("weights_bytes", "gradients_bytes", "optimizer_bytes"),
             *figures("activations_bytes", "peak_bytes", "forward_flops", "backward_flops"),
+        ),
+    ),
+    Command(
+        "course",
+        course.course_command,
+        "write the backward passes yourself, and be told what is wrong with them",
+        examples=(
+            "minilora course list",
+            "minilora course new homework",
+            "minilora course check homework --only lora layer_norm",
+            "minilora course autograder autograder.zip",
+        ),
+        options=(
+            option(
+                "action",
+                "list the exercises; make files to fill in (new DIR); check them (check DIR); "
+                "write an autograder for Gradescope (autograder OUT.zip)",
+                choices=course.ACTIONS,
+                metavar="action",
+                nargs="?",
+                default="list",
+            ),
+            option("path", "the folder, or the zip", type=Path, nargs="?", metavar="path"),
+            option("--only", "these exercises alone", nargs="+", metavar="NAME"),
+            option(
+                "--hints",
+                "new: of the equations say nothing, their tags, or what they are",
+                choices=("none", "tags", "equations"),
+                default="tags",
+            ),
+            option("--timeout", "seconds that an exercise may take", type=float, default=60.0),
+            option(
+                "--gradescope",
+                "check: write the results there for Gradescope",
+                type=Path,
+                metavar="FILE",
+            ),
+        ),
+        figures=(
+            Figure("max_points"),
+            *figures("points", "exercises", note="only of check", always=False),
         ),
     ),
 )

@@ -1,0 +1,163 @@
+"""Folders of files: a process for each, whatever it does; Gradescope's format and its zip."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from minilora.cli import main
+from minilora.course.exercises import EXERCISES
+from minilora.course.results import gradescope, write_autograder
+from minilora.course.runner import check_folder
+from minilora.course.skeleton import imports
+from minilora.errors import MiniloraError
+
+PLAIN = runpy.run_path(str(Path(__file__).parent / "plain.py"))["PLAIN"]
+
+TWELVE = list(EXERCISES)[:12]
+
+
+def solve(folder, *names):
+    for name in names:
+        source = "\n".join([*imports(EXERCISES[name]), PLAIN[name]])
+        (folder / f"{name}.py").write_text(source, encoding="utf-8")
+
+
+def verdicts(folder, *names, timeout=60.0):
+    found = check_folder(folder, [EXERCISES[name] for name in names], timeout=timeout)
+    return {verdict.name: verdict for verdict in found}
+
+
+def test_whatever_one_file_does_the_others_are_graded(tmp_path):
+    solve(tmp_path, "dropout")
+    loop = "def linear_backward(dy, cache):\n    while True:\n        pass\n"
+    (tmp_path / "linear.py").write_text(loop, encoding="utf-8")
+    leave = "import os\nprint('{\"score\": 100}')\nos._exit(0)\n"
+    (tmp_path / "affine.py").write_text(leave, encoding="utf-8")
+    (tmp_path / "gelu.py").write_text("def gelu_backward(:\n", encoding="utf-8")
+    (tmp_path / "head.py").write_bytes(b"\xff\xfe# not UTF-8")
+    names = ("linear", "affine", "gelu", "head", "lora", "dropout")
+    found = verdicts(tmp_path, *names, timeout=8.0)
+    assert "linear.py was still running after 8 seconds" in found["linear"].failure.text()
+    assert "affine.py ended its process (status 0)" in found["affine"].failure.text()
+    assert found["gelu"].failure.text().startswith("gelu.py, line 1:")
+    assert "cannot be read as UTF-8" in found["head"].failure.text()
+    assert found["lora"].failure.text() == "lora.py is missing."
+    assert [found[name].points for name in names] == [0, 0, 0, 0, 0, 1]
+
+
+def test_gradescope_s_results(tmp_path):
+    solve(tmp_path, "dropout", "lora")
+    text = (tmp_path / "lora.py").read_text(encoding="utf-8")
+    wrong = text.replace("dB = h.T @ dY", "dB = h.T @ dY / s")
+    (tmp_path / "lora.py").write_text(wrong, encoding="utf-8")
+    results = gradescope(list(verdicts(tmp_path, "dropout", "lora").values()))
+    json.dumps(results, allow_nan=False)
+    assert "score" not in results  # which would override the tests' own
+    names = ["dropout: dx", "lora: dx", "lora: dA", "lora: dB"]
+    assert [test["name"] for test in results["tests"]] == names
+    assert [test["score"] for test in results["tests"]] == [1, 1, 1, 0]
+    assert {test["visibility"] for test in results["tests"]} == {"visible"}
+    assert "dB lacks the factor s" in results["tests"][-1]["output"]
+
+
+def test_the_command(tmp_path, capsys):
+    homework = tmp_path / "hw"
+    assert main(["course", "new", str(homework), "--only", "lora", "dropout"]) == 0
+    assert main(["course", "check", str(homework), "--only", "lora", "dropout"]) == 1
+    assert "0 of 4 points" in capsys.readouterr().out
+    solve(homework, "lora", "dropout")
+    figures = tmp_path / "figures.json"
+    only = ["--only", "lora", "dropout", "--json", str(figures)]
+    assert main(["course", "check", str(homework), *only]) == 0
+    found = json.loads(figures.read_text(encoding="utf-8"))
+    assert (found["points"], found["max_points"]) == (4, 4)
+    assert set(found["exercises"]) == {"lora", "dropout"}
+    assert main(["course"]) == 0
+    assert "lora" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["check"], "course check: expected a folder after it"),
+        (["check", "nowhere"], "nowhere is not a folder"),
+        (["new", "hw", "--only", "lore"], "--only lore: no such exercise"),
+        (["check", "hw", "--timeout", "0"], "--timeout 0: expected more than 0 seconds"),
+        (["list", "hw"], "course list: expected no path after it"),
+    ],
+)
+def test_a_mistake_in_the_command_is_one_sentence(words, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["course", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"minilora: {expected}")
+    assert not list(tmp_path.iterdir())
+
+
+# --- the autograder ------------------------------------------------------------------------------
+
+
+def test_the_zip_is_what_gradescope_takes(tmp_path):
+    first, second = tmp_path / "a.zip", tmp_path / "b.zip"
+    for path in (first, second):
+        write_autograder(path, [EXERCISES["lora"]], timeout=30.0, every=False)
+    assert first.read_bytes() == second.read_bytes()
+    with zipfile.ZipFile(first) as archive:
+        for name in ("setup.sh", "run_autograder"):
+            assert archive.getinfo(name).external_attr >> 16 & 0o777 == 0o755
+            data = archive.read(name)
+            assert data.startswith(b"#!") and b"\r" not in data
+        assert b"--only lora" in archive.read("run_autograder")
+    with pytest.raises(MiniloraError, match="exists already"):
+        write_autograder(first, [EXERCISES["lora"]], timeout=30.0, every=False)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Gradescope's scripts are for bash")
+def test_the_zip_grades_a_submission_in_a_fresh_environment(tmp_path):
+    """Without a network: setup.sh is read, but the packages are those of this environment."""
+    path = tmp_path / "autograder.zip"
+    write_autograder(path, [EXERCISES["lora"], EXERCISES["gelu"]], timeout=60.0, every=False)
+    root = tmp_path / "autograder"
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(root / "source")
+    (root / "submission").mkdir()
+    solve(root / "submission", "lora")
+    venv.create(root / "source" / "venv", with_pip=False)
+    (site,) = (root / "source" / "venv").glob("lib/python*/site-packages")
+    here = [p for p in sys.path if p.endswith("site-packages")]
+    (site / "here.pth").write_text("\n".join(here), encoding="utf-8")
+    environment = {"PATH": os.environ["PATH"], "AUTOGRADER": str(root)}
+    script = ["bash", str(root / "source" / "run_autograder")]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((root / "results" / "results.json").read_text(encoding="utf-8"))
+    scores = {test["name"]: test["score"] for test in results["tests"]}
+    assert scores == {"lora: dx": 1, "lora: dA": 1, "lora: dB": 1, "gelu: dx": 0}
+    assert subprocess.run(["bash", "-n", str(root / "source" / "setup.sh")]).returncode == 0
+
+
+def test_the_engine_imports_no_process_and_no_thread():
+    """So that it can run inside a browser: checked in a fresh interpreter."""
+    code = (
+        "import sys, minilora.course.check, minilora.course.puzzles\n"
+        "print(*sorted({'subprocess', 'multiprocessing'} & set(sys.modules)))"
+    )
+    before = (
+        "import sys, numpy; print(*sorted({'subprocess', 'multiprocessing'} & set(sys.modules)))"
+    )
+    root = Path(__file__).parents[2]
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", c], cwd=root, capture_output=True, text=True, check=True
+        )
+        for c in (code, before)
+    ]
+    assert set(found[0].stdout.split()) <= set(found[1].stdout.split())
