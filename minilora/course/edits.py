@@ -14,7 +14,7 @@ import ast
 import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -449,7 +449,8 @@ class Hypothesis(NamedTuple):
     program: tuple[Equation, ...]
 
 
-Scalar = tuple[str, str, str]  # an expression, and in words: divided by it, multiplied by it
+Factor: TypeAlias = tuple[str, str, str]
+"""An expression, and in words: divided by it, multiplied by it."""
 
 
 @functools.cache
@@ -457,7 +458,7 @@ def hypotheses(
     text: str,
     inputs: tuple[str, ...],
     letters: tuple[tuple[str, str], ...],
-    scalars: tuple[Scalar, ...],
+    scalars: tuple[Factor, ...],
 ) -> tuple[Hypothesis, ...]:
     """Every small change of one equation, no two of them in the same words."""
     program, found = equations(text), list[tuple[str, Change, tuple[Equation, ...]]]()
@@ -509,7 +510,7 @@ def _of_equation(
 
 
 def _of_the_whole(
-    equation: Equation, known: tuple[str, ...], scalars: tuple[Scalar, ...]
+    equation: Equation, known: tuple[str, ...], scalars: tuple[Factor, ...]
 ) -> Iterator[Change]:
     """Changes that say less: where a part of another equation explains as much, it comes first."""
     whole = equation.expression

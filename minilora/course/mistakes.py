@@ -16,7 +16,7 @@ import numpy as np
 
 from minilora import gpt2, lora, ops
 from minilora.course.cases import Inputs
-from minilora.course.edits import FUNCTIONS, Scalar
+from minilora.course.edits import FUNCTIONS, Factor
 from minilora.course.exercises import block_parts
 from minilora.keep import Plan
 
@@ -39,7 +39,7 @@ class Lesson(NamedTuple):
 
     equations: str
     letters: Mapping[str, str] = {}
-    scalars: tuple[Scalar, ...] = ()
+    scalars: tuple[Factor, ...] = ()
     mistakes: tuple[Mistake, ...] = ()
     bind: Callable[[Inputs], Values] = lambda inputs: matrices(inputs)
 
@@ -271,12 +271,12 @@ LETTERS = {
     "mhat": "m̂", "vhat": "v̂", "scatter": "Σ_index",
 }  # fmt: skip
 VECTOR = {**LETTERS, "w": "w"}
-BY_N: Scalar = ("N", "divided by N, the number of rows", "multiplied by N, the number of rows")
-BY_S: Scalar = ("scale", "divided by s", "multiplied by s once more")
-BY_2: Scalar = ("2", "divided by 2", "multiplied by 2")
-BY_C: Scalar = ("C", "divided by C, the entries of a row", "multiplied by C, the entries of a row")
-BY_ROOT: Scalar = ("root", "divided by √K once more", "multiplied by √K")
-BY_K: Scalar = ("K", "divided by K once more", "multiplied by K")
+BY_N: Factor = ("N", "divided by N, the number of rows", "multiplied by N, the number of rows")
+BY_S: Factor = ("scale", "divided by s", "multiplied by s once more")
+BY_2: Factor = ("2", "divided by 2", "multiplied by 2")
+BY_C: Factor = ("C", "divided by C, the entries of a row", "multiplied by C, the entries of a row")
+BY_ROOT: Factor = ("root", "divided by √K once more", "multiplied by √K")
+BY_K: Factor = ("K", "divided by K once more", "multiplied by K")
 
 LESSONS: dict[str, Lesson] = {}
 LESSONS["linear"] = Lesson(
