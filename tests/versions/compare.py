@@ -99,11 +99,14 @@ def training() -> dict[str, np.ndarray]:
 
     found = {}
     with tempfile.TemporaryDirectory() as folder:
+        # The defaults are not the same in every version.
         options = ["--steps", str(STEPS), "--context", "128", "--eval-tokens", "512"]
+        options += ["--warmup", "20"]
+        lora = ["--rank", "2", "--lr", "5e-3"]
         sources = [str(Path(__file__).with_name("compare.py"))] * 12
         for name, more in {
-            "qkv": ["--targets", "qkv"],
-            "all, dropout": ["--targets", "qkv,o,up,down", "--dropout", "0.1"],
+            "qkv": ["--targets", "qkv", *lora],
+            "all, dropout": ["--targets", "qkv,o,up,down", "--dropout", "0.1", *lora],
             "full": ["--method", "full", "--lr", "1e-3"],
         }.items():
             out = Path(folder) / name
