@@ -11,7 +11,7 @@ import numpy as np
 
 from minilora.adapters import LoRAConfig
 from minilora.errors import MiniloraError
-from minilora.formats.files import plain
+from minilora.formats.files import json_number
 from minilora.gpt2 import GPTConfig
 
 PROMPT = 8  # tokens that a generation starts from
@@ -68,7 +68,7 @@ class Case:
         return np.random.default_rng(0).integers(self.config.vocab_size, size=size, dtype=np.int32)
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), default=plain)
+        return json.dumps(dataclasses.asdict(self), default=json_number)
 
     @classmethod
     def from_json(cls, text: str) -> Case:

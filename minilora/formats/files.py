@@ -13,9 +13,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-import numpy as np
-
 from minilora.errors import MiniloraError
+from minilora.settings import plain
 
 Scalar = TypeVar("Scalar", int, float, bool, str)
 
@@ -142,15 +141,15 @@ def write_json(path: str | Path, document: Mapping[str, Any]) -> None:
 
 def json_bytes(document: Mapping[str, Any]) -> bytes:
     """A JSON object as UTF-8 text with sorted keys, two spaces deep."""
-    text = json.dumps(document, indent=2, sort_keys=True, allow_nan=False, default=plain)
+    text = json.dumps(document, indent=2, sort_keys=True, allow_nan=False, default=json_number)
     return f"{text}\n".encode()
 
 
-def plain(value: Any) -> Any:
+def json_number(value: Any) -> Any:
     """A NumPy scalar as the number that it is, which JSON can hold; TypeError for anything else."""
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(f"{type(value).__name__} is not JSON")
+    if (number := plain(value)) is value:
+        raise TypeError(f"{type(value).__name__} is not JSON")
+    return number
 
 
 def make_folder(path: str | Path) -> Path:

@@ -16,7 +16,7 @@ import numpy as np
 from minilora import tree
 from minilora.backend import Array, to_device, to_host
 from minilora.errors import MiniloraError
-from minilora.formats.files import plain, write_folder
+from minilora.formats.files import json_number, write_folder
 from minilora.formats.tensors import check_shapes, read_tensors, tensor_parts
 from minilora.optim import Moments
 from minilora.tree import Tree
@@ -56,8 +56,8 @@ def save_checkpoint(folder: Path, state: State, settings: Mapping[str, Any]) -> 
     metadata = {
         "step": str(state.step),
         "seconds": str(state.seconds),
-        "settings": json.dumps(settings, sort_keys=True, default=plain),
-        "history": json.dumps(dataclasses.asdict(state.history), default=plain),
+        "settings": json.dumps(settings, sort_keys=True, default=json_number),
+        "history": json.dumps(dataclasses.asdict(state.history), default=json_number),
     }
     metadata["checksum"] = _checksum(flat, metadata)
     write_folder(folder, {CHECKPOINT: tensor_parts(flat, metadata)})
@@ -132,7 +132,7 @@ def read_history(document: Any) -> History:
 
 def check_same_run(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise MiniloraError naming a setting in which two runs differ, before any checksum."""
-    now = json.loads(json.dumps(now, default=plain))
+    now = json.loads(json.dumps(now, default=json_number))
     for name in sorted(saved.keys() | now.keys(), key=lambda n: (n.startswith("checksum"), n)):
         if saved.get(name) != now.get(name):
             raise MiniloraError(
