@@ -7,15 +7,50 @@ comes from the generator that the caller passes in.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from minilora.errors import MiniloraError
 from minilora.texts import Document, LeftOut, Source, read_documents
 from minilora.tokenizer import Tokenizer
+from minilora.workers import SHARD_TOKENS
+
+IGNORED = -100  # as a target: the loss does not count it
+
+Batch = tuple[np.ndarray, np.ndarray]  # inputs and targets, each int32 (B, T)
+
+
+class Data(Protocol):
+    """What training reads: a Corpus, or Records."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+
+    @property
+    def today(self) -> str | None:
+        """The date, where it is part of what is read."""
+
+    def check(self, *, context: int) -> None:
+        """Raise MiniloraError where it cannot be read in a context, or nothing is held out."""
+
+    def arrays(self) -> Iterable[np.ndarray]:
+        """All that is read, by which a run knows its data again."""
+
+    def draw(
+        self, rng: np.random.Generator, *, step: int, batch: int, context: int, seed: int
+    ) -> Batch:
+        """The batch of a step, which depends on the seed and the step alone."""
+
+    def tokens_in(self, batch: int, context: int) -> float:
+        """How many inputs a batch has, padding aside: on average, where they differ."""
+
+    def held_out_batches(self, *, context: int, limit: int) -> list[Batch]:
+        """The held-out part, or as much of it as has `limit` inputs: the same at every call."""
+
 
 # --- Streams -----------------------------------------------------------------------------------
 
@@ -55,12 +90,37 @@ class Corpus:
     files: int
     name: str
     left_out: tuple[LeftOut, ...] = ()  # the files in folders that were not read
+    today: str | None = None
 
     def __repr__(self) -> str:
         return (
             f"Corpus({self.name!r}: {len(self.train):,} tokens to train on, "
             f"{len(self.held_out):,} held out)"
         )
+
+    def check(self, *, context: int) -> None:
+        """Raise MiniloraError for text that is too short to train on, or to hold out."""
+        check_length(self.train, context=context, name=f"the training part of {self.name}")
+        if len(self.held_out) < 2:
+            raise MiniloraError(f"{self.name} is too short: nothing of it can be held out")
+
+    def arrays(self) -> list[np.ndarray]:
+        """Both streams."""
+        return [self.train, self.held_out]
+
+    def draw(
+        self, rng: np.random.Generator, *, step: int, batch: int, context: int, seed: int
+    ) -> Batch:
+        """Random windows (see `draw_batch`), from the generator of the step."""
+        return draw_batch(self.train, batch=batch, context=context, rng=rng)
+
+    def tokens_in(self, batch: int, context: int) -> float:
+        """The tokens of a batch."""
+        return batch * context
+
+    def held_out_batches(self, *, context: int, limit: int) -> list[Batch]:
+        """Windows of the held-out text (see the function of this name)."""
+        return held_out_batches(self.held_out, context=context, limit=limit)
 
 
 def load_corpus(
@@ -208,3 +268,20 @@ def windows(
     rest = slice(whole * context, None)
     if targets[rest].size:
         yield inputs[None, rest], targets[None, rest]
+
+
+def held_out_batches(tokens: np.ndarray, *, context: int, limit: int) -> list[Batch]:
+    """All of a held-out stream in windows of `context`, or as many spread evenly as `limit` allows.
+
+    The same windows at every call, so that losses during training can be compared.
+    """
+    context = min(context, len(tokens) - 1)
+    rows = max(1, SHARD_TOKENS // context)
+    if len(tokens) - 1 <= limit:
+        return list(windows(tokens, context=context, batch=rows))
+    starts = np.linspace(0, len(tokens) - 1 - context, max(1, limit // context)).astype(np.int64)
+    spread = starts[:, None] + np.arange(context, dtype=np.int64)
+    return [
+        (tokens[spread[i : i + rows]], tokens[spread[i : i + rows] + 1])
+        for i in range(0, len(spread), rows)
+    ]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from minilora.backend import Array, check_ids, namespace, to_device
-from minilora.data import windows
+from minilora.data import IGNORED, Batch, windows
 from minilora.errors import MiniloraError
 from minilora.loss import head_loss_forward
 from minilora.network import Net, trunk_forward
@@ -55,15 +55,16 @@ def evaluate_tokens(
 def sum_nats(
     workers: Workers,
     net: Net,
-    batches: Iterable[tuple[np.ndarray, np.ndarray]],
+    batches: Iterable[Batch],
     device: str,
 ) -> tuple[float, int]:
-    """The summed loss of batches (inputs, targets) in nats, and how many tokens they predict."""
+    """The summed loss of batches (inputs, targets) in nats, and how many targets count."""
 
-    def nats(batch: tuple[np.ndarray, np.ndarray]) -> tuple[Array, int]:
+    def nats(batch: Batch) -> tuple[Array, int]:
         tokens, targets = (to_device(part, device) for part in batch)
         x, _ = trunk_forward(net, tokens=tokens)
-        return head_loss_forward(x, net.head, targets=targets, count=1)[0], targets.size
+        counted = int((batch[1] != IGNORED).sum())
+        return head_loss_forward(x, net.head, targets=targets, count=1)[0], counted
 
     found = list(workers.map(nats, batches))
     if not found:  # one of several processes may have no share
@@ -71,22 +72,3 @@ def sum_nats(
     losses, sizes = zip(*found, strict=True)
     read_at_once = namespace(losses[0]).stack(losses).tolist()
     return sum(read_at_once), sum(sizes)
-
-
-def held_out_batches(
-    tokens: np.ndarray, *, context: int, limit: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """All of a held-out stream in windows of `context`, or as many spread evenly as `limit` allows.
-
-    The same windows at every call, so that losses during training can be compared.
-    """
-    context = min(context, len(tokens) - 1)
-    rows = max(1, SHARD_TOKENS // context)
-    if len(tokens) - 1 <= limit:
-        return list(windows(tokens, context=context, batch=rows))
-    starts = np.linspace(0, len(tokens) - 1 - context, max(1, limit // context)).astype(np.int64)
-    spread = starts[:, None] + np.arange(context, dtype=np.int64)
-    return [
-        (tokens[spread[i : i + rows]], tokens[spread[i : i + rows] + 1])
-        for i in range(0, len(spread), rows)
-    ]

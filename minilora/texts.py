@@ -76,8 +76,8 @@ def read_documents(source: Source) -> tuple[list[Document], list[LeftOut]]:
         text = check_text(read_bytes(Path(name)), name)
         if is_json_lines(name, text):
             raise MiniloraError(
-                f"{name} is JSON Lines, whose records would be learned as raw text; expected text "
-                "(as standard input, `-`, it is taken as it stands)"
+                f"{name} is in JSON Lines; expected text (adapt, evaluate and load_records read "
+                "records; as standard input, `-`, the lines are text)"
             )
         return [Document(name, text)], []
     documents, left_out = read_folder(Path(name))

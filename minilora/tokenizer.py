@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ class Tokenizer(Protocol):
     vocab_size: int
     end_of_text: int | None  # the token between documents, where there is one
     ends: frozenset[int]  # the tokens that end a text
+    end_of_answer: int | None  # the token with which an answer is learned to end
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text, 1-D int32.
@@ -28,8 +29,11 @@ class Tokenizer(Protocol):
         Raises MiniloraError for an id outside the vocabulary: the tokenizer is another model's.
         """
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of every text; some tokenizers share the work among threads."""
+    def encode_batch(self, texts: Sequence[str], *, special: bool = True) -> list[np.ndarray]:
+        """`encode` of every text; some tokenizers share the work among threads.
+
+        Without `special`, the name of a special token in a text is text like any other.
+        """
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids; bytes that are not UTF-8 become U+FFFD.
@@ -44,14 +48,21 @@ class Tokenizer(Protocol):
         """
 
 
+NO_TEXT = 0xFF  # a byte that no text has in UTF-8
+
+
 class ByteTokenizer:
-    """The 256 byte values as tokens: any text is its UTF-8 bytes, with nothing to learn or load."""
+    """The 256 byte values as tokens: any text is its UTF-8 bytes, with nothing to learn or load.
+
+    Where the base names no token that ends a text, an answer ends with a byte that UTF-8 never has.
+    """
 
     vocab_size = 256
 
     def __init__(self, ends: Sequence[int] = ()) -> None:
         self.end_of_text = ends[0] if ends else None
-        self.ends = frozenset(ends)
+        self.end_of_answer: int | None = ends[0] if ends else NO_TEXT
+        self.ends = frozenset(ends or [NO_TEXT])
 
     def __repr__(self) -> str:
         return "ByteTokenizer(256 tokens, each a byte of UTF-8)"
@@ -60,8 +71,8 @@ class ByteTokenizer:
         """The UTF-8 bytes of a text, 1-D int32."""
         return np.frombuffer(text.encode("utf-8", "replace"), np.uint8).astype(np.int32)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of every text."""
+    def encode_batch(self, texts: Sequence[str], *, special: bool = True) -> list[np.ndarray]:
+        """`encode` of every text; no byte is special."""
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -90,7 +101,7 @@ class BPETokenizer:
     def __init__(self, tokenizer: Any, vocab_size: int, ends: Sequence[int], source: Path) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
-        self.end_of_text = ends[0] if ends else None
+        self.end_of_text = self.end_of_answer = ends[0] if ends else None
         self.ends = frozenset(ends)
         self.source = source
 
@@ -101,15 +112,26 @@ class BPETokenizer:
         """Token ids of a text, 1-D int32. Raises for an id that the base lacks."""
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of every text, on all cores."""
+    def encode_batch(self, texts: Sequence[str], *, special: bool = True) -> list[np.ndarray]:
+        """`encode` of every text, on all cores; without `special`, no text is a special token."""
         texts = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
         with contained(f"the tokenizer in {self.source} cannot encode the text"):
-            encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            with nullcontext() if special else self._without_special_tokens():
+                encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
             tokens = [np.array(encoding.ids, np.int64) for encoding in encodings]
         for ids in tokens:
             check_ids(ids, self.vocab_size)
         return [ids.astype(np.int32) for ids in tokens]
+
+    @contextmanager
+    def _without_special_tokens(self) -> Iterator[None]:
+        """Within, no special token is found in a text."""
+        before = self.tokenizer.encode_special_tokens
+        self.tokenizer.encode_special_tokens = True
+        try:
+            yield
+        finally:
+            self.tokenizer.encode_special_tokens = before
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids, special tokens included. Raises for an id that the base lacks."""

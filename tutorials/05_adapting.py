@@ -19,8 +19,7 @@ import numpy as np
 
 import minilora
 from minilora import tree
-from minilora.data import draw_batch
-from minilora.evaluation import held_out_batches
+from minilora.data import draw_batch, held_out_batches
 from minilora.loss import cross_entropy_forward
 from minilora.optim import adamw, adamw_init, clip_by_global_norm, warmup_cosine
 

@@ -38,7 +38,6 @@ def adapt_command(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from minilora.adapters import LoRAConfig, adapted_paths
-    from minilora.data import load_corpus
     from minilora.formats.card import write_card
     from minilora.model import load_model
     from minilora.training.progress import ProgressBar
@@ -63,8 +62,7 @@ def adapt_command(args: argparse.Namespace) -> int:
         lora_config = replace(model.lora_config or lora_config, **given)
     if args.half:
         model = model.on(device, half=True)
-    corpus = load_corpus(args.data, model.tokenizer)
-    print_left_out(corpus.left_out)
+    corpus = training_data(args, model)
     with ProgressBar(args.steps, "adapt") as report:
         run = adapt_in_folder(
             model, corpus, lora_config, settings, args.out,
@@ -82,6 +80,28 @@ def adapt_command(args: argparse.Namespace) -> int:
         if any(matches_qkv_part(path) for path in adapted_paths(lora_config, model.config.n_layer)):
             print("the adapters of q, k and v were written as one equal adapter of c_attn")
     return 0
+
+
+def training_data(args: argparse.Namespace, model: Any) -> Any:
+    """What `adapt` trains on, text or records; what is left out of it, and what counts, is said."""
+    from minilora.data import load_corpus
+    from minilora.records.corpus import are_records, load_records
+    from minilora.training.runs import date_of_run
+
+    if not are_records(args.data):
+        if args.loss is not None:
+            raise MiniloraError("--loss is for records, files in JSON Lines; DATA is text")
+        corpus = load_corpus(args.data, model.tokenizer)
+        print_left_out(corpus.left_out)
+        return corpus
+    records = load_records(
+        args.data, model.tokenizer, model.folder, context=args.context,
+        loss=args.loss or "answer", today=date_of_run(args.out) if args.resume else None,
+    )  # fmt: skip
+    print_left_out(records.left_out)
+    for line in records.described():
+        print(f"minilora: {line}", file=sys.stderr)
+    return records
 
 
 def lora_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -140,13 +160,24 @@ def pretrain_command(args: argparse.Namespace) -> int:
 
 
 def evaluate_command(args: argparse.Namespace) -> int:
-    from minilora.data import check_length, load_corpus, load_text
-    from minilora.evaluation import evaluate_tokens
+    from minilora.records.corpus import are_records
 
     device = chosen_device(args)
     model = chosen_model(args)
     if args.half:
         model = model.on(device, half=True)
+    evaluate = evaluate_records if are_records(args.data) else evaluate_text
+    figures = evaluate(args, model, device)
+    write_figures(args, figures)
+    print_figures(figures)
+    return 0
+
+
+def evaluate_text(args: argparse.Namespace, model: Any, device: str) -> dict[str, Any]:
+    """The figures of `evaluate` for text."""
+    from minilora.data import check_length, load_corpus, load_text
+    from minilora.evaluation import evaluate_tokens
+
     name = " ".join(args.data)
     if args.held_out:
         corpus = load_corpus(args.data, model.tokenizer)
@@ -159,14 +190,24 @@ def evaluate_command(args: argparse.Namespace) -> int:
     result = evaluate_tokens(
         model, tokens, text_bytes=text_bytes, threads=args.threads, device=device
     )
-    figures = {
-        "loss": result.loss,
-        "bits_per_byte": result.bits_per_byte,
-        "tokens": result.tokens,
-    }
-    write_figures(args, figures)
-    print_figures(figures)
-    return 0
+    return {"loss": result.loss, "bits_per_byte": result.bits_per_byte, "tokens": result.tokens}
+
+
+def evaluate_records(args: argparse.Namespace, model: Any, device: str) -> dict[str, Any]:
+    """The figures of `evaluate` for records: the loss on the answers, and exact match."""
+    from minilora.records.corpus import load_records
+    from minilora.records.match import judge
+
+    records = load_records(
+        args.data, model.tokenizer, model.folder, context=model.config.n_positions,
+        held_out=0.05 if args.held_out else 0.0,
+    )  # fmt: skip
+    print_left_out(records.left_out)
+    examples = records.held_out if args.held_out else records.train
+    found = judge(model, examples, threads=args.threads, device=device)
+    figures = found._asdict()
+    exact = figures.pop("exact")
+    return figures | ({"exact_match": exact / found.asked} if found.asked else {})
 
 
 def generate_command(args: argparse.Namespace) -> int:

@@ -141,7 +141,7 @@ def natural(text: str) -> int:
 DATA = option(
     "data",
     "text to read: files, folders, `python` (the standard library of this Python) "
-    "or `-` (standard input)",
+    "or `-` (standard input); or records, files in JSON Lines",
     nargs="+",
     metavar="DATA",
 )
@@ -333,15 +333,21 @@ COMMANDS = (
     Command(
         "adapt",
         commands.adapt_command,
-        "adapt a base to text",
+        "adapt a base to text or to records",
         examples=(
             "minilora adapt notes.txt --out my-adapter",
+            "minilora adapt questions.jsonl --steps 100 --out my-adapter",
             "minilora adapt python --rank 4 --targets q,v --steps 400 --plot losses.png",
         ),
         options=(
             DATA,
             BASE,
             METHOD,
+            option(
+                "--loss",
+                "of records, count the loss on the answers or on all tokens (default: answer)",
+                choices=("answer", "all"),
+            ),
             LORA,
             training(
                 TRAINED,
@@ -364,7 +370,7 @@ COMMANDS = (
             "minilora pretrain text.txt --layers 2 --width 64 --context 128 --steps 500",
         ),
         options=(
-            DATA,
+            DATA.but(help=DATA.help.partition(";")[0]),
             option("--layers", "number of blocks", dest="n_layer", type=int, default=6),
             option("--width", "width of the model", dest="n_embd", type=int, default=256),
             option("--heads", "attention heads in a block", dest="n_head", type=int, default=4),
@@ -382,9 +388,10 @@ COMMANDS = (
     Command(
         "evaluate",
         commands.evaluate_command,
-        "measure the loss of a model on text",
+        "measure the loss of a model on text, or its answers to records",
         examples=(
             "minilora evaluate notes.txt",
+            "minilora evaluate questions.jsonl --adapter my-adapter",
             "minilora evaluate python --held-out --adapter my-adapter",
         ),
         options=(
@@ -395,14 +402,18 @@ COMMANDS = (
             option(
                 "--held-out",
                 "only the part that adapt and pretrain hold out: the last 5%% of every file, "
-                "and whole files of `python`",
+                "whole files of `python`, and whole records",
                 action="store_true",
             ),
             THREADS,
             DEVICE,
             HALF,
         ),
-        figures=(Figure("loss", "nats per token"), *figures("bits_per_byte", "tokens")),
+        figures=(
+            Figure("loss", "nats per token"),
+            *figures("bits_per_byte", "tokens"),
+            *figures("records", "asked", "exact_match", note="only of records", always=False),
+        ),
     ),
     Command(
         "generate",

@@ -103,6 +103,11 @@ def load_checkpoint(
     return State(step, trees["params"], Moments(trees["m"], trees["v"]), history, seconds)
 
 
+def read_settings(path: Path) -> Any:
+    """The settings that a checkpoint was saved with, unchecked."""
+    return json.loads(read_tensors(path)[1]["settings"])
+
+
 def _check_arrays(path: Path, found: Mapping[str, Array], expected: Mapping[str, Array]) -> None:
     """Raise MiniloraError unless the arrays have the names, shapes and dtypes of the run's."""
     check_shapes(

@@ -23,9 +23,9 @@ import numpy as np
 from minilora import tree
 from minilora.adapters import dropout_masks
 from minilora.backend import Array, Half, check_ids, namespace, to_device, to_host
-from minilora.data import Corpus, check_length, draw_batch
+from minilora.data import IGNORED, Data
 from minilora.errors import MiniloraError
-from minilora.evaluation import held_out_batches, sum_nats
+from minilora.evaluation import sum_nats
 from minilora.keep import Plan
 from minilora.network import Net, loss_and_grads
 from minilora.optim import adamw, adamw_init, clip_by_global_norm, warmup_cosine
@@ -160,17 +160,21 @@ def batch_loss_and_grads(
     """The mean loss of a batch (B, T) and the gradients of the trained tree, shard by shard.
 
     The plan wants those of one tree. Where the batch is part of a larger one, `count` is the number
-    of tokens in the whole.
+    of targets that count in the whole.
     """
+    counts = targets != IGNORED
+    total_count = count or int(counts.sum())
 
     def of_shard(rows: slice) -> tuple[Array, Tree]:
+        last = np.flatnonzero(counts[rows].any(axis=0)).max(initial=0)
+        part = rows, slice(0, last + 1)  # what comes after the last target changes nothing
         loss, dbase, dlora = loss_and_grads(
             net,
-            tokens=to_device(tokens[rows], device),
-            targets=to_device(targets[rows], device),
+            tokens=to_device(tokens[part], device),
+            targets=to_device(targets[part], device),
             plan=plan,
-            masks=masks and {p: to_device(mask[rows], device) for p, mask in masks.items()},
-            count=count or tokens.size,
+            masks=masks and {p: to_device(mask[part], device) for p, mask in masks.items()},
+            count=total_count,
         )
         return loss, dlora if plan.lora else dbase
 
@@ -228,7 +232,7 @@ class Trained:
 
 def train(
     net: Net,
-    corpus: Corpus,
+    corpus: Data,
     *,
     settings: TrainConfig,
     folder: Path | None = None,
@@ -257,14 +261,12 @@ def train(
         raise MiniloraError(
             f"context {settings.context} exceeds the base's context of {net.config.n_positions}"
         )
-    check_length(corpus.train, context=settings.context, name=f"the training part of {corpus.name}")
+    corpus.check(context=settings.context)
     if settings.method == "full" and isinstance(net.base["wte"], Half):
         raise MiniloraError("method 'full' trains the base, but a base in float16 stays frozen")
     if settings.method == "lora" and net.lora is None:
         raise MiniloraError("method 'lora' needs an adapter tree; lora_init makes one")
-    if len(corpus.held_out) < 2:
-        raise MiniloraError(f"{corpus.name} is too short: nothing of it can be held out")
-    for tokens in (corpus.train, corpus.held_out):
+    for tokens in corpus.arrays():
         check_ids(tokens, net.config.vocab_size)
     if fingerprint is None:
         fingerprint = run_fingerprint(net, settings, corpus, device, ranks) if folder else {}
@@ -285,7 +287,7 @@ def train(
 
 
 def run_fingerprint(
-    net: Net, settings: TrainConfig, corpus: Corpus, device: str, ranks: Ranks
+    net: Net, settings: TrainConfig, corpus: Data, device: str, ranks: Ranks
 ) -> dict[str, Any]:
     """What must be equal for a run to go on: settings, device, checksums of what it starts from.
 
@@ -299,7 +301,9 @@ def run_fingerprint(
     parts["processes"] = ranks.size
     parts["device"] = device
     parts["checksum of the base"] = checksum(tree.flatten(to_host(net.base)).values())
-    parts["checksum of the text"] = checksum([corpus.train, corpus.held_out])
+    parts["checksum of the text"] = checksum(corpus.arrays())
+    if corpus.today is not None:
+        parts["today"] = corpus.today
     ranks.check_equal(parts)
     return parts
 
@@ -309,7 +313,7 @@ class Loop:
     """The constants of one training run; `run` is the loop over its steps."""
 
     net: Net
-    corpus: Corpus
+    corpus: Data
     settings: TrainConfig
     device: str
     workers: Workers
@@ -359,8 +363,8 @@ class Loop:
         return Trained(to_host(state.params), state.history, state.seconds, speed)
 
     @property
-    def tokens_per_step(self) -> int:
-        return self.settings.batch * self.settings.context
+    def tokens_per_step(self) -> float:
+        return self.corpus.tokens_in(self.settings.batch, self.settings.context)
 
     def save(self, folder: Path, state: State, fingerprint: Mapping[str, Any]) -> None:
         """The first rank writes a checkpoint, once all are seen to hold the same weights."""
@@ -380,11 +384,13 @@ class Loop:
         settings, step = self.settings, state.step + 1
         rng = np.random.default_rng([settings.seed, step])
         batch, context = settings.shape(step)
-        tokens, targets = draw_batch(self.corpus.train, batch=batch, context=context, rng=rng)
+        tokens, targets = self.corpus.draw(
+            rng, step=step, batch=batch, context=context, seed=settings.seed
+        )
         net, lora = self.with_params(state.params), settings.method == "lora"
         masks = None
         if net.lora_config is not None:
-            masks = dropout_masks(net.lora, net.lora_config, rng=rng, shape=(batch, context))
+            masks = dropout_masks(net.lora, net.lora_config, rng=rng, shape=tokens.shape)
         rows = self.ranks.share(batch)
         loss, grads = batch_loss_and_grads(
             self.workers,
@@ -394,7 +400,7 @@ class Loop:
             plan=Plan(base=not lora, lora=lora, recompute=settings.recompute),
             masks=masks and {path: mask[rows] for path, mask in masks.items()},
             device=self.device,
-            count=tokens.size,
+            count=int((targets != IGNORED).sum()),
         )
         loss, grads = self.ranks.sum([loss, grads])
         grads, norm = clip_by_global_norm(grads, settings.clip)
@@ -413,10 +419,8 @@ class Loop:
 
     def held_out_loss(self, state: State) -> float:
         """Nats per token on the held-out text, or on `eval_tokens` tokens spread over it."""
-        batches = held_out_batches(
-            self.corpus.held_out,
-            context=self.settings.context,
-            limit=self.settings.eval_tokens,
+        batches = self.corpus.held_out_batches(
+            context=self.settings.context, limit=self.settings.eval_tokens
         )
         nats_and_tokens = sum_nats(
             self.workers,

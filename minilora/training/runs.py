@@ -12,8 +12,9 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 
 from minilora import tree
 from minilora.adapters import LoRAConfig, lora_init
-from minilora.data import Corpus
+from minilora.data import Data
 from minilora.errors import MiniloraError
 from minilora.formats.companions import companions
 from minilora.formats.files import (
@@ -43,6 +44,7 @@ from minilora.training.checkpoint import (
     check_same_run,
     file_checksum,
     read_history,
+    read_settings,
 )
 from minilora.training.loop import RATES, Progress, TrainConfig, Trained, run_fingerprint, train
 from minilora.training.progress import ProgressBar, is_watched
@@ -84,7 +86,7 @@ def shown(report: Report | None, progress: bool | None, steps: int) -> Iterator[
 
 def adapt(
     model: Model,
-    corpus: Corpus,
+    corpus: Data,
     lora_config: LoRAConfig | None = None,
     settings: TrainConfig | None = None,
     *,
@@ -110,7 +112,7 @@ def adapt(
 
 def adapt_in_folder(
     model: Model,
-    corpus: Corpus,
+    corpus: Data,
     lora_config: LoRAConfig | None,
     settings: TrainConfig,
     folder: str | Path,
@@ -183,7 +185,7 @@ def _figures(base: Tree, trained: Trained, size: int, ranks: Ranks) -> dict[str,
 
 
 def pretrain_in_folder(
-    config: GPTConfig, corpus: Corpus, settings: TrainConfig, folder: str | Path, **options: Any
+    config: GPTConfig, corpus: Data, settings: TrainConfig, folder: str | Path, **options: Any
 ) -> Run:
     """A byte-level base trained from `gpt_init` on: full training, saved as `adapt_in_folder` does.
 
@@ -241,6 +243,17 @@ def check_free(folder: Path, *, resume: bool) -> None:
         raise MiniloraError(
             f"{folder} already holds {there[0]}; expected a new or an empty output folder"
         )
+
+
+def date_of_run(folder: Path) -> date | None:
+    """The date that a run in a folder gave its chat template, if there is such a run."""
+    with suppress(MiniloraError, ValueError, TypeError, AttributeError):
+        if (folder / CHECKPOINT).exists():
+            settings = read_settings(folder / CHECKPOINT)
+        else:
+            settings = read_json(folder / RECORD)["settings"] if (folder / RECORD).exists() else {}
+        return date.fromisoformat(settings["today"]) if "today" in settings else None
+    return None  # what is damaged is said where it is read
 
 
 def _remove(folder: Path, *names: str) -> None:

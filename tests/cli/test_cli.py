@@ -63,7 +63,7 @@ def test_the_help_names_every_option_and_every_figure(capsys, command):
     text, row = helped(capsys, command), ROWS[command]
     assert row.summary[1:] in text
     for option in [*options(row), json_option(row)]:
-        name = option.keywords["metavar"] if option == DATA else option.flag
+        name = option.keywords["metavar"] if option.flag == DATA.flag else option.flag
         assert re.search(rf"(?<!-){name}\b", text), f"{command} --help does not mention {name}"
         default = option.keywords.get("default")
         assert default in (None, []) or f"(default: {default})" in text

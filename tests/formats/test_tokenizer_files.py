@@ -245,7 +245,7 @@ def test_a_byte_level_base_ends_where_its_configuration_says(tmp_path):
     tokenizer = load_tokenizer(tmp_path, 256)
     assert isinstance(tokenizer, ByteTokenizer)
     assert tokenizer.ends == {10, 0} and tokenizer.end_of_text == 10
-    assert ByteTokenizer().ends == frozenset() and ByteTokenizer().end_of_text is None
+    assert ByteTokenizer().ends == {0xFF} and ByteTokenizer().end_of_text is None
 
 
 def test_the_older_files_are_read(tmp_path):

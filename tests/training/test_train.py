@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from minilora import tree
 from minilora.adapters import LoRAConfig, dropout_masks, lora_init
 from minilora.bench.measure import blas
-from minilora.data import Corpus, draw_batch
+from minilora.data import Corpus, draw_batch, held_out_batches
 from minilora.errors import MiniloraError
-from minilora.evaluation import evaluate_tokens, held_out_batches
+from minilora.evaluation import evaluate_tokens
 from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.keep import Plan
 from minilora.network import Net, loss_and_grads, net_logits
@@ -166,7 +166,7 @@ def test_training_reads_the_short_sequences(monkeypatch):
         shapes.append((batch, context))
         return draw_batch(tokens, batch=batch, context=context, rng=rng)
 
-    monkeypatch.setattr("minilora.training.loop.draw_batch", spy)
+    monkeypatch.setattr("minilora.data.draw_batch", spy)
     run(steps=3, short_context=8, short_steps=2)
     assert shapes == [(8, 8), (8, 8), (4, 16)]
 

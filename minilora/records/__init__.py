@@ -1,0 +1,1 @@
+"""Records to train on: a prompt and its answer, of which the answer alone is learned."""
