@@ -21,6 +21,7 @@ from minilora.lora import merge, unmerge
 from minilora.mix import mix
 from minilora.model import Model, complete, evaluate, load_model
 from minilora.network import Net, loss_and_grads
+from minilora.records.corpus import corpus_from_records, load_records
 from minilora.training.loop import TrainConfig
 from minilora.training.runs import adapt
 
@@ -50,12 +51,14 @@ __all__ = [
     "TrainConfig",
     "adapt",
     "complete",
+    "corpus_from_records",
     "corpus_from_text",
     "evaluate",
     "load_adapter",
     "load_base",
     "load_corpus",
     "load_model",
+    "load_records",
     "lora_init",
     "loss_and_grads",
     "merge",

@@ -95,7 +95,7 @@ def training_data(args: argparse.Namespace, model: Any) -> Any:
         print_left_out(corpus.left_out)
         return corpus
     records = load_records(
-        args.data, model.tokenizer, model.folder, context=args.context,
+        args.data, model, context=args.context,
         loss=args.loss or "answer", today=date_of_run(args.out) if args.resume else None,
     )  # fmt: skip
     print_left_out(records.left_out)
@@ -199,7 +199,7 @@ def evaluate_records(args: argparse.Namespace, model: Any, device: str) -> dict[
     from minilora.records.match import judge
 
     records = load_records(
-        args.data, model.tokenizer, model.folder, context=model.config.n_positions,
+        args.data, model, context=model.config.n_positions,
         held_out=0.05 if args.held_out else 0.0,
     )  # fmt: skip
     print_left_out(records.left_out)

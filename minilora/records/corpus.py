@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from minilora.data import IGNORED, Batch, as_list, check_share, name_hash
 from minilora.errors import MiniloraError
 from minilora.records.chat import Template
-from minilora.records.lines import Record, read_records
+from minilora.records.lines import Record, read_records, records_of
 from minilora.texts import LeftOut, Source, decode_text, is_json_lines, read_bytes
 from minilora.tokenizer import Tokenizer
 from minilora.workers import SHARD_TOKENS
@@ -173,23 +173,36 @@ def is_records(source: Source) -> bool:
     return is_json_lines(os.fspath(source), decode_text(read_bytes(Path(source))) or "")
 
 
+class HasTokenizer(Protocol):
+    """A model, as far as records need one: for its tokens and its chat template."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What makes tokens of text."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the chat template is."""
+
+
 def load_records(
-    sources: Source | Sequence[Source],
-    tokenizer: Tokenizer,
-    folder: str | Path,
-    *,
-    context: int,
-    loss: Loss = "answer",
-    held_out: float = 0.05,
-    today: date | None = None,
+    sources: Source | Sequence[Source], model: HasTokenizer, *, context: int, **options: Any
 ) -> Records:
-    """The records of some files in JSON Lines (see `read_records`) for a base (see `corpus_of`)."""
+    """The records of files in JSON Lines (see `read_records`), for a model to train on.
+
+    The options are those of `corpus_of`.
+    """
     names = as_list(sources)
     records = [record for source in names for record in read_records(source)]
-    return corpus_of(
-        records, tokenizer, Path(folder), context=context, loss=loss, held_out=held_out,
-        name=" ".join(map(str, names)), today=today,
-    )  # fmt: skip
+    name = " ".join(map(str, names))
+    return corpus_of(records, model, context=context, **{"name": name, **options})
+
+
+def corpus_from_records(
+    objects: Iterable[Mapping[str, Any]], model: HasTokenizer, *, context: int, **options: Any
+) -> Records:
+    """Records in memory, each as a line of a file has it; the options are those of `corpus_of`."""
+    return corpus_of(records_of(objects), model, context=context, **options)
 
 
 # --- from records to examples ------------------------------------------------------------------
@@ -197,8 +210,7 @@ def load_records(
 
 def corpus_of(
     records: Sequence[Record],
-    tokenizer: Tokenizer,
-    folder: Path,
+    model: HasTokenizer,
     *,
     context: int,
     loss: Loss = "answer",
@@ -206,7 +218,7 @@ def corpus_of(
     name: str = "the records",
     today: date | None = None,
 ) -> Records:
-    """Records as tokens for a base with this tokenizer, whose folder has its chat template.
+    """Records as tokens for a model, whose folder has its chat template.
 
     Counted are the answers (`loss="answer"`), each with its end, or every token. A text without a
     prompt is read in windows of `context`; other records that are longer are left out, and named.
@@ -214,6 +226,7 @@ def corpus_of(
     line, for a chat that the base's template refuses, and where no record is left.
     """
     check_share(held_out)
+    tokenizer, folder = model.tokenizer, model.folder
     if tokenizer.end_of_answer is None:
         raise MiniloraError(
             f"the base in {folder} has no token that ends a text, with which an answer would end; "
