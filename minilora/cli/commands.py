@@ -233,7 +233,7 @@ def generate_command(args: argparse.Namespace) -> int:
             yield token
 
     text = ""
-    print(prompt, end="", flush=True)
+    write_faint(prompt)
     for piece in model.tokenizer.stream(remembered()):
         print(piece, end="", flush=True)
         text += piece
@@ -242,6 +242,35 @@ def generate_command(args: argparse.Namespace) -> int:
     print()
     write_figures(args, {"text": text, "token_ids": token_ids})
     return 0
+
+
+def play_command(args: argparse.Namespace) -> int:
+    from minilora.cli.play import Draws, play
+
+    device = chosen_device(args)
+    model = chosen_model(args).on(device, half=args.half)
+    draws = Draws(args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed)
+    play(model, draws, read=typed_line, show=lambda text: print(text, end="", flush=True))
+    return 0
+
+
+def write_faint(text: str) -> None:
+    """Write a text that is not the result: faint, where a terminal shows it."""
+    write = getattr(sys.stdout, "write_faint", sys.stdout.write)
+    write(text)
+    sys.stdout.flush()
+
+
+def typed_line() -> str:
+    """A line from standard input, with an editor's keys on a terminal; EOFError after the last."""
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        with suppress(ImportError):  # none on Windows, whose terminal has such keys itself
+            import readline  # noqa: F401
+        return input("> ")
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line
 
 
 def merge_command(args: argparse.Namespace) -> int:

@@ -155,8 +155,8 @@ def parser() -> argparse.ArgumentParser:
             epilog="\n  ".join(["examples:", *command.examples]),
             formatter_class=HelpFormatter,
         )
-        sub.set_defaults(command=command)
-        add_options(sub, [*command.options, json_option(command)])
+        sub.set_defaults(command=command, json=None)
+        add_options(sub, [*command.options, *([json_option(command)] if command.figures else [])])
     return root
 
 
@@ -175,7 +175,7 @@ def usage(command: Command) -> str:
 
 
 def json_option(command: Command) -> Option:
-    """The option that every command has; its help names the figures that are written."""
+    """The option of every command that has figures; its help names those that are written."""
     text = f"write the figures there: {listed(command.figures)}"
     return option("--json", text, type=Path, metavar="FILE")
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # not tab, line end, return
+FAINT, NORMAL = "\x1b[2m", "\x1b[0m"
 GONE = (errno.EPIPE, errno.EBADF, errno.EINVAL)  # Windows says EINVAL of a closed pipe
 
 
@@ -36,6 +37,14 @@ class Output:
         shown = text if self.raw else escaped(text)
         self._attempt(lambda: self.stream.write(shown))
         return len(text)
+
+    def write_faint(self, text: str) -> None:
+        """Write; on a terminal in faint letters, unless the variable NO_COLOR asks for none."""
+        is_plain = (
+            not self.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+        )
+        shown = text if self.raw else escaped(text)
+        self._attempt(lambda: self.stream.write(shown if is_plain else f"{FAINT}{shown}{NORMAL}"))
 
     def flush(self) -> None:
         """Flush, unless the stream has refused before."""

@@ -205,6 +205,16 @@ HALF = option(
 DTYPE = option("--dtype", "dtype in the file", choices=("float32", "float16"), default="float32")
 OUT = option("--out", "folder for the result", type=Path, default=Path("adapter"))
 
+DRAWS = (
+    option("--tokens", "how many tokens to add", dest="max_tokens", type=int, default=300),
+    option("--temperature", "0 always takes the likeliest token", type=float, default=0.8),
+    option("--top-k", "draw from the k likeliest tokens", type=int),
+    option("--top-p", "draw from the likeliest tokens that reach probability p", type=float),
+    SEED.but(help="seed of the draws"),
+    DEVICE,
+    HALF,
+)
+
 LORA = Group(
     "adapters (method lora)",
     (
@@ -434,17 +444,17 @@ COMMANDS = (
             BASE,
             ADAPTER,
             WEIGHT,
-            option("--tokens", "how many tokens to add", dest="max_tokens", type=int, default=300),
-            option("--temperature", "0 always takes the likeliest token", type=float, default=0.8),
-            option("--top-k", "draw from the k likeliest tokens", type=int),
-            option(
-                "--top-p", "draw from the likeliest tokens that reach probability p", type=float
-            ),
-            SEED.but(help="seed of the draws"),
-            DEVICE,
-            HALF,
+            *DRAWS,
         ),
         figures=(Figure("text", "the continuation"), Figure("token_ids")),
+    ),
+    Command(
+        "play",
+        commands.play_command,
+        "type prompts, or chat, with a model that stays loaded",
+        examples=("minilora play", "minilora play --adapter my-adapter --temperature 0"),
+        options=(BASE, ADAPTER, WEIGHT, *DRAWS),
+        figures=(),
     ),
     Command(
         "merge",

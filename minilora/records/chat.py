@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import date
+from functools import cached_property
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
@@ -40,9 +41,7 @@ class Template:
             raise MiniloraError(
                 'records with messages need jinja2 3.1.6: pip install "minilora[hf]"'
             ) from error
-        settings: dict[str, Any] = {}
-        for name in (SPECIAL, SETTINGS):
-            settings |= read_json(folder / name) if is_there(folder / name) else {}
+        settings = settings_of(folder)
         self.source = folder
         text = template_of(folder, settings)
         self.asks_for_date = "strftime_now" in text
@@ -99,6 +98,31 @@ class Template:
         """
         plain = [{"role": role, "content": content} for role, content in messages]
         return self._ask({"messages": plain, "generation": generation})
+
+    @cached_property
+    def closing(self) -> str:
+        """The mark that ends an answer, such as <|im_end|>; empty where there is none."""
+        try:
+            shown = self.render([Message("user", "x"), Message("assistant", "\ufdd0")])
+        except MiniloraError:
+            return ""
+        return shown.rpartition("\ufdd0")[2].strip()
+
+
+def has_template(folder: Path) -> bool:
+    """Whether a base's folder has a chat template."""
+    try:
+        return bool(template_of(folder, settings_of(folder)))
+    except MiniloraError:
+        return False
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """The fields of special_tokens_map.json and tokenizer_config.json, where these are."""
+    settings: dict[str, Any] = {}
+    for name in (SPECIAL, SETTINGS):
+        settings |= read_json(folder / name) if is_there(folder / name) else {}
+    return settings
 
 
 def template_of(folder: Path, settings: dict[str, Any]) -> str:

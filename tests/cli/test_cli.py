@@ -62,7 +62,7 @@ def options(row):
 def test_the_help_names_every_option_and_every_figure(capsys, command):
     text, row = helped(capsys, command), ROWS[command]
     assert row.summary[1:] in text
-    for option in [*options(row), json_option(row)]:
+    for option in [*options(row), *([json_option(row)] if row.figures else [])]:
         name = option.keywords["metavar"] if option.flag == DATA.flag else option.flag
         assert re.search(rf"(?<!-){name}\b", text), f"{command} --help does not mention {name}"
         default = option.keywords.get("default")
