@@ -17,9 +17,12 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minilora.errors import MiniloraError
+
+if TYPE_CHECKING:
+    from minilora.cli.run_report import RunReport
 
 
 def demo_command(args: argparse.Namespace) -> int:
@@ -63,11 +66,24 @@ def adapt_command(args: argparse.Namespace) -> int:
     if args.half:
         model = model.on(device, half=True)
     corpus = training_data(args, model)
+    page = report_page(args, model, lora_config, settings)
     with ProgressBar(args.steps, "adapt") as report:
+
+        def watch(seen: Any) -> None:
+            if args.sample is not None:
+                text = sampled(model, seen.net, args.sample, args.seed)
+                report.say(f"step {seen.step}: {args.sample}{text}")
+                if page:
+                    page.samples.append((seen.step, text))
+            if page:
+                page.watch(seen)
+
         run = adapt_in_folder(
-            model, corpus, lora_config, settings, args.out,
-            dtype=args.dtype, resume=args.resume, device=device, report=report, ranks=ranks,
+            model, corpus, lora_config, settings, args.out, dtype=args.dtype,
+            resume=args.resume, device=device, report=report, watch=watch, ranks=ranks,
         )  # fmt: skip
+    if page and ranks.rank == 0:
+        page.finish()
     if ranks.rank > 0:
         return 0  # the first tells
     if args.method == "lora":
@@ -102,6 +118,34 @@ def training_data(args: argparse.Namespace, model: Any) -> Any:
     for line in records.described():
         print(f"minilora: {line}", file=sys.stderr)
     return records
+
+
+def report_page(
+    args: argparse.Namespace, model: Any, lora_config: Any, settings: Any
+) -> RunReport | None:
+    """The page that --report asks for, with what is known before the run."""
+    import dataclasses
+
+    from minilora import tree
+    from minilora.cli.run_report import RunReport
+
+    if args.report is None:
+        return None
+    facts = {"base": model.base_name, "data": " ".join(args.data)}
+    if args.method == "lora":
+        facts |= {n: v for n, v in dataclasses.asdict(lora_config).items() if v}
+    facts |= dataclasses.asdict(settings)
+    title = f"{model.base_name} adapted to {Path(args.data[0]).name or args.data[0]}"
+    count = tree.count(model.base)
+    return RunReport(args.report.resolve(), title, facts, count, args.sample)
+
+
+def sampled(model: Any, net: Any, prompt: str, seed: int) -> str:
+    """The text with which a network, as far as it is trained, continues a prompt: 100 tokens."""
+    from dataclasses import replace
+
+    seen = replace(model, base=net.base, lora=net.lora, lora_config=net.lora_config)
+    return str(seen.generate(prompt, max_tokens=100, seed=seed))
 
 
 def lora_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -523,6 +567,10 @@ def finish_training(args: argparse.Namespace, run: Any) -> None:
         more = f" and {len(args.data) - 1} more" if args.data[1:] else ""
         name = (Path(args.data[0]).name or args.data[0]).encode("utf-8", "replace").decode("utf-8")
         plot_losses(run.history, args.plot, title=name + more)
+    if len(run.history.train) > 1 and getattr(sys.stdout, "isatty", bool)():
+        from minilora.cli.run_report import sparkline
+
+        print(f"{'training loss':<26} {sparkline([loss for _, loss in run.history.train])}")
     if run.was_finished:
         print(f"{args.out} holds this run, finished; nothing was left to do")
     print_figures(run.figures)
@@ -548,13 +596,13 @@ def command_line(*words: object) -> str:
 
 
 def check_outputs(args: argparse.Namespace) -> None:
-    """Raise MiniloraError, before any work, when --json or --plot may not be written.
+    """Raise MiniloraError, before any work, when --json, --plot or --report may not be written.
 
     They may not replace what the command reads, nor each other, nor lie among the results of --out.
     A link is followed: the file behind it counts, and is the one that is written.
     """
     taken: dict[Path, str] = {}
-    for option in ("json", "plot"):
+    for option in ("json", "plot", "report"):
         path = getattr(args, option, None)
         if path is None:
             continue

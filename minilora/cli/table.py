@@ -364,6 +364,18 @@ COMMANDS = (
                 LR.but(help=f"{LR.help} (default: {RATE_OF_METHODS})"),
                 WARMUP.but(help=f"{WARMUP.help} (default: a tenth of the steps)"),
             ),
+            option(
+                "--sample",
+                "show how the model continues this text, at the start and at each evaluation",
+                metavar="TEXT",
+            ),
+            option(
+                "--report",
+                "write a page of the run there, anew at each evaluation: losses, samples, "
+                "settings, gradients and updates of each adapter",
+                type=Path,
+                metavar="FILE.html",
+            ),
             HALF,
             DTYPE.but(help="dtype in the file of a base (--method full)"),
             OUT,

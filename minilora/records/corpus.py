@@ -77,8 +77,8 @@ class Records:
         counted = sum(int(example.counts.sum()) for example in self.train)
         forms = ", ".join(f"{count:,} of the form {form}" for form, count in self.forms.items())
         yield (
-            f"{len(self.train):,} records to train on ({forms}): the loss counts {counted:,} "
-            f"of {tokens:,} tokens; {len(self.held_out):,} held out"
+            f"records: {forms}; {len(self.train):,} to train on, whose loss counts {counted:,} of "
+            f"{tokens:,} tokens, and {len(self.held_out):,} held out"
         )
         if self.context_turns:
             yield (

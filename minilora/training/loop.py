@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
@@ -135,6 +135,19 @@ class Progress:
     seconds_left: float
 
 
+class Snapshot(NamedTuple):
+    """A run at an evaluation, for whoever watches it; to look at, not to change.
+
+    `net` has the weights so far, on the device; `grads` are the trained tree's of the last step,
+    clipped, and None before the first.
+    """
+
+    step: int
+    net: Net
+    grads: Tree | None
+    history: History
+
+
 class Interrupted(KeyboardInterrupt):
     """Training was stopped by Ctrl-C between two steps; `is_saved`: its state is in its folder."""
 
@@ -240,6 +253,7 @@ def train(
     resume: bool = False,
     device: str = "cpu",
     report: Callable[[Progress], None] = lambda progress: None,
+    watch: Callable[[Snapshot], None] = lambda seen: None,
     ranks: Ranks | None = None,
 ) -> Trained:
     """Train the adapters on a frozen base (method `lora`), or the base without them (`full`).
@@ -247,10 +261,10 @@ def train(
     With a `folder`, which the caller holds, the state is saved there every `checkpoint_every`
     steps, and `resume` goes on from it, or starts afresh where there is none; `fingerprint` is
     `run_fingerprint`'s, where the caller has it already. Several `ranks` share each batch and each
-    evaluation; the first alone writes and reports. The net is not changed. Raises MiniloraError for
-    text that is too short or of another vocabulary, a context beyond the base's, a batch with fewer
-    rows than there are ranks, or a loss that is not finite (the last checkpoint stays); Interrupted
-    after Ctrl-C, the state being saved.
+    evaluation; the first alone writes, reports, and lets `watch` see each evaluation. The net is
+    not changed. Raises MiniloraError for text that is too short or of another vocabulary, a context
+    beyond the base's, a batch with fewer rows than there are ranks, or a loss that is not finite
+    (the last checkpoint stays); Interrupted after Ctrl-C, the state being saved.
     """
     ranks = ranks or Ranks()
     if settings.batch < ranks.size:
@@ -283,7 +297,7 @@ def train(
         if state is None:
             state = State(0, params, adamw_init(params), History())
         loop = Loop(net, corpus, settings, device, workers, ranks)
-        return loop.run(state, folder, fingerprint, stop, report)
+        return loop.run(state, folder, fingerprint, stop, report, watch)
 
 
 def run_fingerprint(
@@ -326,15 +340,17 @@ class Loop:
         fingerprint: Mapping[str, Any],
         stop: threading.Event,
         report: Callable[[Progress], None],
+        watch: Callable[[Snapshot], None],
     ) -> Trained:
         """Steps until the last, with reports, evaluations and checkpoints when they are due."""
         settings = self.settings
         started = time.perf_counter() - state.seconds
         if state.step == 0:
             state.history.held_out.append((0, self.held_out_loss(state)))
+            self.show(watch, state, None)
         pending: list[Array] = []
         while state.step < settings.steps:
-            state, loss_and_norm = self.step(state)
+            state, loss_and_norm, grads = self.step(state)
             pending.append(loss_and_norm)
             step, last = state.step, state.step == settings.steps
             stopping = self.ranks.any(stop.is_set())
@@ -348,11 +364,13 @@ class Loop:
                 if evaluating:
                     held_out = self.held_out_loss(state)
                     state.history.held_out.append((step, held_out))
+                    self.show(watch, state, grads)
                 state.seconds = time.perf_counter() - started
                 speed = self.tokens_per_step * step / state.seconds
                 left = (settings.steps - step) * self.tokens_per_step / speed
                 if self.ranks.rank == 0:
                     report(Progress(step, settings.steps, losses[-1], held_out, speed, left))
+            del grads  # not beside the next step's
             if saving:
                 check_finite("a trained weight", step, state.params)
             if folder and saving:
@@ -379,8 +397,14 @@ class Loop:
             return dataclasses.replace(self.net, lora=params)
         return Net(params, self.net.config)
 
-    def step(self, state: State) -> tuple[State, Array]:
-        """The state after one more step, and its loss and gradient norm as an array (2,)."""
+    def show(self, watch: Callable[[Snapshot], None], state: State, grads: Tree | None) -> None:
+        """Let the caller see an evaluation, on the first of several ranks."""
+        if self.ranks.rank == 0:
+            net = self.with_params(state.params)
+            watch(Snapshot(state.step, net, grads, state.history))
+
+    def step(self, state: State) -> tuple[State, Array, Tree]:
+        """The state after one more step, its loss and gradient norm, (2,), and its gradients."""
         settings, step = self.settings, state.step + 1
         rng = np.random.default_rng([settings.seed, step])
         batch, context = settings.shape(step)
@@ -415,7 +439,7 @@ class Loop:
             weight_decay=settings.weight_decay,
         )
         loss_and_norm = namespace(loss).stack([loss, norm])
-        return State(step, params, moments, state.history, state.seconds), loss_and_norm
+        return State(step, params, moments, state.history, state.seconds), loss_and_norm, grads
 
     def held_out_loss(self, state: State) -> float:
         """Nats per token on the held-out text, or on `eval_tokens` tokens spread over it."""

@@ -51,6 +51,14 @@ class ProgressBar:
             line = f"{self.what}: step {progress.step}/{self.steps}, {figures}"
             print(line, file=sys.stderr, flush=True)
 
+    def say(self, text: str) -> None:
+        """Show a text above the bar, or between the lines."""
+        if self.bar is not None:
+            self.bar.clear()
+        print(text, file=sys.stderr, flush=True)
+        if self.bar is not None:
+            self.bar.refresh()
+
     def new_bar(self) -> Any:
         """A bar, drawn from the first report on, so that an error before it stands alone.
 

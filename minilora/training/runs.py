@@ -46,7 +46,15 @@ from minilora.training.checkpoint import (
     read_history,
     read_settings,
 )
-from minilora.training.loop import RATES, Progress, TrainConfig, Trained, run_fingerprint, train
+from minilora.training.loop import (
+    RATES,
+    Progress,
+    Snapshot,
+    TrainConfig,
+    Trained,
+    run_fingerprint,
+    train,
+)
 from minilora.training.progress import ProgressBar, is_watched
 from minilora.training.ranks import Ranks
 from minilora.tree import Tree
@@ -121,6 +129,7 @@ def adapt_in_folder(
     resume: bool = False,
     device: str = "cpu",
     report: Report = silent,
+    watch: Callable[[Snapshot], None] = lambda seen: None,
     ranks: Ranks | None = None,
 ) -> Run:
     """`adapt`, its result saved in a folder: an adapter in PEFT's layout, or a base (`full`).
@@ -143,7 +152,7 @@ def adapt_in_folder(
             companions(model.folder)  # what cannot be carried over is refused before it trains
         trained = train(
             start, corpus, settings=settings, folder=folder, fingerprint=fingerprint,
-            resume=resume, device=device, report=report, ranks=ranks,
+            resume=resume, device=device, report=report, watch=watch, ranks=ranks,
         )  # fmt: skip
 
         def save() -> Run:

@@ -208,6 +208,6 @@ def test_several_files_are_one_corpus(write):
 def test_what_counts_is_said():
     (line,) = read(*pairs(3), {"text": "ab"}).described()
     assert line == (
-        "4 records to train on (3 of the form prompt, 1 of the form text): the loss counts 16 "
-        "of 29 tokens; 0 held out"
+        "records: 3 of the form prompt, 1 of the form text; 4 to train on, whose loss counts 16 of "
+        "29 tokens, and 0 held out"
     )
