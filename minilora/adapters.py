@@ -4,7 +4,7 @@ The adapters are a tree beside the base's, sparse over the same places. What is 
 is in `lora`.
 
 A LoRA path names one adapter: `embedding`, `blocks.{i}.attn.{qkv,q,k,v,o}` or
-`blocks.{i}.mlp.{up,down}`.
+`blocks.{i}.mlp.{gate,up,down}`; only a Llama has `gate`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
@@ -121,19 +121,24 @@ def compiled(pattern: str) -> re.Pattern[str]:
         return re.compile(pattern)
 
 
-def lora_paths(n_layer: int) -> list[str]:
-    """Every LoRA path of a model of `n_layer` blocks, in the order of the forward pass."""
-    block = [f"attn.{name}" for name in ATTENTION_TARGETS] + [f"mlp.{name}" for name in MLP_TARGETS]
+def lora_paths(n_layer: int, *, mlp: Sequence[str] = MLP_TARGETS) -> list[str]:
+    """Every LoRA path of a model of `n_layer` blocks, in the order of the forward pass.
+
+    `mlp` names the linear maps of its MLPs.
+    """
+    block = [f"attn.{name}" for name in ATTENTION_TARGETS] + [f"mlp.{name}" for name in mlp]
     return ["embedding"] + [f"blocks.{i}.{name}" for i in range(n_layer) for name in block]
 
 
-def adapted_paths(config: LoRAConfig, n_layer: int) -> list[str]:
+def adapted_paths(
+    config: LoRAConfig, n_layer: int, *, mlp: Sequence[str] = MLP_TARGETS
+) -> list[str]:
     """The LoRA paths that the configuration's targets name, in the order of the forward pass.
 
     Raises MiniloraError for an unknown name, and for a pattern (a target's or a pattern key) that
     matches nothing.
     """
-    paths = lora_paths(n_layer)
+    paths = lora_paths(n_layer, mlp=mlp)
     for target in config.targets:
         if not any(matches(target, path) for path in paths):
             what = "unknown target" if target.isidentifier() else "no weight matches the target"
@@ -148,18 +153,26 @@ def adapted_paths(config: LoRAConfig, n_layer: int) -> list[str]:
     return adapted
 
 
+def projections(base: Tree) -> tuple[int, int]:
+    """How many columns of the fused weights qkv are q's, H K, and how many k's and v's, G K."""
+    attn = base["blocks"][0]["attn"]
+    q_width = attn["o"]["w"].shape[0]
+    return q_width, (attn["qkv"]["w"].shape[1] - q_width) // 2
+
+
 @functools.cache
-def weight_of(path: str, width: int) -> tuple[str, slice]:
+def weight_of(path: str, q_width: int, kv_width: int | None = None) -> tuple[str, slice]:
     """Where the adapter at a LoRA path acts: the path of a base weight, and columns of it.
 
-    q, k and v are the three thirds, `width` columns each, of the fused weight qkv.
+    Those of q, k and v are side by side in the fused weight qkv; `kv_width` is q's when None.
     """
     if path == "embedding":
         return "wte", slice(None)
     parent, _, name = path.rpartition(".")
     if name in ("q", "k", "v"):
-        third = "qkv".index(name)
-        return f"{parent}.qkv.w", slice(third * width, (third + 1) * width)
+        width = q_width if name == "q" or kv_width is None else kv_width
+        start = {"q": 0, "k": q_width, "v": q_width + width}[name]
+        return f"{parent}.qkv.w", slice(start, start + width)
     return f"{path}.w", slice(None)
 
 
@@ -174,10 +187,10 @@ def lora_init(base: Tree, config: LoRAConfig, *, seed: int) -> Tree:
     target that names nothing and for a rank above the smaller side of its weight.
     """
     rng = np.random.default_rng(seed)
-    weights, width = flatten(base), base["wte"].shape[1]
+    weights, columns_of = flatten(base), projections(base)
     flat: dict[str, Array] = {}
-    for path in adapted_paths(config, len(base["blocks"])):
-        weight_path, columns = weight_of(path, width)
+    for path in adapted_paths(config, len(base["blocks"]), mlp=tuple(base["blocks"][0]["mlp"])):
+        weight_path, columns = weight_of(path, *columns_of)
         weight, rank = weights[weight_path][:, columns], config.rank_of(path)
         n_in, n_out = weight.shape
         if rank > min(n_in, n_out):
@@ -252,15 +265,19 @@ Adapters: TypeAlias = Mapping[str, dict[str, Adapter]]
 
 
 def placed_adapters(
-    lora: Tree, config: LoRAConfig, *, width: int, masks: Mapping[str, Array] | None = None
+    lora: Tree,
+    config: LoRAConfig,
+    columns_of: tuple[int, int],
+    *,
+    masks: Mapping[str, Array] | None = None,
 ) -> dict[str, Adapters]:
     """The adapters of each block by its path `blocks.{i}`; that of wte is outside, at "".
 
-    `masks` are the dropout masks by LoRA path; `width` is the base's.
+    `masks` are the dropout masks by LoRA path; `columns_of` are the base's `projections`.
     """
     placed: dict[str, Any] = defaultdict(lambda: defaultdict(dict))
     for path, factors in adapters(lora).items():
-        weight, columns = weight_of(path, width)
+        weight, columns = weight_of(path, *columns_of)
         mask = None if masks is None else masks.get(path)
         adapter = Adapter(**factors, scale=config.scale_of(path), mask=mask, columns=columns)
         sublayer, _, linear = weight.removesuffix(".w").rpartition(".")

@@ -23,6 +23,30 @@ def gelu(x: Array, *, scale: float, cubic: float, out: Array) -> None:
     y *= 0.5
 
 
+def swiglu(g: Array, u: Array, *, out: Array) -> None:
+    """½ (1 + tanh ½g) g u."""
+    y = np.multiply(g, 0.5, out=out)
+    np.tanh(y, out=y)
+    y += 1.0
+    y *= 0.5
+    y *= g
+    y *= u
+
+
+def swiglu_gate_gradient(dy: Array, g: Array, u: Array, *, out: Array) -> None:
+    """dy u s ((1 - s) g + 1), s = ½ (1 + tanh ½g)."""
+    s = g * 0.5
+    np.tanh(s, out=s)
+    s += 1.0
+    s *= 0.5
+    slope = np.subtract(1.0, s, out=out)
+    slope *= g
+    slope += 1.0
+    slope *= s
+    slope *= u
+    slope *= dy
+
+
 def gelu_gradient(dy: Array, x: Array, *, scale: float, cubic: float, out: Array) -> None:
     """dy ∘ ½ ((1 - tanh² u) x (3 κ a x² + κ) + tanh u + 1)."""
     square = x * x

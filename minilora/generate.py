@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from minilora.adapters import projections
 from minilora.backend import Array, check_ids, namespace, to_host
 from minilora.errors import MiniloraError
 from minilora.network import Net, trunk_forward
-from minilora.ops import attend_forward, causal_mask, head_forward, merged_heads, split_heads
+from minilora.ops import attend_by_group, causal_mask, head_forward, merged_heads, split_heads
 
 
 def generate(
@@ -76,7 +77,7 @@ def generate(
 
 
 class KeyValues(NamedTuple):
-    """The keys and values of one block, (B, H, length, K): written once, at their positions."""
+    """The keys and values of one block, (B, G, length, K): written once, at their positions."""
 
     keys: Array
     values: Array
@@ -84,8 +85,9 @@ class KeyValues(NamedTuple):
 
 def new_cache(net: Net, *, length: int, batch: int = 1) -> list[KeyValues]:
     """Room for the keys and values of `length` positions in every block, not yet filled."""
-    wte, heads = net.base["wte"], net.config.n_head
-    shape = (batch, heads, length, net.config.n_embd // heads)
+    wte, (q_width, kv_width) = net.base["wte"], projections(net.base)
+    K = q_width // net.config.n_head
+    shape = (batch, kv_width // K, length, K)
     empty = partial(namespace(wte).empty, shape, dtype=wte.dtype)
     return [KeyValues(empty(), empty()) for _ in range(net.config.n_layer)]
 
@@ -105,19 +107,25 @@ def next_logits(net: Net, *, tokens: np.ndarray, cache: list[KeyValues], positio
 
 
 def cached_attention(
-    qkv: Array, *, heads: int, cache: KeyValues, position: int, mask: Array
+    qkv: Array,
+    *,
+    heads: int,
+    kv_heads: int | None = None,
+    cache: KeyValues,
+    position: int,
+    mask: Array,
 ) -> tuple[Array, None]:
     """`attention_forward` [ATT.1-3] for the tokens at `position` and on.  (B, T, 3C) -> (B, T, C)
 
     Writes their keys and values into the cache and attends to all that it then holds.
     """
-    q, k, v = split_heads(qkv, heads)
+    q, k, v = split_heads(qkv, heads, kv_heads or heads)
     end = position + q.shape[-2]
     cache.keys[:, :, position:end] = k
     cache.values[:, :, position:end] = v
     y, y_heads = merged_heads(q)
     keys, values = cache.keys[:, :, :end], cache.values[:, :, :end]
-    y_heads[:], _ = attend_forward(q, keys, values, mask=mask)  # [ATT.1-3]
+    y_heads[:] = attend_by_group(q, keys, values, mask=mask)  # [ATT.1-3]
     return y, None
 
 

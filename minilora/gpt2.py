@@ -158,8 +158,13 @@ def norm_backward(dy: Array, cache: ops.LayerNormCache) -> tuple[Array, Tree]:
 # --- block -------------------------------------------------------------------------------------
 
 
+def positions(config: GPTConfig, T: int, *, offset: int = 0, like: Array) -> dict[str, Array]:
+    """What a block must know of positions: nothing, as they are in the embedding."""
+    return {}
+
+
 READS = {"qkv": "ln_1", "o": "attention", "up": "ln_2", "down": "gelu"}  # see `keep.Kept`
-ENDS = {"qkv": "qkv", "o": "qkv", "up": "up", "down": "up"}  # where a pass ends that reaches it
+ENDS = {"qkv": ("qkv",), "o": ("qkv",), "up": ("up",), "down": ("up",)}  # see `keep.Plan`
 LAST = "down"  # of its output only y is made
 
 

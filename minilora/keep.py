@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
-from minilora import lora, ops
+from minilora import llama_ops, lora, ops
 from minilora.adapters import Adapters
 from minilora.tree import Tree
 
@@ -20,18 +20,19 @@ class Plan(NamedTuple):
     base: bool = False  # of the base's weights
     lora: bool = False  # of the adapters' factors
     recompute: bool = False  # of a block keep the input alone (Chen et al. 2016, §4)
-    end: str | None = None  # the linear map in a block whose dx, and all below it, is not wanted
+    end: tuple[str, ...] = ()  # the linear maps in a block whose dx, and all below, is not wanted
 
 
 Fields: TypeAlias = dict[type[Any], tuple[str, ...]]  # of caches, by what is made of them
 OF_WEIGHTS: Fields = {
-    **dict.fromkeys((ops.LinearCache, ops.AffineCache, ops.HeadCache), ("x",)),
+    **dict.fromkeys((ops.MatmulCache, ops.LinearCache), ("x",)),
+    **dict.fromkeys((ops.AffineCache, llama_ops.ScaleCache, ops.HeadCache), ("x",)),
     ops.EmbeddingCache: ("table",),
     ops.PositionCache: ("wpe",),
 }
 OF_FACTORS: Fields = {lora.LoRACache: ("x", "h"), lora.LoRAEmbeddingCache: ("h", "A")}
-OF_INPUTS: Fields = {ops.LinearCache: ("w",), lora.LoRACache: ("A",)}
-INPUTS: Fields = {ops.LinearCache: ("x",), lora.LoRACache: ("x",)}
+OF_INPUTS: Fields = {ops.MatmulCache: ("w",), ops.LinearCache: ("w",), lora.LoRACache: ("A",)}
+INPUTS: Fields = {ops.MatmulCache: ("x",), ops.LinearCache: ("x",), lora.LoRACache: ("x",)}
 
 
 def without(cache: Any, fields: Fields) -> Any:
@@ -75,12 +76,14 @@ class Kept(dict[str, Any]):
     def __setitem__(self, name: str, part: Any) -> None:
         if not (self.plan.base or self.plan.lora):
             return
-        if name == self.plan.end:
+        if name in self.plan.end:
             part = without(part, OF_INPUTS)
-            for before in self.keys() - ({self.reads[name]} if part.adapters else set()):
-                del self[before]
         fields = INPUTS | self.unwanted if self.recompute(name) else self.unwanted
         super().__setitem__(name, without(part, fields))
+        if self.plan.end[-1:] == (name,):
+            read = {self.reads[end] for end in self.plan.end if self.get(end).adapters}
+            for before in self.keys() - {*self.plan.end, *read}:
+                del self[before]
 
     def __getitem__(self, name: str) -> Any:
         part, recompute = super().__getitem__(name), self.recompute(name)
@@ -97,5 +100,5 @@ class Kept(dict[str, Any]):
 def without_output(block: Tree, last: str) -> Tree:
     """A block with one column of its last map, so that recomputing it takes no time for its y."""
     sublayer = next(name for name, maps in block.items() if last in maps)
-    w, b = block[sublayer][last]["w"], block[sublayer][last]["b"]
-    return {**block, sublayer: {**block[sublayer], last: {"w": w[:, :1], "b": b[:1]}}}
+    column = {name: leaf[..., :1] for name, leaf in block[sublayer][last].items()}
+    return {**block, sublayer: {**block[sublayer], last: column}}

@@ -31,6 +31,22 @@ SOURCES = {
         dx = dy * T(0.5) * (T(1) + t + x * (T(1) - t * t) * slope);  // [GELU.4-5]
         """,
     ),
+    "swiglu": (
+        "T g, T u",
+        "T y",
+        """
+        T s = T(0.5) * (T(1) + tanh(T(0.5) * g));  // [SWIGLU.1]
+        y = g * s * u;  // [SWIGLU.2]
+        """,
+    ),
+    "swiglu_gate_gradient": (
+        "T dy, T g, T u",
+        "T dg",
+        """
+        T s = T(0.5) * (T(1) + tanh(T(0.5) * g));
+        dg = dy * u * s * (T(1) + g * (T(1) - s));  // [SWIGLU.3-4]
+        """,
+    ),
     # gain1 is 1 - β₁ and gain2 is 1 - β₂: the differences are exact only in float64.
     "adamw": (
         "T p, T g, T m, T v, T beta1, T gain1, T beta2, T gain2, "
@@ -62,6 +78,16 @@ def gelu(x: Array, *, scale: float, cubic: float) -> Array:
 def gelu_gradient(dy: Array, x: Array, *, scale: float, cubic: float) -> Array:
     """dy times GELU's slope at x [GELU.3-5].  (...), (...) -> (...)"""
     return kernel(namespace(x), "gelu_gradient")(dy, x, scale, cubic)
+
+
+def swiglu(g: Array, u: Array) -> Array:
+    """y = g σ(g) ∘ u [SWIGLU.1-2].  (...), (...) -> (...)"""
+    return kernel(namespace(g), "swiglu")(g, u)
+
+
+def swiglu_gate_gradient(dy: Array, g: Array, u: Array) -> Array:
+    """dy times u times the slope of g σ(g) [SWIGLU.3-4].  (...), (...), (...) -> (...)"""
+    return kernel(namespace(g), "swiglu_gate_gradient")(dy, g, u)
 
 
 def adamw(

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from minilora import ops
-from minilora.adapters import Adapter, LoRAConfig, adapters, weight_of
+from minilora.adapters import Adapter, LoRAConfig, adapters, projections, weight_of
 from minilora.backend import Array, namespace
 from minilora.errors import MiniloraError
 from minilora.ops import Gradient, rows
@@ -95,18 +95,18 @@ class AdapterCache(NamedTuple):
 
 
 class AdaptedLinearCache(NamedTuple):
-    linear: ops.LinearCache
+    linear: ops.MatmulCache | ops.LinearCache
     adapters: dict[str, AdapterCache]
 
 
 def adapted_linear_forward(
-    x: Array, w: Array, b: Array, *, adapters: Mapping[str, Adapter]
+    x: Array, w: Array, b: Array | None = None, *, adapters: Mapping[str, Adapter]
 ) -> tuple[Array, AdaptedLinearCache]:
     """y = x W + b + Σ s (x ∘ mask) A B, each adapter on its own columns of y [ADAPT.1].
 
     (..., I), (I, O), (O,) -> (..., O)
     """
-    y, linear = ops.linear_forward(x, w, b)
+    y, linear = ops.matmul_forward(x, w) if b is None else ops.linear_forward(x, w, b)
     caches = {}
     for name, (A, B, scale, mask, columns) in adapters.items():
         x_kept, dropout = ops.dropout_forward(x, mask=mask)
@@ -120,7 +120,10 @@ def adapted_linear_backward(
     dy: Array, cache: AdaptedLinearCache
 ) -> tuple[Any, Tree, dict[str, Tree]]:
     """dx, {"w": dw, "b": db}, {name: {"A": dA, "B": dB}} of `adapted_linear_forward`."""
-    dx, dw, db = ops.linear_backward(dy, cache.linear)
+    if isinstance(cache.linear, ops.MatmulCache):
+        dx, *dweights = ops.matmul_backward(dy, cache.linear)
+    else:
+        dx, *dweights = ops.linear_backward(dy, cache.linear)
     dadapters = {}
     for name, (dropout, lora, columns) in cache.adapters.items():
         dx_lora, dA, dB = lora_backward(dy[..., columns], lora)
@@ -128,7 +131,7 @@ def adapted_linear_backward(
         if dx is not None and dx_lora is not None:
             (dx_lora,) = ops.dropout_backward(dx_lora, dropout)
             dx += dx_lora  # [ADAPT.2] dx = dy Wᵀ + Σ s (dy Bᵀ) Aᵀ
-    return dx, {"w": dw, "b": db}, dadapters
+    return dx, dict(zip(("w", "b"), dweights, strict=False)), dadapters
 
 
 # --- merging -----------------------------------------------------------------------------------
@@ -150,7 +153,7 @@ def unmerge(base: Tree, lora: Tree, config: LoRAConfig) -> Tree:
 
 
 def _with_updates(base: Tree, lora: Tree, config: LoRAConfig, *, sign: float) -> Tree:
-    weights, width = flatten(base), base["wte"].shape[1]
+    weights, columns_of = flatten(base), projections(base)
     merged: dict[str, Any] = dict(weights)
     for path, ab in adapters(lora).items():
         if path == "embedding" and "head" not in base:
@@ -158,7 +161,7 @@ def _with_updates(base: Tree, lora: Tree, config: LoRAConfig, *, sign: float) ->
                 "an adapter of the embedding cannot be merged: the tied head shares its table, "
                 "which the adapter leaves as it is; use the adapter unmerged"
             )
-        weight_path, columns = weight_of(path, width)
+        weight_path, columns = weight_of(path, *columns_of)
         if merged[weight_path] is weights[weight_path]:
             merged[weight_path] = weights[weight_path].copy()
         update = ab["A"] @ ab["B"]

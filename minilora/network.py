@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
-from minilora import gpt2, loss
-from minilora.adapters import Adapters, LoRAConfig, placed_adapters
+from minilora import gpt2, llama, loss
+from minilora.adapters import Adapters, LoRAConfig, placed_adapters, projections
 from minilora.backend import Array, check_ids, to_device
 from minilora.errors import MiniloraError
 from minilora.keep import Kept, Plan, ending_at_lowest, unwanted, without, without_output
@@ -21,7 +21,7 @@ from minilora.ops import Attend, Gradient, attention_forward, head_forward
 from minilora.tree import Tree
 
 AnyNet = TypeVar("AnyNet", bound="Net")
-ARCHITECTURES: dict[type, Any] = {gpt2.GPTConfig: gpt2}  # by its sizes: its module
+ARCHITECTURES: dict[type, Any] = {gpt2.GPTConfig: gpt2, llama.LlamaConfig: llama}
 INFERENCE, LORA = Plan(), Plan(lora=True)
 
 
@@ -30,7 +30,7 @@ class Net:
     """A base with its sizes and perhaps adapters; MiniloraError where these lack `lora_config`."""
 
     base: Tree = field(repr=False)
-    config: gpt2.GPTConfig
+    config: gpt2.GPTConfig | llama.LlamaConfig
     lora: Tree | None = field(default=None, repr=False)
     lora_config: LoRAConfig | None = None
 
@@ -51,7 +51,7 @@ class Net:
     def adapters(self, masks: Mapping[str, Array] | None) -> dict[str, Adapters]:
         """Every adapter at its place (see `placed_adapters`), each with its dropout mask."""
         lora, lora_config = self.lora or {}, self.lora_config or LoRAConfig()
-        return placed_adapters(lora, lora_config, width=self.config.n_embd, masks=masks)
+        return placed_adapters(lora, lora_config, projections(self.base), masks=masks)
 
     @property
     def architecture(self) -> Any:
@@ -69,6 +69,7 @@ class Checkpoint(NamedTuple):
     block: Tree
     adapters: Adapters
     plan: Plan
+    positions: dict[str, Array]
     last: AdaptedLinearCache
 
 
@@ -102,13 +103,14 @@ def trunk_forward(
     placed, architecture = net.adapters(masks), net.architecture
     adapter = placed[""]["wte"].get("embedding")
     x, embedding = architecture.embed_forward(net.base, adapter, tokens=tokens, offset=offset)
+    positions = architecture.positions(net.config, tokens.shape[-1], offset=offset, like=x)
     below = plan.base or (plan.lora and adapter is not None)
     blocks = []
     for i, block in enumerate(net.base["blocks"]):
         adapters = {name: placed[f"blocks.{i}"][name] for name in architecture.READS}
         attend = attention_forward if attends is None else attends[i]
         block_plan = plan if below else ending_at_lowest(plan, adapters, architecture)
-        x, kept = _block_forward(x, block, adapters, net, block_plan, attend)
+        x, kept = _block_forward(x, block, adapters, net, block_plan, attend, positions)
         blocks.append(kept)
         below = kept is not None
     x, norm = architecture.norm_forward(x, net.base, config=net.config)
@@ -132,14 +134,21 @@ def trunk_backward(dx: Gradient, cache: TrunkCache) -> tuple[Tree, Tree]:
 
 
 def _block_forward(
-    x: Array, block: Tree, adapters: Adapters, net: Net, plan: Plan, attend: Attend
+    x: Array,
+    block: Tree,
+    adapters: Adapters,
+    net: Net,
+    plan: Plan,
+    attend: Attend,
+    positions: dict[str, Array],
 ) -> tuple[Array, Kept | Checkpoint | None]:
     """y of a block, and what is kept of it."""
     y, cache = net.architecture.block_forward(
-        x, block, adapters, config=net.config, plan=plan, attend=attend
+        x, block, adapters, config=net.config, plan=plan, attend=attend, **positions
     )
     if plan.recompute:
-        return y, Checkpoint(x, block, adapters, plan, cache.get(net.architecture.LAST))
+        last = cache.get(net.architecture.LAST)
+        return y, Checkpoint(x, block, adapters, plan, positions, last)
     return y, cache or None
 
 
@@ -147,9 +156,9 @@ def _block_backward(dy: Gradient, net: Net, kept: Kept | Checkpoint) -> tuple[Gr
     """dx, dblock and dadapters of a block, from what was kept of it."""
     architecture, last = net.architecture, net.architecture.LAST
     if isinstance(kept, Checkpoint):
-        x, block, adapters, plan, last_part = kept
+        x, block, adapters, plan, positions, last_part = kept
         block, adapters = without_output(block, last), {**adapters, last: {}}
-        constants = {"config": net.config, "plan": plan, "attend": attention_forward}
+        constants = {"config": net.config, "plan": plan, "attend": attention_forward, **positions}
         cache: Kept = architecture.block_forward(x, block, adapters, **constants)[1]
         cache.update({last: last_part})
         return architecture.block_backward(dy, cache)

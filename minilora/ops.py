@@ -49,6 +49,28 @@ def sums(x: Array) -> Array:
 # --- linear ------------------------------------------------------------------------------------
 
 
+class MatmulCache(NamedTuple):
+    x: Array | None  # for dW
+    w: Array | None  # for dx
+
+
+def matmul_forward(x: Array, w: Array) -> tuple[Array, MatmulCache]:
+    """The linear map without a bias, y = x W.  (..., I), (I, O) -> (..., O)"""
+    y = rows(x) @ w
+    return y.reshape(*x.shape[:-1], w.shape[1]), MatmulCache(x, w)
+
+
+def matmul_backward(dy: Array, cache: MatmulCache) -> tuple[Gradient, Gradient]:
+    """dx, dw of `matmul_forward`."""
+    x, w = cache
+    dx = dw = None
+    if w is not None:
+        dx = (rows(dy) @ w.T).reshape(*dy.shape[:-1], w.shape[0])  # [LIN.2] dx = dy Wᵀ
+    if x is not None:
+        dw = rows(x).T @ rows(dy)  # [LIN.3] dW = xᵀ dy
+    return dx, dw
+
+
 class LinearCache(NamedTuple):
     x: Array | None  # for dW and db
     w: Array | None  # for dx
@@ -56,20 +78,15 @@ class LinearCache(NamedTuple):
 
 def linear_forward(x: Array, w: Array, b: Array) -> tuple[Array, LinearCache]:
     """The affine map y = x W + b [LIN.1].  (..., I), (I, O), (O,) -> (..., O)"""
-    y = rows(x) @ w
+    y, (x, w) = matmul_forward(x, w)
     y += b  # [LIN.1] y = x W + b
-    return y.reshape(*x.shape[:-1], w.shape[1]), LinearCache(x, w)
+    return y, LinearCache(x, w)
 
 
 def linear_backward(dy: Array, cache: LinearCache) -> tuple[Gradient, Gradient, Gradient]:
     """dx, dw, db of `linear_forward`."""
-    x, w = cache
-    dx = dw = db = None
-    if w is not None:
-        dx = (rows(dy) @ w.T).reshape(*dy.shape[:-1], w.shape[0])  # [LIN.2] dx = dy Wᵀ
-    if x is not None:
-        dw = rows(x).T @ rows(dy)  # [LIN.3] dW = xᵀ dy
-        db = rows(dy).sum(axis=0)  # [LIN.4] db = Σ_rows dy
+    dx, dw = matmul_backward(dy, MatmulCache(*cache))
+    db = None if cache.x is None else rows(dy).sum(axis=0)  # [LIN.4] db = Σ_rows dy
     return dx, dw, db
 
 
@@ -268,13 +285,12 @@ def softmax_backward(dy: Array, cache: SoftmaxCache) -> tuple[Array]:
 
 
 def attention_weights(q: Array, k: Array, *, mask: Array) -> Array:
-    """P = softmax(q kᵀ / √K + mask), for the last n of m times [ATT.1-2].
+    """P = softmax(q kᵀ / √K + mask) [ATT.1-2].
 
-    (..., n, K), (..., m, K), (n or more, n or more) -> (..., n, m). The mask is among the last n.
+    (..., n, K), (..., m, K), (n, r) -> (..., n, m). The mask is that of the last r of m times.
     """
-    n, K = q.shape[-2:]
-    S = (q * (1.0 / math.sqrt(K))) @ k.swapaxes(-1, -2)  # [ATT.1] S = q kᵀ / √K
-    S[..., -n:] += mask[:n, :n]
+    S = (q * (1.0 / math.sqrt(q.shape[-1]))) @ k.swapaxes(-1, -2)  # [ATT.1] S = q kᵀ / √K
+    S[..., -mask.shape[-1] :] += mask
     return softmax_forward(S)[0]  # [ATT.2] P = softmax(S + causal mask)
 
 
@@ -322,11 +338,24 @@ def causal_mask(n: int, like: Array) -> Array:
     return xp.triu(xp.full((n, n), -math.inf, dtype=like.dtype), 1)
 
 
-def split_heads(qkv: Array, heads: int) -> tuple[Array, Array, Array]:
-    """Views q, k, v (B, H, T, K) of the fused projections (B, T, 3C); C = H K."""
-    B, T, C3 = qkv.shape
-    q, k, v = qkv.reshape(B, T, 3, heads, C3 // (3 * heads)).transpose(2, 0, 3, 1, 4)
-    return q, k, v
+def by_group(q: Array, k: Array) -> Array:
+    """The M heads of q that share one of k, one below the other.  (B, H, n, K) -> (B, G, M n, K)"""
+    B, G, _, K = k.shape
+    return q.reshape(B, G, -1, K)
+
+
+def for_group(mask: Array, q: Array, k: Array) -> Array:
+    """The mask of q's n times for each of the M heads of a group.  -> (M n, n)"""
+    n, M = q.shape[-2], q.shape[1] // k.shape[1]
+    return namespace(mask).broadcast_to(mask[:n, :n], (M, n, n)).reshape(M * n, n)
+
+
+def split_heads(qkv: Array, heads: int, kv_heads: int) -> tuple[Array, Array, Array]:
+    """Views q (B, H, T, K) and k, v (B, G, T, K) of the fused projections (B, T, (H + 2G) K)."""
+    B, T, width = qkv.shape
+    in_all = heads + 2 * kv_heads
+    x = qkv.reshape(B, T, in_all, width // in_all).transpose(0, 2, 1, 3)
+    return x[:, :heads], x[:, heads : heads + kv_heads], x[:, heads + kv_heads :]
 
 
 def merged_heads(q: Array) -> tuple[Array, Array]:
@@ -337,40 +366,63 @@ def merged_heads(q: Array) -> tuple[Array, Array]:
 
 
 class AttentionCache(NamedTuple):
-    q: Array  # (B, H, T, K), like k and v; P, which grows with T², is recomputed
-    k: Array
+    q: Array  # (B, H, T, K); P, which grows with T², is recomputed
+    k: Array  # (B, G, T, K), like v
     v: Array
 
 
-def attention_forward(qkv: Array, *, heads: int) -> tuple[Array, AttentionCache]:
-    """Causal multi-head attention of fused projections: `attend_forward` in each head.
+def attend_by_group(q: Array, k: Array, v: Array, *, mask: Array) -> Array:
+    """y of `attend_forward` where each of G heads of k and v serves M = H / G of q.
 
-    (B, T, 3C) -> (B, T, C). A tile of queries at a time, on a GPU all. Raises ValueError unless H
-    divides C.
+    (B, H, n, K), (B, G, m, K), (B, G, m, K) -> (B, H, n, K). The M heads are rows of one product.
     """
-    q, k, v = split_heads(qkv, heads)
+    y, _ = attend_forward(by_group(q, k), k, v, mask=for_group(mask, q, k))
+    return y.reshape(q.shape)
+
+
+def gradients_by_group(
+    dy: Array, q: Array, k: Array, v: Array, *, mask: Array
+) -> tuple[Array, Array, Array]:
+    """dq, dk, dv of `attend_by_group`, whose P is recomputed."""
+    q_rows = by_group(q, k)
+    P = attention_weights(q_rows, k, mask=for_group(mask, q, k))
+    dq, dk, dv = attend_backward(by_group(dy, k), AttendCache(q_rows, k, v, P))
+    return dq.reshape(q.shape), dk, dv
+
+
+def attention_forward(
+    qkv: Array, *, heads: int, kv_heads: int | None = None
+) -> tuple[Array, AttentionCache]:
+    """Causal attention of fused projections: `attend_forward` in each head.
+
+    (B, T, (H + 2G) K) -> (B, T, H K). q has H = `heads` heads; k and v have G = `kv_heads`, as many
+    if None, and each of theirs serves a group of M = H / G (Ainslie et al. 2023). Raises ValueError
+    unless G divides H and the heads the width.
+    """
+    q, k, v = split_heads(qkv, heads, kv_heads or heads)
     T = q.shape[-2]
     tile = min(QUERY_TILE, T) if namespace(qkv) is np else T
     mask = causal_mask(tile, qkv)
     y, y_heads = merged_heads(q)
     for t, s in query_tiles(T, tile):
-        y_heads[..., t, :], _ = attend_forward(q[..., t, :], k[..., s, :], v[..., s, :], mask=mask)
+        y_heads[..., t, :] = attend_by_group(q[..., t, :], k[..., s, :], v[..., s, :], mask=mask)
     return y, AttentionCache(q, k, v)
 
 
 def attention_backward(dy: Array, cache: AttentionCache) -> tuple[Array]:
     """(dqkv,) of `attention_forward`: each tile adds to the gradients of the keys it sees."""
     q, k, v = cache
-    B, heads, T, K = q.shape
+    B, H, T, K = q.shape
+    G = k.shape[1]
     tile = min(QUERY_TILE, T) if namespace(dy) is np else T
     mask = causal_mask(tile, dy)
-    dy = dy.reshape(B, T, heads, K).transpose(0, 2, 1, 3)
-    dqkv = namespace(dy).zeros((B, T, 3 * heads * K), dtype=dy.dtype)
-    dq, dk, dv = split_heads(dqkv, heads)
+    dy = dy.reshape(B, T, H, K).transpose(0, 2, 1, 3)
+    dqkv = namespace(dy).zeros((B, T, (H + 2 * G) * K), dtype=dy.dtype)
+    dq, dk, dv = split_heads(dqkv, H, G)
     for t, s in query_tiles(T, tile):
-        P = attention_weights(q[..., t, :], k[..., s, :], mask=mask)
-        attend = AttendCache(q[..., t, :], k[..., s, :], v[..., s, :], P)
-        dq[..., t, :], dk_tile, dv_tile = attend_backward(dy[..., t, :], attend)
+        dq[..., t, :], dk_tile, dv_tile = gradients_by_group(
+            dy[..., t, :], q[..., t, :], k[..., s, :], v[..., s, :], mask=mask
+        )
         dk[..., s, :] += dk_tile
         dv[..., s, :] += dv_tile
     return (dqkv,)

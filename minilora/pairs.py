@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minilora import keep, loss, ops
+from minilora import keep, llama_ops, loss, ops
 from minilora.adapters import TARGETS, LoRAConfig, dropout_mask, dropout_masks, lora_init
 from minilora.backend import Array, to_device, to_host
 from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.gradcheck import Check, check_pair, check_tree, max_error
 from minilora.keep import Plan
+from minilora.llama import LlamaConfig, llama_init
 from minilora.lora import (
     lora_backward,
     lora_embedding_backward,
@@ -51,6 +52,8 @@ class Sizes(NamedTuple):
             "T": self.lead[-1],
             "P": self.lead[-1] + 2,  # positions: more than are used
             "Q": 3 * self.H * self.C,  # fused projections: q, k and v of H heads of width C
+            "U": 4 * self.H * self.C,  # of 2 H heads of q, and H of k and of v
+            "D": 6 * self.H * self.C,  # of as many heads of the even width 2C
         }
         lead = self.lead if letters.startswith("...") else ()
         return (*lead, *(sizes[letter] for letter in letters.removeprefix("...")))
@@ -94,6 +97,11 @@ def _constant(**constants: Any) -> Constants:
     return lambda rng, s: constants
 
 
+def _angles(rng: np.random.Generator, s: Sizes) -> dict[str, Any]:
+    angle = rng.standard_normal((s.lead[-1], 1, s.C))
+    return {"cos": np.cos(angle), "sin": np.sin(angle), "heads": 2 * s.H}
+
+
 def _index(rng: np.random.Generator, s: Sizes) -> dict[str, Any]:
     return {"index": rng.integers(s.V, size=s.lead)}
 
@@ -119,6 +127,7 @@ def _scaled(rng: np.random.Generator, s: Sizes) -> dict[str, Any]:
     return {"scale": 8.0 / s.R}
 
 
+MATMUL = (ops.matmul_forward, ops.matmul_backward, ("...C", "CO"))
 LINEAR = (ops.linear_forward, ops.linear_backward, ("...C", "CO", "O"))
 EMBEDDING = (ops.embedding_forward, ops.embedding_backward, ("VC",), _index)
 POSITION = (ops.position_forward, ops.position_backward, ("...C", "PC"), _constant(offset=1))
@@ -128,9 +137,25 @@ NORMALISE = (ops.normalise_forward, ops.normalise_backward, ("...C",), _constant
 LAYER_NORM = (
     ops.layer_norm_forward, ops.layer_norm_backward, ("...C", "C", "C"), _constant(eps=0.1)
 )  # fmt: skip
+RMS_NORMALISE = (
+    llama_ops.rms_normalise_forward, llama_ops.rms_normalise_backward, ("...C",), _constant(eps=0.1)
+)  # fmt: skip
+SCALE = (llama_ops.scale_forward, llama_ops.scale_backward, ("...C", "C"))
+RMS_NORM = (
+    llama_ops.rms_norm_forward,
+    llama_ops.rms_norm_backward,
+    ("...C", "C"),
+    _constant(eps=0.1),
+)
+ROTARY = (llama_ops.rotary_forward, llama_ops.rotary_backward, ("BTD",), _angles)
 GELU = (ops.gelu_forward, ops.gelu_backward, ("...C",))
 ATTENTION = (
-    ops.attention_forward, ops.attention_backward, ("BTQ",), lambda rng, s: {"heads": s.H}
+    ops.attention_forward, ops.attention_backward, ("BTQ",),
+    lambda rng, s: {"heads": s.H},
+)  # fmt: skip
+GROUPED_ATTENTION = (
+    ops.attention_forward, ops.attention_backward, ("BTU",),
+    lambda rng, s: {"heads": 2 * s.H, "kv_heads": s.H},
 )  # fmt: skip
 HEAD = (ops.head_forward, ops.head_backward, ("...C", "VC"))
 CROSS_ENTROPY = (loss.cross_entropy_forward, loss.cross_entropy_backward, ("...V",))
@@ -147,6 +172,9 @@ TWO_TILES = Sizes(lead=(1, ops.QUERY_TILE + 2), C=2, H=1)
 TWO_CHUNKS = Sizes(lead=(3,), C=2, V=loss.VOCAB_CHUNK + 2)
 
 PAIRS: dict[str, Pair] = {
+    "matmul": Pair(*MATMUL),
+    "matmul, frozen": Pair(*MATMUL, dropped=keep.OF_WEIGHTS, frozen=("w",)),
+    "matmul, no dx": Pair(*MATMUL, dropped=keep.OF_INPUTS, frozen=("x",)),
     "linear": Pair(*LINEAR),
     "linear, frozen": Pair(*LINEAR, dropped=keep.OF_WEIGHTS, frozen=("w", "b")),
     "linear, no dx": Pair(*LINEAR, dropped=keep.OF_INPUTS, frozen=("x",)),
@@ -159,8 +187,15 @@ PAIRS: dict[str, Pair] = {
     "affine, frozen": Pair(*AFFINE, dropped=keep.OF_WEIGHTS, frozen=("w", "b")),
     "layer norm": Pair(*LAYER_NORM),
     "layer norm, frozen": Pair(*LAYER_NORM, dropped=keep.OF_WEIGHTS, frozen=("w", "b")),
+    "rms normalise": Pair(*RMS_NORMALISE),
+    "scale": Pair(*SCALE),
+    "scale, frozen": Pair(*SCALE, dropped=keep.OF_WEIGHTS, frozen=("w",)),
+    "rms norm": Pair(*RMS_NORM),
+    "rms norm, frozen": Pair(*RMS_NORM, dropped=keep.OF_WEIGHTS, frozen=("w",)),
     "gelu": Pair(*GELU),
     "gelu, two tiles": Pair(*GELU, sizes=Sizes(lead=(TILE + 2,), C=1), entries=20),
+    "swiglu": Pair(llama_ops.swiglu_forward, llama_ops.swiglu_backward, ("...C", "...C")),
+    "rotary": Pair(*ROTARY),
     "softmax": Pair(ops.softmax_forward, ops.softmax_backward, ("...C",)),
     "attend": Pair(
         ops.attend_forward,
@@ -169,6 +204,8 @@ PAIRS: dict[str, Pair] = {
         lambda rng, s: {"mask": ops.causal_mask(s.lead[-1], np.zeros(0))},
     ),
     "attention": Pair(*ATTENTION),
+    "attention, grouped": Pair(*GROUPED_ATTENTION),
+    "attention, grouped, two tiles": Pair(*GROUPED_ATTENTION, sizes=TWO_TILES, entries=40),
     "attention, two tiles": Pair(*ATTENTION, sizes=TWO_TILES, entries=40),
     "head": Pair(*HEAD),
     "head, frozen": Pair(*HEAD, dropped=keep.OF_WEIGHTS, frozen=("table",)),
@@ -193,9 +230,12 @@ PAIRS: dict[str, Pair] = {
 
 # The pages whose names are not those of the pairs.
 PAGES = {
+    "matmul": "linear",
     "position": "embedding",
     "normalise": "layer_norm",
     "affine": "layer_norm",
+    "rms normalise": "rms_norm",
+    "scale": "rms_norm",
     "softmax": "attention",
     "attend": "attention",
     "cross-entropy": "head",
@@ -218,17 +258,34 @@ class Batch(NamedTuple):
 
 
 def tiny_model(*, seed: int = 0) -> tuple[Net, Batch]:
-    """Two small blocks with an adapter on every target, B not being 0."""
-    rng = np.random.default_rng(seed)
+    """Two small blocks of GPT-2 with an adapter on every target, B not being 0."""
     config = GPTConfig(7, 5, n_embd=4, n_layer=2, n_head=2, n_inner=6, layer_norm_epsilon=0.1)
+    return _with_adapters(config, gpt_init(config, seed=seed, dtype=np.float64), TARGETS, seed)
+
+
+def tiny_llama(*, seed: int = 0) -> tuple[Net, Batch]:
+    """Two small blocks of a Llama, two heads of q to each of k and v, with as many adapters."""
+    config = LlamaConfig(
+        vocab_size=7, hidden_size=4, intermediate_size=6, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=2, max_position_embeddings=5,
+        rms_norm_eps=0.1,
+    )  # fmt: skip
+    base = llama_init(config, seed=seed, dtype=np.float64)
+    return _with_adapters(config, base, (*TARGETS, "gate"), seed)
+
+
+def _with_adapters(
+    config: GPTConfig | LlamaConfig, base: Tree, targets: tuple[str, ...], seed: int
+) -> tuple[Net, Batch]:
+    rng = np.random.default_rng(seed)
     lora_config = LoRAConfig(
-        rank=2, alpha=1.0, targets=TARGETS, dropout=0.3, rank_pattern={"up": 1, "1.attn.q": 3}
+        rank=2, alpha=1.0, targets=targets, dropout=0.3, rank_pattern={"up": 1, "1.attn.q": 3}
     )
 
     def moved(x: Array) -> Array:
         return x + 0.3 * rng.standard_normal(x.shape)
 
-    base = map_leaves(moved, gpt_init(config, seed=seed, dtype=np.float64))
+    base = map_leaves(moved, base)
     lora = map_leaves(moved, lora_init(base, lora_config, seed=seed))
     tokens = rng.integers(config.vocab_size, size=(2, 4))
     targets = rng.integers(config.vocab_size, size=(2, 4))
@@ -279,8 +336,8 @@ class Row(NamedTuple):
 def table(*, seed: int = 0, device: str = "cpu") -> Iterator[Row]:
     """The rows of `minilora gradcheck`, each as soon as it is known.
 
-    Every pair, the whole model (base and adapters on every target, with dropout), and the LoRA
-    factors alone, over a frozen base; all computed on the device.
+    Every pair, the whole model of each architecture (base and adapters on every target, with
+    dropout), and the LoRA factors alone, over a frozen base; all computed on the device.
     """
     options: dict[str, Any] = {"seed": seed, "device": device}
     model = tiny_model(seed=seed)
@@ -289,6 +346,9 @@ def table(*, seed: int = 0, device: str = "cpu") -> Iterator[Row]:
         yield _row(name, lambda pair=pair: _check(pair, **options))  # type: ignore[misc]
     yield _row("model, base and LoRA", lambda: check_model(*model, both, **options))
     yield _row("model, LoRA factors", lambda: check_model(*model, factors, **options))
+    llama = tiny_llama(seed=seed)
+    yield _row("Llama, base and LoRA", lambda: check_model(*llama, both, **options))
+    yield _row("Llama, LoRA factors", lambda: check_model(*llama, factors, **options))
 
 
 def _check(pair: Pair, seed: int, device: str) -> list[Check]:

@@ -16,9 +16,9 @@ LAYERS = (
     ("tree", "errors", "backend", "settings", "gradcheck"),
     ("fused", "kernels", "tiles"),
     ("ops", "loss", "optim"),
-    ("adapters", "lora"),
+    ("llama_ops", "adapters", "lora"),
     ("keep",),
-    ("gpt2",),
+    ("gpt2", "llama"),
     ("network",),
     ("pairs",),
 )
@@ -33,16 +33,22 @@ ALLOWED = {
     "kernels": {"backend"},
     "tiles": {"backend", "fused", "kernels"},
     "ops": {"backend", "tiles"},
+    "llama_ops": {"backend", "tiles", "ops"},
     "loss": {"backend", "ops"},
     "optim": {"backend", "tree", "kernels"},
     "adapters": {"errors", "backend", "tree", "settings"},
     "lora": {"errors", "backend", "tree", "ops", "adapters"},
-    "keep": {"tree", "ops", "adapters", "lora"},
+    "keep": {"tree", "ops", "llama_ops", "adapters", "lora"},
     "gpt2": {"errors", "backend", "tree", "ops", "adapters", "lora", "keep"},
-    "network": {"errors", "backend", "tree", "ops", "loss", "adapters", "lora", "keep", "gpt2"},
+    "llama": {
+        "errors", "backend", "tree", "ops", "llama_ops", "adapters", "lora", "keep"
+    },
+    "network": {
+        "errors", "backend", "tree", "ops", "loss", "adapters", "lora", "keep", "gpt2", "llama",
+    },
     "pairs": {
-        "backend", "tree", "tiles", "ops", "loss", "adapters", "lora", "keep", "gpt2", "network",
-        "gradcheck",
+        "backend", "tree", "tiles", "ops", "llama_ops", "loss", "adapters", "lora", "keep", "gpt2",
+        "llama", "network", "gradcheck",
     },
 }  # fmt: skip
 

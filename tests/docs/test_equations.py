@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minilora import gpt2, keep, lora, loss, ops, optim
+from minilora import gpt2, keep, llama_ops, lora, loss, ops, optim
 from minilora.adapters import Adapter, LoRAConfig, lora_init
 from minilora.pairs import PAIRS
 
@@ -323,6 +323,41 @@ def test_gelu():
     u = kappa * (x + 0.044715 * x**3)
     u_prime = kappa * (1 + 3 * 0.044715 * x**2)
     check("gelu", x=x, u=u, tanhu=np.tanh(u), y=y, u_prime=u_prime, y_prime=slope, dy=dy, dx=dx)
+
+
+def test_rms_norm():
+    x, (w,), dy = given("rms_norm", "x", "w", "dy")
+    y, cache = llama_ops.rms_norm_forward(x, w, eps=0.0)
+    hatx, rho = cache.normalise
+    dx, dw = llama_ops.rms_norm_backward(dy, cache)
+    dhatx = dy * w
+    mean = (dhatx * hatx).mean(axis=-1, keepdims=True)
+    check(
+        "rms_norm",
+        **{"x": x, "w": w, "rho": rho, "hatx": hatx, "y": y, "dy": dy, "dhatx": dhatx},
+        **{"mean_dhatxcirchatx": mean, "dx": dx, "dw": dw},
+    )
+
+
+def test_swiglu():
+    g, u, dy = given("swiglu", "g", "u", "dy")
+    y, cache = llama_ops.swiglu_forward(g, u)
+    dg, du = llama_ops.swiglu_backward(dy, cache)
+    ones = np.ones_like(g)
+    D = llama_ops.swiglu_gate_gradient(ones, g, ones)
+    s = 1 / (1 + np.exp(-g))
+    check("swiglu", g=g, u=u, s=s, y=y, D=D, dy=dy, dg=dg, du=du)
+
+
+def test_rotary():
+    q, dy = given("rotary", "q", "dy")
+    angle = np.arange(2.0)[:, None]
+    tables = {"cos": np.cos(angle), "sin": np.sin(angle)}
+    y, cache = llama_ops.rotary_forward(
+        q[None], cos=tables["cos"][:, None], sin=tables["sin"][:, None], heads=1
+    )
+    (dq,) = llama_ops.rotary_backward(dy[None], cache)
+    check("rotary", q=q, c=tables["cos"], s=tables["sin"], y=y[0], dy=dy, dq=dq[0])
 
 
 def test_attention():

@@ -3,12 +3,17 @@
 import numpy as np
 import pytest
 
-from minilora import fused, kernels, ops, optim
+from minilora import fused, kernels, llama_ops, ops, optim
 from minilora.backend import to_device, to_host
 
 TOLERANCES = {np.float32: 2e-6, np.float64: 1e-13}
-CONSTANTS = {"scale": ops.GELU_SCALE, "cubic": ops.GELU_CUBIC}
-ENTRYWISE = {"gelu": 1, "gelu_gradient": 2}  # arrays that each takes
+GELU = {"scale": ops.GELU_SCALE, "cubic": ops.GELU_CUBIC}
+ENTRYWISE = {  # where each is, how many arrays it takes, and its constants
+    "gelu": (ops, 1, GELU),
+    "gelu_gradient": (ops, 2, GELU),
+    "swiglu": (llama_ops, 2, {}),
+    "swiglu_gate_gradient": (llama_ops, 3, {}),
+}
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCES)
 each_shape = pytest.mark.parametrize("shape", [(1,), (3, 5), (2, 3, 70)])
 
@@ -27,18 +32,19 @@ def assert_close(actual, expected, name=""):
 
 
 def assert_forms_agree(name, xs, device):
-    """`ops` has the formula, `fused` and `kernels` functions of its name."""
-    formula = getattr(ops, name).__wrapped__
+    """A module has the formula, `fused` and `kernels` functions of its name."""
+    module, _, constants = ENTRYWISE[name]
+    formula = getattr(module, name).__wrapped__
     on_device = [to_device(x, device) for x in xs]
     before = [x.copy() for x in xs]
-    expected = formula(*xs, **CONSTANTS)
+    expected = formula(*xs, **constants)
     in_place = np.empty_like(expected)
-    getattr(fused, name)(*xs, **CONSTANTS, out=in_place)
+    getattr(fused, name)(*xs, **constants, out=in_place)
     assert_close(in_place, expected, "fused")
-    assert_close(getattr(ops, name)(*xs, **CONSTANTS), expected, "by tiles")
-    assert_close(formula(*on_device, **CONSTANTS), expected, "the formula on the device")
-    assert_close(getattr(kernels, name)(*on_device, **CONSTANTS), expected, "kernel")
-    assert_close(getattr(ops, name)(*on_device, **CONSTANTS), expected, "on the device")
+    assert_close(getattr(module, name)(*xs, **constants), expected, "by tiles")
+    assert_close(formula(*on_device, **constants), expected, "the formula on the device")
+    assert_close(getattr(kernels, name)(*on_device, **constants), expected, "kernel")
+    assert_close(getattr(module, name)(*on_device, **constants), expected, "on the device")
     for x, then, there in zip(xs, before, on_device, strict=True):
         np.testing.assert_array_equal(x, then, err_msg="an argument was changed")
         np.testing.assert_array_equal(to_host(there), then, err_msg="an argument was changed")
@@ -48,7 +54,7 @@ def assert_forms_agree(name, xs, device):
 @each_shape
 @pytest.mark.parametrize("name", ENTRYWISE)
 def test_all_forms_of_a_formula_agree(device, name, dtype, shape):
-    assert_forms_agree(name, draw(shape, dtype, ENTRYWISE[name], scale=3.0), device)
+    assert_forms_agree(name, draw(shape, dtype, ENTRYWISE[name][1], scale=3.0), device)
 
 
 @each_dtype
@@ -56,11 +62,19 @@ def test_all_forms_of_a_formula_agree(device, name, dtype, shape):
 def test_they_agree_far_from_zero(device, name, dtype):
     """Where tanh is ±1: neither overflow nor a difference of large numbers."""
     x = np.array([-1e4, -30.0, -6.0, 0.0, 6.0, 30.0, 1e4], dtype)
-    assert_forms_agree(name, [np.ones_like(x), x][-ENTRYWISE[name] :], device)
+    arrays = {1: [x], 2: [np.ones_like(x), x], 3: [np.ones_like(x), x, np.ones_like(x)]}
+    if name == "swiglu":
+        arrays[2] = arrays[2][::-1]
+    assert_forms_agree(name, arrays[ENTRYWISE[name][1]], device)
 
 
 def test_every_entrywise_formula_is_compared():
-    formulas = {name for name, f in vars(ops).items() if hasattr(f, "__wrapped__")}
+    formulas = {
+        name
+        for module in (ops, llama_ops)
+        for name, f in vars(module).items()
+        if hasattr(f, "__wrapped__") and f.__module__ == module.__name__
+    }
     assert formulas == set(ENTRYWISE)
     public = {
         name

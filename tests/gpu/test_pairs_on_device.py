@@ -9,7 +9,7 @@ from minilora.backend import namespace, to_device, to_host
 from minilora.gradcheck import assert_close as assert_within
 from minilora.keep import Plan
 from minilora.network import loss_and_grads
-from minilora.pairs import PAIRS, Sizes, check_model, tiny_model
+from minilora.pairs import PAIRS, Sizes, check_model, tiny_llama, tiny_model
 from minilora.tree import flatten, map_leaves
 
 TOLERANCES = {np.float32: 1e-5, np.float64: 1e-12}
@@ -20,6 +20,7 @@ PLANS = {
     "both": Plan(base=True, lora=True),
     "both, recomputed": Plan(base=True, lora=True, recompute=True),
 }
+each_model = pytest.mark.parametrize("a_model", [tiny_model, tiny_llama], ids=["gpt2", "llama"])
 each_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 
 
@@ -65,8 +66,9 @@ def test_a_pair_is_that_of_the_host(device, name, dtype):
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @each_plan
-def test_a_models_loss_and_gradients_are_those_of_the_host(device, plan, dtype):
-    net, batch = tiny_model()
+@each_model
+def test_a_models_loss_and_gradients_are_those_of_the_host(device, a_model, plan, dtype):
+    net, batch = a_model()
     results = []
     for place in ("cpu", device):
         base, lora = moved([net.base, net.lora], dtype, place)
@@ -80,5 +82,8 @@ def test_a_models_loss_and_gradients_are_those_of_the_host(device, plan, dtype):
 
 
 @each_plan
-def test_a_models_gradients_are_central_differences_of_its_loss_on_the_device(device, plan):
-    assert_within(check_model(*tiny_model(), plan, entries=1, device=device))
+@each_model
+def test_a_models_gradients_are_central_differences_of_its_loss_on_the_device(
+    device, a_model, plan
+):
+    assert_within(check_model(*a_model(), plan, entries=1, device=device))

@@ -11,6 +11,7 @@ from minilora.adapters import TARGETS, adapted_paths
 from minilora.keep import Kept, Plan, without_output
 from minilora.network import loss_and_grads, trunk_forward
 from minilora.ops import attention_forward
+from minilora.pairs import tiny_llama, tiny_model
 from minilora.tree import flatten
 
 BASE, LORA, BOTH = Plan(base=True), Plan(lora=True), Plan(base=True, lora=True)
@@ -329,7 +330,7 @@ def test_what_is_read_is_the_whole_cache_without_what_the_plan_drops(targets, pl
 
 
 def test_writing_and_reading_leave_the_whole_cache_as_it_was():
-    for plan in (Plan(), BASE, LORA, BOTH, LORA._replace(end="up")):
+    for plan in (Plan(), BASE, LORA, BOTH, LORA._replace(end=("up",))):
         whole = a_whole_cache("q", "down")
         before = arrays_in(whole)
         cache = written(whole, plan)
@@ -340,12 +341,15 @@ def test_writing_and_reading_leave_the_whole_cache_as_it_was():
         assert all(before[path] is after[path] for path in before)
 
 
-def test_reads_and_ends_name_the_linear_maps_in_the_order_of_the_pass():
-    order, reads, ends = list(a_whole_cache("q")), gpt2.READS, gpt2.ENDS
+@pytest.mark.parametrize("a_model", [tiny_model, tiny_llama], ids=["gpt2", "llama"])
+def test_reads_and_ends_name_the_linear_maps_in_the_order_of_the_pass(a_model):
+    net, batch = a_model()
+    kept = trunk_forward(net, tokens=batch.tokens, plan=BOTH)[1].blocks[1]
+    order, reads, ends = list(kept), net.architecture.READS, net.architecture.ENDS
     assert reads.keys() == ends.keys()
-    assert gpt2.LAST == list(reads)[-1] == order[-1]
+    assert net.architecture.LAST == list(reads)[-1] == order[-1]
     assert list(reads) == [name for name in order if name in reads]
     for name, source in reads.items():
         assert order.index(source) < order.index(name)
-        assert order.index(ends[name]) <= order.index(name)
-        assert ends[name] in reads
+        assert order.index(ends[name][0]) <= order.index(name)
+        assert {reads[end] for end in ends[name]} == {reads[ends[name][0]]}, "of one input"

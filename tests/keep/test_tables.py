@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers import a_batch, a_net, parts_of, small_tiles
 
-from minilora import gpt2, keep, lora, loss, network, ops
+from minilora import gpt2, keep, llama_ops, lora, loss, network, ops
 from minilora.adapters import TARGETS
 from minilora.backend import Array
 from minilora.keep import OF_FACTORS, OF_INPUTS, OF_WEIGHTS, Plan, without
@@ -31,7 +31,7 @@ def caches() -> dict[str, type]:
     """The classes of caches, by name."""
     return {
         name: member
-        for module in (ops, loss, lora, gpt2)
+        for module in (ops, llama_ops, loss, lora, gpt2)
         for name, member in vars(module).items()
         if name.endswith("Cache")
     }
@@ -149,11 +149,11 @@ def test_dropping_fields_copies_no_array_and_changes_no_cache(name, table):
 
 CONSTANTS = {
     "index", "offset", "eps", "scale", "cubic", "mask", "heads", "targets", "ignore_index",
-    "count", "table", "adapters", "sign",
+    "count", "table", "adapters", "sign", "kv_heads", "cos", "sin",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("module", [ops, loss, lora], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [ops, llama_ops, loss, lora], ids=lambda module: module.__name__)
 def test_a_keyword_is_a_constant_of_the_mathematics(module):
     """None says what is to be kept, computed or left out, nor how large a tile is."""
     functions = [

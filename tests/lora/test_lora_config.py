@@ -205,7 +205,7 @@ def test_q_k_and_v_are_the_columns_of_qkv():
 def test_adapters_are_placed_by_block_and_linear_map():
     config = LoRAConfig(rank=2, alpha=3.0, targets=("embedding", "0.attn.[qv]", "1.mlp.down"))
     lora, mask = lora_init(base(), config, seed=0), np.ones((1, 1, 8))
-    placed = placed_adapters(lora, config, width=8, masks={"blocks.0.attn.v": mask})
+    placed = placed_adapters(lora, config, (8, 8), masks={"blocks.0.attn.v": mask})
     found = {
         (block, linear, target): adapter
         for block, maps in placed.items()

@@ -76,7 +76,12 @@ def test_a_head_equal_to_the_embedding_shares_its_gradient():
 def test_the_table_of_the_gradient_check():
     rows = list(table())
     names = [row.name for row in rows]
-    assert names == [*PAIRS, "model, base and LoRA", "model, LoRA factors"]
+    models = [
+        f"{model}, {what}"
+        for model in ("model", "Llama")
+        for what in ("base and LoRA", "LoRA factors")
+    ]
+    assert names == [*PAIRS, *models]
     for row in rows:
         assert row.error < (PAIR_TOLERANCE if row.name in PAIRS else TOLERANCE), row
         assert row.entries > 0

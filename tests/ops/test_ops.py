@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import close, normal
 
-from minilora import fused, ops, tiles
+from minilora import fused, llama_ops, ops, tiles
 
 # --- linear, head, embedding, position -----------------------------------------------------------
 
@@ -88,16 +88,26 @@ def test_gelu_far_out_is_the_identity_and_zero():
     assert dx.tolist() == [1, 0]
 
 
+GELU = {"scale": ops.GELU_SCALE, "cubic": ops.GELU_CUBIC}
+FUSED = {  # where the formula is, how many arrays it takes, and its constants
+    "gelu": (ops, 1, GELU), "gelu_gradient": (ops, 2, GELU),
+    "swiglu": (llama_ops, 2, {}), "swiglu_gate_gradient": (llama_ops, 3, {}),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("name", ["gelu", "gelu_gradient"])
+@pytest.mark.parametrize("name", FUSED)
 def test_a_fused_formula_equals_the_printed_one(name, dtype):
     """Up to the rounding of another order of products: a few units in the last place."""
-    x, dy = 3 * normal(1000, dtype=dtype), normal(1000, seed=1, dtype=dtype)
+    module, count, constants = FUSED[name]
+    formula = getattr(module, name)
+    x = 3 * normal(1000, dtype=dtype)
     x[:4] = [0.0, 12.0, -12.0, 1e3]
-    xs = [dy, x] if name == "gelu_gradient" else [x]
-    formula, constants = getattr(ops, name), {"scale": ops.GELU_SCALE, "cubic": ops.GELU_CUBIC}
+    xs = [x, *(normal(1000, seed=seed, dtype=dtype) for seed in range(1, count))]
+    if "gradient" in name:
+        xs[:2] = xs[1::-1]
     printed = formula.__wrapped__(*xs, **constants)
-    in_place = np.empty_like(x)
+    in_place = np.empty_like(xs[0])
     getattr(fused, name)(*xs, **constants, out=in_place)
     assert printed.dtype == in_place.dtype == dtype
     ulp = np.finfo(dtype).eps
@@ -198,12 +208,12 @@ def test_tiles_of_queries_leave_out_what_none_of_them_sees():
 
 def test_attention_is_attend_in_every_head():
     qkv, dy = normal(2, 5, 3 * 2 * 4), normal(2, 5, 2 * 4, seed=1)
-    q, k, v = ops.split_heads(qkv, 2)
+    q, k, v = ops.split_heads(qkv, 2, 2)
     y_heads, attend = ops.attend_forward(q, k, v, mask=ops.causal_mask(5, qkv))
     dqkv = np.empty_like(qkv)
     for gradient, part in zip(
         ops.attend_backward(dy.reshape(2, 5, 2, 4).swapaxes(1, 2), attend),
-        ops.split_heads(dqkv, 2),
+        ops.split_heads(dqkv, 2, 2),
         strict=True,
     ):
         part[:] = gradient
@@ -213,10 +223,10 @@ def test_attention_is_attend_in_every_head():
 
 
 def test_the_last_queries_see_every_earlier_key():
-    """With a past of m - n keys, which no mask of n times touches."""
+    """With a past of m - n keys, which a mask of n times does not touch."""
     q, k, v = (normal(2, 5, 4, seed=seed) for seed in range(3))
     y, _ = ops.attend_forward(q, k, v, mask=ops.causal_mask(5, q))
-    last, _ = ops.attend_forward(q[:, 3:], k, v, mask=ops.causal_mask(9, q))
+    last, _ = ops.attend_forward(q[:, 3:], k, v, mask=ops.causal_mask(2, q))
     close(last, y[:, 3:])
 
 

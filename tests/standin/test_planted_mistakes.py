@@ -37,7 +37,7 @@ from minilora.mix import mix
 from minilora.model import Model, complete
 from minilora.network import loss_and_grads
 from minilora.ops import normalise_forward
-from minilora.pairs import PAIRS, tiny_model
+from minilora.pairs import PAIRS, tiny_llama, tiny_model
 from minilora.tokenizer import ByteTokenizer
 from minilora.training import loop
 from minilora.training.loop import TrainConfig
@@ -99,12 +99,13 @@ def everything(place: str, folder: Path) -> dict[str, np.ndarray]:
         if progress.step == 4:
             raise Stopped
 
-    net, batch = tiny_model()
-    net, batch = net.on(place), to_device(batch._asdict(), place)
     results = {}
-    for plan in PLANS:
-        parts = loss_and_grads(net, **batch, plan=plan)
-        results[f"gradients, {plan}"] = to_host([part for part in parts if part is not None])
+    for name, (net, inputs) in {"GPT-2": tiny_model(), "Llama": tiny_llama()}.items():
+        net, batch = net.on(place), to_device(inputs._asdict(), place)
+        for plan in PLANS:
+            parts = loss_and_grads(net, **batch, plan=plan)
+            found = [part for part in parts if part is not None]
+            results[f"gradients of {name}, {plan}"] = to_host(found)
 
     for name, pair in PAIRS.items():
         arguments, constants = on(place, pair.make(np.random.default_rng(0)))
