@@ -153,8 +153,8 @@ def adapted_paths(
     return adapted
 
 
-def projections(base: Tree) -> tuple[int, int]:
-    """How many columns of the fused weights qkv are q's, H K, and how many k's and v's, G K."""
+def qkv_widths(base: Tree) -> tuple[int, int]:
+    """How many columns of a fused weight qkv are q's, H K, and how many k's as well as v's, G K."""
     attn = base["blocks"][0]["attn"]
     q_width = attn["o"]["w"].shape[0]
     return q_width, (attn["qkv"]["w"].shape[1] - q_width) // 2
@@ -187,10 +187,10 @@ def lora_init(base: Tree, config: LoRAConfig, *, seed: int) -> Tree:
     target that names nothing and for a rank above the smaller side of its weight.
     """
     rng = np.random.default_rng(seed)
-    weights, columns_of = flatten(base), projections(base)
+    weights, widths = flatten(base), qkv_widths(base)
     flat: dict[str, Array] = {}
     for path in adapted_paths(config, len(base["blocks"]), mlp=tuple(base["blocks"][0]["mlp"])):
-        weight_path, columns = weight_of(path, *columns_of)
+        weight_path, columns = weight_of(path, *widths)
         weight, rank = weights[weight_path][:, columns], config.rank_of(path)
         n_in, n_out = weight.shape
         if rank > min(n_in, n_out):
@@ -267,17 +267,17 @@ Adapters: TypeAlias = Mapping[str, dict[str, Adapter]]
 def placed_adapters(
     lora: Tree,
     config: LoRAConfig,
-    columns_of: tuple[int, int],
+    widths: tuple[int, int],
     *,
     masks: Mapping[str, Array] | None = None,
 ) -> dict[str, Adapters]:
     """The adapters of each block by its path `blocks.{i}`; that of wte is outside, at "".
 
-    `masks` are the dropout masks by LoRA path; `columns_of` are the base's `projections`.
+    `widths` are the base's `qkv_widths`, and `masks` the dropout masks by LoRA path.
     """
     placed: dict[str, Any] = defaultdict(lambda: defaultdict(dict))
     for path, factors in adapters(lora).items():
-        weight, columns = weight_of(path, *columns_of)
+        weight, columns = weight_of(path, *widths)
         mask = None if masks is None else masks.get(path)
         adapter = Adapter(**factors, scale=config.scale_of(path), mask=mask, columns=columns)
         sublayer, _, linear = weight.removesuffix(".w").rpartition(".")

@@ -13,11 +13,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minilora.adapters import projections
+from minilora.adapters import qkv_widths
 from minilora.backend import Array, check_ids, namespace, to_host
 from minilora.errors import MiniloraError
 from minilora.network import Net, trunk_forward
-from minilora.ops import attend_by_group, causal_mask, head_forward, merged_heads, split_heads
+from minilora.ops import (
+    attend_forward,
+    causal_mask,
+    groups,
+    head_forward,
+    merged_heads,
+    split_heads,
+)
 
 
 def generate(
@@ -85,7 +92,7 @@ class KeyValues(NamedTuple):
 
 def new_cache(net: Net, *, length: int, batch: int = 1) -> list[KeyValues]:
     """Room for the keys and values of `length` positions in every block, not yet filled."""
-    wte, (q_width, kv_width) = net.base["wte"], projections(net.base)
+    wte, (q_width, kv_width) = net.base["wte"], qkv_widths(net.base)
     K = q_width // net.config.n_head
     shape = (batch, kv_width // K, length, K)
     empty = partial(namespace(wte).empty, shape, dtype=wte.dtype)
@@ -115,17 +122,19 @@ def cached_attention(
     position: int,
     mask: Array,
 ) -> tuple[Array, None]:
-    """`attention_forward` [ATT.1-3] for the tokens at `position` and on.  (B, T, 3C) -> (B, T, C)
+    """`attention_forward` [ATT.1-3] for the tokens at `position` and on.
 
-    Writes their keys and values into the cache and attends to all that it then holds.
+    (B, T, (H + 2G) K) -> (B, T, H K). Writes their keys and values into the cache and attends to
+    all that it then holds.
     """
-    q, k, v = split_heads(qkv, heads, kv_heads or heads)
+    q, k, v = split_heads(qkv, heads, kv_heads)
     end = position + q.shape[-2]
     cache.keys[:, :, position:end] = k
     cache.values[:, :, position:end] = v
     y, y_heads = merged_heads(q)
     keys, values = cache.keys[:, :, :end], cache.values[:, :, :end]
-    y_heads[:] = attend_by_group(q, keys, values, mask=mask)  # [ATT.1-3]
+    for h in groups(q, k):
+        y_heads[:, h], _ = attend_forward(q[:, h], keys, values, mask=mask)  # [ATT.1-3]
     return y, None
 
 

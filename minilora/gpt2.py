@@ -27,9 +27,8 @@ from minilora.lora import (
     lora_embedding_backward,
     lora_embedding_forward,
 )
+from minilora.settings import check_sizes
 from minilora.tree import Tree
-
-LARGEST_SIZE = 2**24  # a product of two such sizes still counts bytes in 64 bits
 
 
 @dataclass(frozen=True)
@@ -48,11 +47,7 @@ class GPTConfig:
     layer_norm_epsilon: float = 1e-5
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
-            if getattr(self, name) < 1:
-                raise MiniloraError(f"{name} {getattr(self, name)} is too small; it is at least 1")
-            if getattr(self, name) > LARGEST_SIZE:
-                raise MiniloraError(f"{name} {getattr(self, name)} is above {LARGEST_SIZE:,}")
+        check_sizes(self, "vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
         if not 0.0 < self.layer_norm_epsilon < math.inf:
             raise MiniloraError(f"layer_norm_epsilon {self.layer_norm_epsilon} is not positive")
         if self.inner < 1:
@@ -164,7 +159,7 @@ def positions(config: GPTConfig, T: int, *, offset: int = 0, like: Array) -> dic
 
 
 READS = {"qkv": "ln_1", "o": "attention", "up": "ln_2", "down": "gelu"}  # see `keep.Kept`
-ENDS = {"qkv": ("qkv",), "o": ("qkv",), "up": ("up",), "down": ("up",)}  # see `keep.Plan`
+ENDS = {"qkv": "ln_1", "o": "qkv", "up": "ln_2", "down": "up"}  # see `keep.ending_at_lowest`
 LAST = "down"  # of its output only y is made
 
 

@@ -20,7 +20,7 @@ class Plan(NamedTuple):
     base: bool = False  # of the base's weights
     lora: bool = False  # of the adapters' factors
     recompute: bool = False  # of a block keep the input alone (Chen et al. 2016, §4)
-    end: tuple[str, ...] = ()  # the linear maps in a block whose dx, and all below, is not wanted
+    end: str | None = None  # the part of a block below which no gradient is wanted
 
 
 Fields: TypeAlias = dict[type[Any], tuple[str, ...]]  # of caches, by what is made of them
@@ -76,14 +76,12 @@ class Kept(dict[str, Any]):
     def __setitem__(self, name: str, part: Any) -> None:
         if not (self.plan.base or self.plan.lora):
             return
-        if name in self.plan.end:
+        if name == self.plan.end:
+            self.clear()
+        if self.reads.get(name) not in self.keys() - {self.plan.end}:  # the pass ends here
             part = without(part, OF_INPUTS)
         fields = INPUTS | self.unwanted if self.recompute(name) else self.unwanted
         super().__setitem__(name, without(part, fields))
-        if self.plan.end[-1:] == (name,):
-            read = {self.reads[end] for end in self.plan.end if self.get(end).adapters}
-            for before in self.keys() - {*self.plan.end, *read}:
-                del self[before]
 
     def __getitem__(self, name: str) -> Any:
         part, recompute = super().__getitem__(name), self.recompute(name)

@@ -6,15 +6,15 @@ The base holds every weight under the name of the argument that takes it, and th
     {"wte", "blocks": [{"ln_1": {"w"}, "attn": {"qkv": {"w"}, "o": {"w"}},
                         "ln_2": {"w"}, "mlp": {"gate": {"w"}, "up": …, "down": …}}], "ln_f": {"w"}}
 
-Parts that GPT-2 has, too, have the same names. What differs: positions turn q and k in every block
+Parts that GPT-2 has too are called as there. What differs: positions turn q and k in every block
 instead of being added once, RMS norms instead of layer norms, a gate in the MLP, fewer heads of k
-and v than of q, no biases. A weight with a "b" beside its "w", as qkv in Qwen2, is computed with it.
+and v than of q, no biases. Where a "b" stands beside a "w", as in qkv of Qwen2, it is added.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,14 +31,20 @@ from minilora.lora import (
     lora_embedding_backward,
     lora_embedding_forward,
 )
+from minilora.settings import check_sizes
 from minilora.tree import Tree
 
 
-class RotaryScaling(NamedTuple):
-    """Llama 3's change of the angles, for a context longer than the one first trained on.
+class LinearScaling(NamedTuple):
+    """Every angle is divided by `factor` (Chen et al. 2023, §2.3)."""
 
-    `factor` divides the frequencies of pairs that turn less than `low` times within `original`
-    times; those that turn more than `high` times stay as they are, and those between change over.
+    factor: float
+
+
+class Llama3Scaling(NamedTuple):
+    """Slow angles are divided by `factor`: those of fewer than `low` turns in `original` times.
+
+    Those of more than `high` turns stay as they are, and between the two they change over.
     """
 
     factor: float
@@ -51,8 +57,9 @@ class RotaryScaling(NamedTuple):
 class LlamaConfig:
     """The sizes of a Llama, by their names in Hugging Face's config.json; Llama 1's by default.
 
-    `head_dim` is hidden_size / num_attention_heads when None. Raises MiniloraError for impossible
-    sizes.
+    `rms_norm_eps` is always given, as it is not the same in all. `rope_scaling` is for contexts
+    longer than the one first trained on. `head_dim` is hidden_size / num_attention_heads when None.
+    Raises MiniloraError for impossible sizes.
     """
 
     vocab_size: int = 32000
@@ -62,27 +69,27 @@ class LlamaConfig:
     num_attention_heads: int = 32
     num_key_value_heads: int = 32
     max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: float = field(kw_only=True)
     rope_theta: float = 10000.0
-    rope_scaling: RotaryScaling | None = None
+    rope_scaling: LinearScaling | Llama3Scaling | None = None
     head_dim: int | None = None
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+        check_sizes(
+            self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
             "num_attention_heads", "num_key_value_heads", "max_position_embeddings",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise MiniloraError(f"{name} {getattr(self, name)} is too small; it is at least 1")
+        )  # fmt: skip
         if self.num_attention_heads % self.num_key_value_heads:
             raise MiniloraError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}: these serve groups of equal size"
+                f"num_key_value_heads {self.num_key_value_heads}, which serve as many each"
             )
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+        if self.head_dim is not None:
+            check_sizes(self, "head_dim")
+        elif self.hidden_size % self.num_attention_heads:
             raise MiniloraError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
-                f"{self.num_attention_heads}, and head_dim is not given"
+                f"{self.num_attention_heads}, and there is no head_dim"
             )
         if self.head_width % 2:
             raise MiniloraError(
@@ -91,11 +98,18 @@ class LlamaConfig:
         for name in ("rms_norm_eps", "rope_theta"):
             if not 0.0 < getattr(self, name) < math.inf:
                 raise MiniloraError(f"{name} {getattr(self, name)} is not a positive number")
+        scaling = self.rope_scaling
+        if not all(0.0 < number < math.inf for number in scaling or ()):
+            raise MiniloraError(f"rope_scaling {scaling} has a number that is not positive")
+        if isinstance(scaling, Llama3Scaling) and not scaling.low < scaling.high:
+            raise MiniloraError(f"rope_scaling {scaling} has a low that is not below its high")
 
     @property
     def head_width(self) -> int:
         """K, the width of a head."""
-        return self.head_dim or self.hidden_size // self.num_attention_heads
+        if self.head_dim is None:
+            return self.hidden_size // self.num_attention_heads
+        return self.head_dim
 
     @property
     def n_positions(self) -> int:
@@ -196,17 +210,20 @@ def norm_backward(dy: Array, cache: llama_ops.RMSNormCache) -> tuple[Array, Tree
 
 
 def frequencies(config: LlamaConfig) -> np.ndarray:
-    """The angle by which pair j turns from one time to the next, θ^(-2j/K) [ROPE.4]; float64.
+    """The angle ω by which each pair turns from one time to the next, in float64.  () -> (K/2,)
 
-    With `rope_scaling` as in Llama 3 (Grattafiori et al. 2024, §3.4.2).  () -> (K/2,)
+    Scaled as `rope_scaling` says, for Llama 3 as in Grattafiori et al. 2024, §3.4.2.
     """
-    K, scaling = config.head_width, config.rope_scaling
-    per_time = config.rope_theta ** (-np.arange(0, K, 2) / K)  # [ROPE.4] θ^(-2j/K)
-    if scaling is None:
-        return per_time
-    turns = scaling.original * per_time / (2.0 * math.pi)
-    kept = np.clip((turns - scaling.low) / (scaling.high - scaling.low), 0.0, 1.0)
-    return per_time * (kept + (1.0 - kept) / scaling.factor)
+    K = config.head_width
+    omega = config.rope_theta ** (-np.arange(0, K, 2) / K)  # [ROPE.4] ω_j = θ^(-2j/K)
+    match config.rope_scaling:
+        case LinearScaling(factor):
+            return omega / factor
+        case Llama3Scaling(factor, low, high, original):
+            turns = original * omega / (2.0 * math.pi)
+            kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+            return omega * (kept + (1.0 - kept) / factor)
+    return omega
 
 
 def positions(config: LlamaConfig, T: int, *, offset: int = 0, like: Array) -> dict[str, Array]:
@@ -226,9 +243,8 @@ def positions(config: LlamaConfig, T: int, *, offset: int = 0, like: Array) -> d
 READS = {  # see `keep.Kept`
     "qkv": "ln_1", "o": "attention", "gate": "ln_2", "up": "ln_2", "down": "swiglu"
 }  # fmt: skip
-ENDS = {  # see `keep.Plan`
-    "qkv": ("qkv",), "o": ("qkv",),
-    "gate": ("gate", "up"), "up": ("gate", "up"), "down": ("gate", "up"),
+ENDS = {  # see `keep.ending_at_lowest`
+    "qkv": "ln_1", "o": "qkv", "gate": "ln_2", "up": "ln_2", "down": "gate"
 }  # fmt: skip
 LAST = "down"  # of its output only y is made
 

@@ -20,7 +20,7 @@ class RMSNormaliseCache(NamedTuple):
     rrms: Array  # 1/√(mean x² + ε)
 
 
-def rms_normalise_forward(x: Array, *, eps: float = 1e-6) -> tuple[Array, RMSNormaliseCache]:
+def rms_normalise_forward(x: Array, *, eps: float) -> tuple[Array, RMSNormaliseCache]:
     """x̂ = x / √(mean x² + ε) along the last axis [RMS.1-2] (Zhang & Sennrich 2019, eq. 4).
 
     (..., C) -> (..., C). `normalise_forward` without the mean.
@@ -66,7 +66,7 @@ class RMSNormCache(NamedTuple):
         return scale_forward(self.normalise.xhat, self.scale.w)[0]
 
 
-def rms_norm_forward(x: Array, w: Array, *, eps: float = 1e-6) -> tuple[Array, RMSNormCache]:
+def rms_norm_forward(x: Array, w: Array, *, eps: float) -> tuple[Array, RMSNormCache]:
     """y = w ∘ x̂: `scale_forward` of `rms_normalise_forward`.  (..., C), (C,) -> (..., C)"""
     xhat, normalise = rms_normalise_forward(x, eps=eps)
     y, scale = scale_forward(xhat, w)
@@ -128,7 +128,7 @@ class RotaryCache(NamedTuple):
 
 
 def rotary_forward(qkv: Array, *, cos: Array, sin: Array, heads: int) -> tuple[Array, RotaryCache]:
-    """Each pair (x_j, x_{j+K/2}) of q and k turned by its angle [ROPE.1-2] (Su et al. 2021, eq. 34).
+    """Each pair (x_j, x_{j+K/2}) of q and k, turned by its angle [ROPE.1-2] (Su et al. 2021, §3.4).
 
     (B, T, (H + 2G) K), (T, 1, K/2) -> (B, T, (H + 2G) K). The first `heads` heads, H of q and G of
     k, are turned, and v is left as it is. The angle grows with the time t (see `llama`).

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from minilora import ops
-from minilora.adapters import Adapter, LoRAConfig, adapters, projections, weight_of
+from minilora.adapters import Adapter, LoRAConfig, adapters, qkv_widths, weight_of
 from minilora.backend import Array, namespace
 from minilora.errors import MiniloraError
 from minilora.ops import Gradient, rows
@@ -153,7 +153,7 @@ def unmerge(base: Tree, lora: Tree, config: LoRAConfig) -> Tree:
 
 
 def _with_updates(base: Tree, lora: Tree, config: LoRAConfig, *, sign: float) -> Tree:
-    weights, columns_of = flatten(base), projections(base)
+    weights, widths = flatten(base), qkv_widths(base)
     merged: dict[str, Any] = dict(weights)
     for path, ab in adapters(lora).items():
         if path == "embedding" and "head" not in base:
@@ -161,7 +161,7 @@ def _with_updates(base: Tree, lora: Tree, config: LoRAConfig, *, sign: float) ->
                 "an adapter of the embedding cannot be merged: the tied head shares its table, "
                 "which the adapter leaves as it is; use the adapter unmerged"
             )
-        weight_path, columns = weight_of(path, *columns_of)
+        weight_path, columns = weight_of(path, *widths)
         if merged[weight_path] is weights[weight_path]:
             merged[weight_path] = weights[weight_path].copy()
         update = ab["A"] @ ab["B"]

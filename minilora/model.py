@@ -114,7 +114,8 @@ class Model(Net):
                     "adapter_model.safetensors, as PEFT saves an adapter"
                 )
         dtype = self.base["wte"].dtype
-        parts = [load_adapter(f, self.config, dtype=dtype, base=self.base) for f in folders]
+        config: Any = self.config
+        parts = [load_adapter(f, config, dtype=dtype, base=self.base) for f in folders]
         lora, lora_config = parts[0] if weights == [1.0] else mix(parts, weights)
         return self.with_adapter(to_device(lora, self.device), lora_config)
 

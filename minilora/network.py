@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 from minilora import gpt2, llama, loss
-from minilora.adapters import Adapters, LoRAConfig, placed_adapters, projections
+from minilora.adapters import Adapters, LoRAConfig, placed_adapters, qkv_widths
 from minilora.backend import Array, check_ids, to_device
 from minilora.errors import MiniloraError
 from minilora.keep import Kept, Plan, ending_at_lowest, unwanted, without, without_output
@@ -51,7 +51,7 @@ class Net:
     def adapters(self, masks: Mapping[str, Array] | None) -> dict[str, Adapters]:
         """Every adapter at its place (see `placed_adapters`), each with its dropout mask."""
         lora, lora_config = self.lora or {}, self.lora_config or LoRAConfig()
-        return placed_adapters(lora, lora_config, projections(self.base), masks=masks)
+        return placed_adapters(lora, lora_config, qkv_widths(self.base), masks=masks)
 
     @property
     def architecture(self) -> Any:

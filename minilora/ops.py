@@ -78,7 +78,7 @@ class LinearCache(NamedTuple):
 
 def linear_forward(x: Array, w: Array, b: Array) -> tuple[Array, LinearCache]:
     """The affine map y = x W + b [LIN.1].  (..., I), (I, O), (O,) -> (..., O)"""
-    y, (x, w) = matmul_forward(x, w)
+    y, _ = matmul_forward(x, w)
     y += b  # [LIN.1] y = x W + b
     return y, LinearCache(x, w)
 
@@ -285,12 +285,13 @@ def softmax_backward(dy: Array, cache: SoftmaxCache) -> tuple[Array]:
 
 
 def attention_weights(q: Array, k: Array, *, mask: Array) -> Array:
-    """P = softmax(q kᵀ / √K + mask) [ATT.1-2].
+    """P = softmax(q kᵀ / √K + mask), for the last n of m times [ATT.1-2].
 
-    (..., n, K), (..., m, K), (n, r) -> (..., n, m). The mask is that of the last r of m times.
+    (..., n, K), (..., m, K), (n or more, n or more) -> (..., n, m). The mask is among the last n.
     """
-    S = (q * (1.0 / math.sqrt(q.shape[-1]))) @ k.swapaxes(-1, -2)  # [ATT.1] S = q kᵀ / √K
-    S[..., -mask.shape[-1] :] += mask
+    n, K = q.shape[-2:]
+    S = (q * (1.0 / math.sqrt(K))) @ k.swapaxes(-1, -2)  # [ATT.1] S = q kᵀ / √K
+    S[..., -n:] += mask[:n, :n]
     return softmax_forward(S)[0]  # [ATT.2] P = softmax(S + causal mask)
 
 
@@ -338,24 +339,23 @@ def causal_mask(n: int, like: Array) -> Array:
     return xp.triu(xp.full((n, n), -math.inf, dtype=like.dtype), 1)
 
 
-def by_group(q: Array, k: Array) -> Array:
-    """The M heads of q that share one of k, one below the other.  (B, H, n, K) -> (B, G, M n, K)"""
-    B, G, _, K = k.shape
-    return q.reshape(B, G, -1, K)
+def split_heads(qkv: Array, heads: int, kv_heads: int | None = None) -> tuple[Array, Array, Array]:
+    """Views q (B, H, T, K) and k, v (B, G, T, K) of the fused projections (B, T, (H + 2G) K).
+
+    H is `heads` and G `kv_heads`, as many when None.
+    """
+    B, T, _ = qkv.shape
+    G = kv_heads or heads
+    x = qkv.reshape(B, T, heads + 2 * G, -1).transpose(0, 2, 1, 3)
+    return x[:, :heads], x[:, heads : heads + G], x[:, heads + G :]
 
 
-def for_group(mask: Array, q: Array, k: Array) -> Array:
-    """The mask of q's n times for each of the M heads of a group.  -> (M n, n)"""
-    n, M = q.shape[-2], q.shape[1] // k.shape[1]
-    return namespace(mask).broadcast_to(mask[:n, :n], (M, n, n)).reshape(M * n, n)
-
-
-def split_heads(qkv: Array, heads: int, kv_heads: int) -> tuple[Array, Array, Array]:
-    """Views q (B, H, T, K) and k, v (B, G, T, K) of the fused projections (B, T, (H + 2G) K)."""
-    B, T, width = qkv.shape
-    in_all = heads + 2 * kv_heads
-    x = qkv.reshape(B, T, in_all, width // in_all).transpose(0, 2, 1, 3)
-    return x[:, :heads], x[:, heads : heads + kv_heads], x[:, heads + kv_heads :]
+def groups(q: Array, k: Array) -> list[slice]:
+    """Of H heads of q, sets of G that each have a head of k to themselves: every (H / G)-th."""
+    M, rest = divmod(q.shape[1], k.shape[1])
+    if rest:
+        raise ValueError(f"{k.shape[1]} heads of k and v cannot share {q.shape[1]} of q equally")
+    return [slice(m, None, M) for m in range(M)]
 
 
 def merged_heads(q: Array) -> tuple[Array, Array]:
@@ -371,41 +371,23 @@ class AttentionCache(NamedTuple):
     v: Array
 
 
-def attend_by_group(q: Array, k: Array, v: Array, *, mask: Array) -> Array:
-    """y of `attend_forward` where each of G heads of k and v serves M = H / G of q.
-
-    (B, H, n, K), (B, G, m, K), (B, G, m, K) -> (B, H, n, K). The M heads are rows of one product.
-    """
-    y, _ = attend_forward(by_group(q, k), k, v, mask=for_group(mask, q, k))
-    return y.reshape(q.shape)
-
-
-def gradients_by_group(
-    dy: Array, q: Array, k: Array, v: Array, *, mask: Array
-) -> tuple[Array, Array, Array]:
-    """dq, dk, dv of `attend_by_group`, whose P is recomputed."""
-    q_rows = by_group(q, k)
-    P = attention_weights(q_rows, k, mask=for_group(mask, q, k))
-    dq, dk, dv = attend_backward(by_group(dy, k), AttendCache(q_rows, k, v, P))
-    return dq.reshape(q.shape), dk, dv
-
-
 def attention_forward(
     qkv: Array, *, heads: int, kv_heads: int | None = None
 ) -> tuple[Array, AttentionCache]:
-    """Causal attention of fused projections: `attend_forward` in each head.
+    """Causal multi-head attention of fused projections: `attend_forward` in each head.
 
-    (B, T, (H + 2G) K) -> (B, T, H K). q has H = `heads` heads; k and v have G = `kv_heads`, as many
-    if None, and each of theirs serves a group of M = H / G (Ainslie et al. 2023). Raises ValueError
-    unless G divides H and the heads the width.
+    (B, T, (H + 2G) K) -> (B, T, H K). Each of the G = `kv_heads` heads of k and v serves a group of
+    H / G heads of q (Ainslie et al. 2023); None: as many as `heads`. A tile of queries at a time,
+    on a GPU all. Raises ValueError unless G divides H and the heads divide the width.
     """
-    q, k, v = split_heads(qkv, heads, kv_heads or heads)
+    q, k, v = split_heads(qkv, heads, kv_heads)
     T = q.shape[-2]
     tile = min(QUERY_TILE, T) if namespace(qkv) is np else T
     mask = causal_mask(tile, qkv)
     y, y_heads = merged_heads(q)
-    for t, s in query_tiles(T, tile):
-        y_heads[..., t, :] = attend_by_group(q[..., t, :], k[..., s, :], v[..., s, :], mask=mask)
+    for h in groups(q, k):
+        for t, s in query_tiles(T, tile):
+            y_heads[:, h, t], _ = attend_forward(q[:, h, t], k[:, :, s], v[:, :, s], mask=mask)
     return y, AttentionCache(q, k, v)
 
 
@@ -419,12 +401,13 @@ def attention_backward(dy: Array, cache: AttentionCache) -> tuple[Array]:
     dy = dy.reshape(B, T, H, K).transpose(0, 2, 1, 3)
     dqkv = namespace(dy).zeros((B, T, (H + 2 * G) * K), dtype=dy.dtype)
     dq, dk, dv = split_heads(dqkv, H, G)
-    for t, s in query_tiles(T, tile):
-        dq[..., t, :], dk_tile, dv_tile = gradients_by_group(
-            dy[..., t, :], q[..., t, :], k[..., s, :], v[..., s, :], mask=mask
-        )
-        dk[..., s, :] += dk_tile
-        dv[..., s, :] += dv_tile
+    for h in groups(q, k):
+        for t, s in query_tiles(T, tile):
+            P = attention_weights(q[:, h, t], k[:, :, s], mask=mask)
+            attend = AttendCache(q[:, h, t], k[:, :, s], v[:, :, s], P)
+            dq[:, h, t], dk_tile, dv_tile = attend_backward(dy[:, h, t], attend)
+            dk[:, :, s] += dk_tile
+            dv[:, :, s] += dv_tile
     return (dqkv,)
 
 

@@ -53,7 +53,7 @@ class Sizes(NamedTuple):
             "P": self.lead[-1] + 2,  # positions: more than are used
             "Q": 3 * self.H * self.C,  # fused projections: q, k and v of H heads of width C
             "U": 4 * self.H * self.C,  # of 2 H heads of q, and H of k and of v
-            "D": 6 * self.H * self.C,  # of as many heads of the even width 2C
+            "D": 6 * self.H * self.C,  # q, k and v of H heads of the even width 2C
         }
         lead = self.lead if letters.startswith("...") else ()
         return (*lead, *(sizes[letter] for letter in letters.removeprefix("...")))
@@ -142,17 +142,10 @@ RMS_NORMALISE = (
 )  # fmt: skip
 SCALE = (llama_ops.scale_forward, llama_ops.scale_backward, ("...C", "C"))
 RMS_NORM = (
-    llama_ops.rms_norm_forward,
-    llama_ops.rms_norm_backward,
-    ("...C", "C"),
-    _constant(eps=0.1),
-)
-ROTARY = (llama_ops.rotary_forward, llama_ops.rotary_backward, ("BTD",), _angles)
-GELU = (ops.gelu_forward, ops.gelu_backward, ("...C",))
-ATTENTION = (
-    ops.attention_forward, ops.attention_backward, ("BTQ",),
-    lambda rng, s: {"heads": s.H},
+    llama_ops.rms_norm_forward, llama_ops.rms_norm_backward, ("...C", "C"), _constant(eps=0.1)
 )  # fmt: skip
+GELU = (ops.gelu_forward, ops.gelu_backward, ("...C",))
+ATTENTION = (ops.attention_forward, ops.attention_backward, ("BTQ",), lambda rng, s: {"heads": s.H})
 GROUPED_ATTENTION = (
     ops.attention_forward, ops.attention_backward, ("BTU",),
     lambda rng, s: {"heads": 2 * s.H, "kv_heads": s.H},
@@ -195,7 +188,7 @@ PAIRS: dict[str, Pair] = {
     "gelu": Pair(*GELU),
     "gelu, two tiles": Pair(*GELU, sizes=Sizes(lead=(TILE + 2,), C=1), entries=20),
     "swiglu": Pair(llama_ops.swiglu_forward, llama_ops.swiglu_backward, ("...C", "...C")),
-    "rotary": Pair(*ROTARY),
+    "rotary": Pair(llama_ops.rotary_forward, llama_ops.rotary_backward, ("BTD",), _angles),
     "softmax": Pair(ops.softmax_forward, ops.softmax_backward, ("...C",)),
     "attend": Pair(
         ops.attend_forward,
@@ -260,7 +253,8 @@ class Batch(NamedTuple):
 def tiny_model(*, seed: int = 0) -> tuple[Net, Batch]:
     """Two small blocks of GPT-2 with an adapter on every target, B not being 0."""
     config = GPTConfig(7, 5, n_embd=4, n_layer=2, n_head=2, n_inner=6, layer_norm_epsilon=0.1)
-    return _with_adapters(config, gpt_init(config, seed=seed, dtype=np.float64), TARGETS, seed)
+    base = gpt_init(config, seed=seed, dtype=np.float64)
+    return _with_adapters(config, base, TARGETS, seed)
 
 
 def tiny_llama(*, seed: int = 0) -> tuple[Net, Batch]:
@@ -275,11 +269,11 @@ def tiny_llama(*, seed: int = 0) -> tuple[Net, Batch]:
 
 
 def _with_adapters(
-    config: GPTConfig | LlamaConfig, base: Tree, targets: tuple[str, ...], seed: int
+    config: GPTConfig | LlamaConfig, base: Tree, adapted: tuple[str, ...], seed: int
 ) -> tuple[Net, Batch]:
     rng = np.random.default_rng(seed)
     lora_config = LoRAConfig(
-        rank=2, alpha=1.0, targets=targets, dropout=0.3, rank_pattern={"up": 1, "1.attn.q": 3}
+        rank=2, alpha=1.0, targets=adapted, dropout=0.3, rank_pattern={"up": 1, "1.attn.q": 3}
     )
 
     def moved(x: Array) -> Array:

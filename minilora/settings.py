@@ -1,4 +1,4 @@
-"""What the classes of settings share: plain numbers in the fields, a hint for an unknown name."""
+"""What the classes of settings share: plain numbers, checked sizes, a hint for an unknown name."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
+
+from minilora.errors import MiniloraError
+
+LARGEST_SIZE = 2**24  # a product of two such sizes still counts bytes in 64 bits
 
 
 class Settings:
@@ -32,6 +36,15 @@ class Settings:
             if isinstance(value, Mapping):
                 value = {key: plain(entry) for key, entry in value.items()}
             object.__setattr__(self, field.name, plain(value))
+
+
+def check_sizes(config: Any, *names: str) -> None:
+    """Raises MiniloraError for a field that is below 1 or above LARGEST_SIZE."""
+    for name in names:
+        if (size := getattr(config, name)) < 1:
+            raise MiniloraError(f"{name} {size} is too small; it is at least 1")
+        if size > LARGEST_SIZE:
+            raise MiniloraError(f"{name} {size} is above {LARGEST_SIZE:,}")
 
 
 def plain(value: Any) -> Any:

@@ -28,7 +28,7 @@ ALLOWED = {
     "tree": set(),
     "gradcheck": set(),
     "backend": {"errors", "tree"},
-    "settings": set(),
+    "settings": {"errors"},
     "fused": {"backend"},
     "kernels": {"backend"},
     "tiles": {"backend", "fused", "kernels"},
@@ -39,9 +39,9 @@ ALLOWED = {
     "adapters": {"errors", "backend", "tree", "settings"},
     "lora": {"errors", "backend", "tree", "ops", "adapters"},
     "keep": {"tree", "ops", "llama_ops", "adapters", "lora"},
-    "gpt2": {"errors", "backend", "tree", "ops", "adapters", "lora", "keep"},
+    "gpt2": {"errors", "backend", "tree", "settings", "ops", "adapters", "lora", "keep"},
     "llama": {
-        "errors", "backend", "tree", "ops", "llama_ops", "adapters", "lora", "keep"
+        "errors", "backend", "tree", "settings", "ops", "llama_ops", "adapters", "lora", "keep",
     },
     "network": {
         "errors", "backend", "tree", "ops", "loss", "adapters", "lora", "keep", "gpt2", "llama",

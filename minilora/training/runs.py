@@ -156,7 +156,8 @@ def adapt_in_folder(
         )  # fmt: skip
 
         def save() -> Run:
-            adapted, config = _with_trained(start, settings, trained.params), model.config
+            adapted = _with_trained(start, settings, trained.params)
+            config: Any = model.config
             if adapted.lora_config is None:
                 files = base_files(adapted.base, config, dtype=dtype, like=model.folder)
             else:

@@ -124,14 +124,32 @@ def test_the_frequencies_fall_from_one_radian_by_powers_of_theta():
     np.testing.assert_allclose(llama.frequencies(config), [1.0, 0.1, 0.01, 0.001])
 
 
+LLAMA_3 = llama.Llama3Scaling(factor=32.0, low=1.0, high=4.0, original=8192)
+
+
+def divisors(scaling):
+    """What the scaling divides each frequency of Llama 3.2 by."""
+    plain = config_of(head_dim=64, rope_theta=500_000.0)
+    return llama.frequencies(plain) / llama.frequencies(replace(plain, rope_scaling=scaling))
+
+
 def test_the_scaled_frequencies_of_llama_3():
     """Pairs 0 to 14 as before, 18 and on a 32nd, and three between (transformers' values)."""
-    scaling = llama.RotaryScaling(factor=32.0, low=1.0, high=4.0, original=8192)
-    plain = config_of(head_dim=64, rope_theta=500_000.0)
-    ratio = llama.frequencies(plain) / llama.frequencies(replace(plain, rope_scaling=scaling))
-    np.testing.assert_allclose(ratio[:15], 1.0)
-    np.testing.assert_allclose(ratio[15:18], [1.6513, 3.2923, 9.6667], rtol=1e-4)
-    np.testing.assert_allclose(ratio[18:], 32.0)
+    np.testing.assert_allclose(divisors(LLAMA_3)[:15], 1.0)
+    np.testing.assert_allclose(divisors(LLAMA_3)[15:18], [1.6513, 3.2923, 9.6667], rtol=1e-4)
+    np.testing.assert_allclose(divisors(LLAMA_3)[18:], 32.0)
+
+
+def test_linear_scaling_divides_every_frequency():
+    np.testing.assert_allclose(divisors(llama.LinearScaling(4.0)), 4.0)
+
+
+def test_heads_may_be_wider_or_narrower_than_their_share():
+    config = config_of(heads=4, kv_heads=2, hidden_size=30, head_dim=16)
+    attn = llama.llama_init(config, seed=0)["blocks"][0]["attn"]
+    assert attn["qkv"]["w"].shape == (30, 4 * 16 + 2 * 2 * 16)
+    assert attn["o"]["w"].shape == (4 * 16, 30)
+    assert_close(check_model(*a_llama(config=config), BOTH, entries=2))
 
 
 def test_positions_are_computed_in_float64_and_rounded_once():
@@ -148,7 +166,11 @@ def test_positions_are_computed_in_float64_and_rounded_once():
         ({"num_hidden_layers": 0}, "num_hidden_layers 0 is too small"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of"),
         ({"hidden_size": 18}, "hidden_size 18 is not a multiple of num_attention_heads 4"),
+        ({"head_dim": 0}, "head_dim 0 is too small"),
         ({"head_dim": 5}, "heads of width 5 have no pairs"),
+        ({"vocab_size": 2**25}, "vocab_size 33554432 is above 16,777,216"),
+        ({"rope_scaling": llama.LinearScaling(0.0)}, "has a number that is not positive"),
+        ({"rope_scaling": LLAMA_3._replace(high=1.0)}, "has a low that is not below its high"),
         ({"rope_theta": 0.0}, "rope_theta 0.0 is not a positive number"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps nan is not a positive number"),
     ],
