@@ -297,10 +297,10 @@ print(f"adapter {after:.3f}, merged with o transposed {SEEN['7 o transposed']:.3
 
 
 # %%
-def swapped_weight_of(path, width):
+def swapped_weight_of(path, *widths):
     if path.endswith((".k", ".v")):
         path = path[:-1] + {"k": "v", "v": "k"}[path[-1]]
-    return weight_of(path, width)
+    return weight_of(path, *widths)
 
 
 QV = LoRAConfig(rank=4, alpha=8.0, targets=("q", "v"))
@@ -341,8 +341,8 @@ except minilora.MiniloraError as error:
 print(refusal)
 
 
-def lenient_paths(config, n_layer):
-    return [p for p in lora_paths(n_layer) if any(matches(t, p) for t in config.targets)]
+def lenient_paths(config, n_layer, *, mlp):
+    return [p for p in lora_paths(n_layer, mlp=mlp) if any(matches(t, p) for t in config.targets)]
 
 
 with patch("minilora.adapters.adapted_paths", lenient_paths):

@@ -317,7 +317,8 @@ def _small_tree(rng: Any, s: Sizes, *, A: bool = True) -> Inputs:
 
 def _base(v: Inputs) -> Tree:
     linear = {name: {"w": v[name], "b": v[name][0]} for name in ("qkv", "up", "down")}
-    block = {"attn": {"qkv": linear["qkv"]}, "mlp": {"up": linear["up"], "down": linear["down"]}}
+    attn = {"qkv": linear["qkv"], "o": {"w": v["qkv"][:, : v["wte"].shape[1]]}}
+    block = {"attn": attn, "mlp": {"up": linear["up"], "down": linear["down"]}}
     return {"wte": v["wte"], "blocks": [block]}
 
 
@@ -361,6 +362,7 @@ def merge_task() -> Task:
                 raise Malformed(
                     f"{name} must return a tree of the base's form; these differ: {odd}."
                 )
+            del found["blocks.0.attn.o.w"]
             for path, leaf in found.items():
                 outputs[f"{result}.{path.removeprefix('blocks.0.')}"] = leaf
         return outputs
@@ -467,7 +469,8 @@ def _rows() -> list[Exercise]:
             ("numeric_gradient",), "docs/notation.md", 20, (),
             {"a matrix": numeric_task("...C"), "a vector": numeric_task("C")},
         ),
-        of_pair("linear", "The linear map, the model of all the others", 30, "numeric_gradient"),
+        of_pair("linear", "The linear map, the model of all the others", 30, "numeric_gradient",
+                helpers=("matmul_backward",), tags_of=("matmul_backward",)),
         of_pair("embedding", "The embedding: rows of a table", 20, "linear"),
         of_pair("position", "Positions", 15, "embedding", page="embedding", varied=position),
         of_pair("affine", "Scale and shift, the second half of the layer norm", 15, "linear",
@@ -552,7 +555,7 @@ EXERCISES: dict[str, Exercise] = {row.name: row for row in _rows()}
 def tags(exercise: Exercise) -> list[tuple[str, str]]:
     """The equations to write, in the order of the package's source: the tag, and what it says."""
     found: dict[str, str] = {}
-    for name in (*exercise.functions, *exercise.tags_of):
+    for name in (*exercise.tags_of, *exercise.functions):
         lines, _ = inspect.getsourcelines(inspect.unwrap(getattr(exercise.module, name)))
         for line in lines:
             for tag, text in re.findall(r"# [\[(]([A-Z]+\.\d+)[\])]\s*(.*)$", line):

@@ -38,7 +38,7 @@ class Bug(NamedTuple):
     test: str
 
 
-LINEAR = "y, linear = ops.linear_forward("
+LINEAR = "y, linear = ops.matmul_forward(x, w) if b is None"
 INIT = "A, B = rng.uniform(-bound, bound, size=(n_in, rank)), np.zeros((rank, n_out))"
 NET = 'net, lora = self.with_params(state.params), settings.method == "lora"'
 WRITTEN = "def __setitem__(self, name: str, part: Any) -> None:"
@@ -97,8 +97,8 @@ BUGS = (
     Bug(
         "Columns of the fused weight swapped",
         "adapters.py",
-        'third = "qkv".index(name)',
-        'third = "qvk".index(name)',
+        'start = {"q": 0, "k": q_width, "v": q_width + width}[name]',
+        'start = {"q": 0, "v": q_width, "k": q_width + width}[name]',
         CONFIG + "test_q_k_and_v_are_the_columns_of_qkv",
     ),
     Bug(
