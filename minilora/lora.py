@@ -104,7 +104,7 @@ def adapted_linear_forward(
 ) -> tuple[Array, AdaptedLinearCache]:
     """y = x W + b + Σ s (x ∘ mask) A B, each adapter on its own columns of y [ADAPT.1].
 
-    (..., I), (I, O), (O,) -> (..., O)
+    (..., I), (I, O), (O,) or None -> (..., O)
     """
     y, linear = ops.matmul_forward(x, w) if b is None else ops.linear_forward(x, w, b)
     caches = {}
@@ -119,11 +119,13 @@ def adapted_linear_forward(
 def adapted_linear_backward(
     dy: Array, cache: AdaptedLinearCache
 ) -> tuple[Any, Tree, dict[str, Tree]]:
-    """dx, {"w": dw, "b": db}, {name: {"A": dA, "B": dB}} of `adapted_linear_forward`."""
+    """dx, {"w": dw, "b": db}, {name: {"A": dA, "B": dB}}; "b" where there is a bias."""
     if isinstance(cache.linear, ops.MatmulCache):
-        dx, *dweights = ops.matmul_backward(dy, cache.linear)
+        dx, dw = ops.matmul_backward(dy, cache.linear)
+        dlinear = {"w": dw}
     else:
-        dx, *dweights = ops.linear_backward(dy, cache.linear)
+        dx, dw, db = ops.linear_backward(dy, cache.linear)
+        dlinear = {"w": dw, "b": db}
     dadapters = {}
     for name, (dropout, lora, columns) in cache.adapters.items():
         dx_lora, dA, dB = lora_backward(dy[..., columns], lora)
@@ -131,7 +133,7 @@ def adapted_linear_backward(
         if dx is not None and dx_lora is not None:
             (dx_lora,) = ops.dropout_backward(dx_lora, dropout)
             dx += dx_lora  # [ADAPT.2] dx = dy Wᵀ + Σ s (dy Bᵀ) Aᵀ
-    return dx, dict(zip(("w", "b"), dweights, strict=False)), dadapters
+    return dx, dlinear, dadapters
 
 
 # --- merging -----------------------------------------------------------------------------------

@@ -35,29 +35,37 @@ from unittest.mock import patch
 
 import numpy as np
 
-from minilora import fused, gpt2, keep, lora, loss, network, ops, tiles
+from minilora import fused, gpt2, keep, llama, llama_ops, lora, loss, network, ops, tiles
 from minilora.adapters import LoRAConfig, adapters, lora_init
 from minilora.errors import MiniloraError
 from minilora.generate import new_cache, next_logits
 from minilora.gradcheck import assert_close, check_pair, check_tree
 from minilora.keep import Plan
 from minilora.network import Net
-from minilora.pairs import PAIRS, Batch, Pair, Sizes, tiny_model
+from minilora.pairs import PAIRS, Batch, Pair, Sizes, tiny_llama, tiny_model
 from minilora.tree import flatten, map_leaves
 
-MODULES = (ops, loss, tiles, fused, lora, keep, gpt2, network)
+MODULES = (ops, llama_ops, loss, tiles, fused, lora, keep, gpt2, llama, network)
 # Beside the backward passes, their helpers and all of `keep`: what they call from another module,
 # and what decides what is kept for them.
 BESIDE = {
     ops: ("LayerNormCache.output", "GELUCache.output"),
+    llama_ops: ("RMSNormCache.output", "SwiGLUCache.output"),
     tiles: ("entrywise",),
-    fused: ("gelu_gradient",),
+    fused: ("gelu_gradient", "swiglu", "swiglu_gate_gradient"),
     network: ("trunk_forward", "_block_forward", "loss_and_grads"),
 }
-OF_MODELS = (lora, keep, gpt2, network)
-ALSO_OF_MODELS = ("ops.LayerNormCache.output", "ops.GELUCache.output", "ops.dropout_backward")
+OF_MODELS = (lora, keep, gpt2, llama, network)
+ALSO_OF_MODELS = (
+    "ops.LayerNormCache.output", "ops.GELUCache.output", "ops.dropout_backward",
+    "llama_ops.RMSNormCache.output", "llama_ops.SwiGLUCache.output", "llama_ops.rotary_forward",
+)  # fmt: skip
 # Called to recompute an output, which is not what is to be checked here.
-FORWARD = {"affine_forward", "gelu"}
+FORWARD = {"affine_forward", "gelu", "scale_forward"}
+# Formulas that a backward pass applies tile by tile, each with a fused form of its name.
+FORMULAS = {
+    "gelu_gradient": ops, "swiglu": llama_ops, "swiglu_gate_gradient": llama_ops
+}  # fmt: skip
 # So small that the arrays here have several.
 TILES = ((ops, "QUERY_TILE", 2), (loss, "VOCAB_CHUNK", 3), (tiles, "TILE", 4))
 
@@ -68,7 +76,10 @@ NOT_HERE = "Where the target is in another chunk, any column will do: 0 is subtr
 ONE_DEVICE = "All of the cache lies on one device."
 CACHE_UNUSED = "Attention recomputes P alone, and keeps it itself."
 ON_A_GPU = "A GPU takes all queries as one tile."
+NO_ADAPTER = "Either says that there is no adapter."
+TWO_AXES = "Tokens are (B, T)."
 AS_MANY = "A cache has as many entries as fields."
+K_AND_V = "Keys and values have as many heads."
 BOTH_DROPPED = "`keep` drops what either is made of, or neither."
 
 # Survivors, by "module.function: before → after", and why the result is the same.
@@ -99,6 +110,15 @@ EXPLAINED: dict[str, str] = {
     "tile = min(T, QUERY_TILE) if namespace(dy) is np else T": SYMMETRIC,
     "ops.attention_backward: tile = min(QUERY_TILE, T) if namespace(dy) is np else T → "
     "tile = min(QUERY_TILE, T) if namespace(dy) is np else K": ON_A_GPU,
+    "ops.attention_backward: G = k.shape[1] → G = v.shape[1]": K_AND_V,
+    "ops.attention_backward: for h in groups(q, k): → for h in groups(q, v):": K_AND_V,
+    "llama_ops.rms_normalise_backward: "
+    "dx = dxhat - xhat * (dots(dxhat, xhat) / dxhat.shape[-1]) → "
+    "dx = dxhat - xhat * (dots(xhat, dxhat) / dxhat.shape[-1])": SYMMETRIC,
+    "llama_ops.RMSNormCache.output: "
+    "return scale_forward(self.normalise.xhat, self.scale.w)[0] → "
+    "return scale_forward(self.scale.w, self.normalise.xhat)[0]": SYMMETRIC,
+    "fused.swiglu: y = np.multiply(g, 0.5, out=out) → y = np.multiply(0.5, g, out=out)": SYMMETRIC,
     "loss.cross_entropy_backward: xp = namespace(logits) → xp = namespace(lse)": ONE_DEVICE,
     "loss.cross_entropy_backward: dlogits[xp.arange(target.size), target] -= 1.0 → "
     "dlogits[xp.arange(weight.size), target] -= 1.0": "Every target has one weight.",
@@ -131,9 +151,14 @@ EXPLAINED: dict[str, str] = {
         "Where neither base nor adapters are trained, nothing is kept whatever the end."
     ),
     "gpt2.embed_backward: return ({'wte': dwte, 'wpe': dwpe}, {}) → "
-    "return ({'wte': dwte, 'wpe': dwpe}, None)": "Either says that there is no adapter.",
+    "return ({'wte': dwte, 'wpe': dwpe}, None)": NO_ADAPTER,
+    "llama.embed_backward: return ({'wte': dwte}, {}) → return ({'wte': dwte}, None)": NO_ADAPTER,
     "network.trunk_forward: if (end := (offset + tokens.shape[-1])) > net.config.n_positions: → "
-    "if (end := (offset + tokens.shape[1])) > net.config.n_positions:": "Tokens are (B, T).",
+    "if (end := (offset + tokens.shape[1])) > net.config.n_positions:": TWO_AXES,
+    "network.trunk_forward: positions = architecture.positions(net.config, tokens.shape[-1], "
+    "offset=offset, like=x) → "
+    "positions = architecture.positions(net.config, tokens.shape[1], "
+    "offset=offset, like=x)": TWO_AXES,
     "network.trunk_forward: below = plan.base or (plan.lora and adapter is not None) → "
     "below = plan.base or adapter is not None": (
         "Where no gradient is wanted, no block keeps anything whatever is below it."
@@ -227,6 +252,10 @@ SWAPPED_PARTS = {
     "down": "up",
     "qkv": "o",
     "o": "qkv",
+    "gate": "up",
+    "rotary": "attention",
+    "attention": "rotary",
+    "swiglu": "gate",
 }
 SWAPPED_NAMES = {
     "OF_WEIGHTS": "OF_FACTORS",
@@ -482,13 +511,14 @@ def planted(mutant: Mutant) -> Iterator[None]:
             stack.enter_context(patch.object(owner, function.__name__, method))
             yield
             return
-        if function is inspect.unwrap(ops.gelu_gradient):  # or else what is fused takes its place
+        if FORMULAS.get(function.__name__) is mutant.module:  # or what is fused takes its place
             stack.enter_context(patch.object(tiles, "fused", types.SimpleNamespace()))
         stack.callback(setattr, function, "__code__", function.__code__)
         function.__code__ = mutant.code
         if function is tiles.entrywise:
-            formula = inspect.unwrap(ops.gelu_gradient)
-            stack.enter_context(patch.object(ops, "gelu_gradient", tiles.entrywise(formula)))
+            for name, module in FORMULAS.items():
+                again = tiles.entrywise(inspect.unwrap(getattr(module, name)))
+                stack.enter_context(patch.object(module, name, again))
         yield
 
 
@@ -572,9 +602,9 @@ def reached(function: Callable[..., Any]) -> set[str]:
             called = (f.__globals__.get(name) for name in f.__code__.co_names)
             left += [g for g in called if getattr(g, "__module__", "").startswith("minilora.")
                      and isinstance(g, types.FunctionType)]  # fmt: skip
-    if "ops.gelu_gradient" in found:
-        found |= {"tiles.entrywise", "fused.gelu_gradient"}
-    return found
+    applied = {name for name in FORMULAS if found & {f"ops.{name}", f"llama_ops.{name}"}}
+    fused_forms = {f"fused.{name}" for name in applied}
+    return found | fused_forms | ({"tiles.entrywise"} if applied else set())
 
 
 # --- whether it is noticed: models ---------------------------------------------------------------
@@ -627,7 +657,8 @@ class ModelCheck:
         x, cache = network.trunk_forward(self.net, **self.inputs, plan=self.plan)
         kept = sum(owner.size for owner in owners(cache, but=self.given))
         shapes = KeptByShapes(self.net, self.plan, has_masks=self.inputs["masks"] is not None)
-        assert kept == self.inputs["tokens"].size * shapes.a_row(), f"{kept} numbers are kept"
+        expected = self.inputs["tokens"].size * shapes.a_row() + shapes.tables(x.shape[1])
+        assert kept == expected, f"{kept} numbers are kept"
         if self.trained:
             with counted_outputs() as outputs:
                 dbase, dlora = network.trunk_backward(np.ones_like(x), cache)
@@ -673,7 +704,8 @@ def counted_outputs() -> Iterator[Counter[str]]:
         return count
 
     with contextlib.ExitStack() as stack:
-        for kind in (ops.LayerNormCache, ops.GELUCache):
+        kinds = (ops.LayerNormCache, ops.GELUCache, llama_ops.RMSNormCache, llama_ops.SwiGLUCache)
+        for kind in kinds:
             stack.enter_context(patch.object(kind, "output", counting(kind.output)))
         yield calls
 
@@ -681,11 +713,25 @@ def counted_outputs() -> Iterator[Counter[str]]:
 class KeptByShapes:
     """What a model keeps of one token, and recomputes, as it follows from shapes and plan."""
 
-    PARTS = ("ln_1", "qkv", "attention", "o", "ln_2", "up", "gelu", "down")
-    LOWEST = {"qkv": PARTS, "o": PARTS[1:], "up": PARTS[4:], "down": PARTS[5:]}  # what it needs
+    PARTS = {  # of a block, in order
+        gpt2: ("ln_1", "qkv", "attention", "o", "ln_2", "up", "gelu", "down"),
+        llama: (
+            "ln_1", "qkv", "rotary", "attention", "o", "ln_2", "gate", "up", "swiglu", "down"
+        ),
+    }  # fmt: skip
+    FROM = {"qkv": "ln_1", "o": "qkv", "gate": "ln_2", "up": "ln_2"}  # the first part it needs
 
     def __init__(self, net: Net, plan: Plan, *, has_masks: bool) -> None:
         self.config, self.plan, self.has_masks = net.config, plan, has_masks
+        self.parts = self.PARTS[net.architecture]
+        self.maps = [name for name in self.parts if name in net.architecture.READS]
+        self.first = {**self.FROM, "down": self.parts[self.parts.index("ln_2") + 1]}
+        block = net.base["blocks"][0]
+        q_width, qkv_width = block["attn"]["o"]["w"].shape[0], block["attn"]["qkv"]["w"].shape[1]
+        F = self.config.inner
+        self.kept = {"ln_1": self.norm, "ln_2": self.norm, "attention": qkv_width}
+        self.kept |= {"gelu": F, "swiglu": 2 * F}
+        self.attended = q_width
         self.ranks = [Counter[str]() for _ in range(net.config.n_layer)]
         self.embedding = 0
         for path, factors in adapters(net.lora).items() if plan.lora else ():
@@ -695,30 +741,45 @@ class KeptByShapes:
             else:
                 self.ranks[int(path.split(".")[1])]["qkv" if name in "qkv" else name] += rank
 
-    def a_row(self) -> int:
-        total = self.embedding  # of the embedding s A[token]
+    @property
+    def norm(self) -> int:
+        """The normalised row and its scale."""
+        return self.config.n_embd + 1
+
+    def needed(self) -> Iterator[tuple[Counter[str], tuple[str, ...]]]:
+        """Of each block through which the pass goes the ranks, and the parts that it needs."""
         below = self.plan.base or self.embedding > 0
         for ranks in self.ranks:
+            lowest = next((name for name in self.maps if ranks[name]), "qkv")
+            start = 0 if below else self.parts.index(self.first[lowest])
             if below or ranks:
-                parts = self.of_parts(ranks)
-                lowest = next((name for name in self.LOWEST if ranks[name]), "qkv")
-                needed = self.PARTS if below else self.LOWEST[lowest]
-                recomputed = self.config.n_embd + parts["down"]  # the block's input, and s x A
-                whole = sum(parts[name] for name in needed)
-                total += recomputed if self.plan.recompute else whole
+                yield ranks, self.parts[start:]
             below = below or bool(ranks)
-        return total + below * (self.config.n_embd + 1)  # of the last norm x̂ and its scale
+
+    def a_row(self) -> int:
+        total = self.embedding  # of the embedding s A[token]
+        for ranks, needed in self.needed():
+            parts = self.of_parts(ranks)
+            recomputed = self.config.n_embd + parts["down"]  # the block's input, and s x A
+            whole = sum(parts[name] for name in needed)
+            total += recomputed if self.plan.recompute else whole
+        return total + (self.norm if total else 0)  # of the last norm
+
+    def tables(self, T: int) -> int:
+        """The numbers of the tables of cosines and sines, which all blocks share."""
+        needed = [self.plan.recompute or "rotary" in parts for _, parts in self.needed()]
+        is_llama = "rotary" in self.parts
+        return T * self.config.head_width if is_llama and any(needed) else 0
 
     def of_parts(self, ranks: Counter[str]) -> dict[str, int]:
-        C, F = self.config.n_embd, self.config.inner
         inputs = [self.plan.base, ranks["o"] > 0]  # y of the attention; the same, after dropout
-        o = C * (sum(inputs) if self.has_masks else any(inputs))
-        kept = {"ln_1": C + 1, "ln_2": C + 1, "attention": 3 * C, "gelu": F, "o": o}
-        return {name: kept.get(name, 0) + ranks[name] for name in self.PARTS}
+        o = self.attended * (sum(inputs) if self.has_masks else any(inputs))
+        kept = {**self.kept, "o": o}
+        return {name: kept.get(name, 0) + ranks[name] for name in self.parts}
 
     def outputs(self) -> int:
         """How many inputs of linear maps are recomputed: all but those of o, where one is read."""
-        maps = ("qkv", "up", "down")
+        maps = set(self.maps) - {"o"}
         return sum(self.plan.base or ranks[name] > 0 for ranks in self.ranks for name in maps)
 
 
@@ -729,11 +790,6 @@ def model_checks() -> list[ModelCheck]:
     base = {**net.base, "blocks": [*net.base["blocks"], net.base["blocks"][0]]}
     deep = Net(base, dataclasses.replace(net.config, n_layer=3))
     untied = dataclasses.replace(net, base={**net.base, "head": net.base["wte"] + 0.3})
-
-    def adapted(net: Net, *targets: str) -> Net:
-        config = LoRAConfig(rank=2, alpha=2.0, targets=targets)
-        fresh = lora_init(net.base, config, seed=0)
-        return Net(net.base, net.config, map_leaves(lambda x: x + 0.3, fresh), config)
 
     both = Plan(base=True, lora=True)
     return [
@@ -747,7 +803,34 @@ def model_checks() -> list[ModelCheck]:
         ModelCheck(untied, batch, Plan(base=True)),
         ModelCheck(deep, no_masks, Plan(base=True)),
         ModelCheck(net, batch, Plan()),
+        *llama_checks(),
     ]
+
+
+def llama_checks() -> list[ModelCheck]:
+    """The same of a Llama, and of one with biases, as Qwen2 has them."""
+    net, batch = tiny_llama()
+    no_masks, lora = batch._replace(masks=None), Plan(lora=True)
+    biased = map_leaves(lambda x: x, net.base)
+    for block in biased["blocks"]:
+        block["attn"]["qkv"]["b"] = block["attn"]["qkv"]["w"][0] + 0.3
+    return [
+        ModelCheck(net, batch, lora),
+        ModelCheck(net, batch, Plan(base=True, lora=True, recompute=True)),
+        ModelCheck(adapted(net, "gate"), no_masks, lora),
+        ModelCheck(adapted(net, "1.mlp.up"), no_masks, lora),
+        ModelCheck(adapted(net, "1.attn.o", "1.mlp.down"), no_masks, lora),
+        ModelCheck(adapted(net, "1.mlp.down"), no_masks, Plan(lora=True, recompute=True)),
+        ModelCheck(Net(biased, net.config), no_masks, Plan(base=True)),
+        ModelCheck(net, batch, Plan()),
+    ]
+
+
+def adapted(net: Net, *targets: str) -> Net:
+    """The net with fresh adapters on these targets alone, moved so that B is not 0."""
+    config = LoRAConfig(rank=2, alpha=2.0, targets=targets)
+    fresh = lora_init(net.base, config, seed=0)
+    return Net(net.base, net.config, map_leaves(lambda x: x + 0.3, fresh), config)
 
 
 def check_the_tiles() -> None:
@@ -757,6 +840,16 @@ def check_the_tiles() -> None:
         ops.attention_backward(y, cache)
     sizes = [tuple(x.shape[-2] for x in call.args) for call in weights.call_args_list]
     assert sizes == [(2, 2), (2, 4), (1, 5)], sizes
+
+
+def check_the_groups() -> None:
+    """Requires that heads of q that those of k and v cannot share equally are refused."""
+    try:
+        ops.groups(np.zeros((1, 5, 7, 6)), np.zeros((1, 2, 7, 6)))
+    except ValueError as error:
+        assert "2 heads of k and v cannot share 5" in str(error)
+    else:
+        raise AssertionError("not refused")
 
 
 def check_the_fused_form() -> None:
@@ -803,12 +896,12 @@ def check_that_inference_keeps_nothing() -> None:
 
 def check_the_past() -> None:
     """Requires that tokens at an offset, with an attention that has a past, give what all do."""
-    net, batch = tiny_model()
-    cache = new_cache(net, length=4, batch=2)
-    next_logits(net, tokens=batch.tokens[:, :3], cache=cache, position=0)
-    last = next_logits(net, tokens=batch.tokens[:, 3:], cache=cache, position=3)
-    expected = network.net_logits(net, tokens=batch.tokens)[:, -1]
-    assert np.allclose(last, expected, rtol=1e-9, atol=1e-12)
+    for net, batch in (tiny_model(), tiny_llama()):
+        cache = new_cache(net, length=4, batch=2)
+        next_logits(net, tokens=batch.tokens[:, :3], cache=cache, position=0)
+        last = next_logits(net, tokens=batch.tokens[:, 3:], cache=cache, position=3)
+        expected = network.net_logits(net, tokens=batch.tokens)[:, -1]
+        assert np.allclose(last, expected, rtol=1e-9, atol=1e-12)
 
 
 def check_the_refusals() -> None:
@@ -891,12 +984,19 @@ def results(word: str = "", make: Callable = mutants_of) -> Iterator[Result]:
             for mutant in make(module):
                 if word in mutant.place:
                     checks = [pair for pair in pairs if mutant.place in pair.reached]
-                    is_of_models = module in OF_MODELS or mutant.place in ALSO_OF_MODELS
-                    checks += models * is_of_models + [check_the_tiles] * (module is ops)
+                    if module in OF_MODELS or mutant.place in ALSO_OF_MODELS:
+                        checks += [check for check in models if may_reach(check, module)]
+                    checks += [check_the_tiles, check_the_groups] * (module is ops)
                     if module is tiles:
                         checks += [functools.partial(as_printed, check) for check in checks]
                         checks += [check_the_fused_form]
                     yield Result(mutant, fate(mutant, checks))
+
+
+def may_reach(check: Callable[[], None], module: types.ModuleType) -> bool:
+    """Whether a check runs this module: those of one architecture's models not the other's."""
+    other = {gpt2: llama, llama: gpt2, llama_ops: gpt2}.get(module)
+    return not (isinstance(check, ModelCheck) and check.net.architecture is other)
 
 
 def shares(found: list[Result]) -> tuple[float, float]:
