@@ -44,7 +44,8 @@ class LinearScaling(NamedTuple):
 class Llama3Scaling(NamedTuple):
     """Slow angles are divided by `factor`: those of fewer than `low` turns in `original` times.
 
-    Those of more than `high` turns stay as they are, and between the two they change over.
+    Those of more than `high` turns stay as they are, and between the two they change over (as in
+    `apply_scaling` of Meta's code for Llama 3.1).
     """
 
     factor: float
@@ -212,7 +213,7 @@ def norm_backward(dy: Array, cache: llama_ops.RMSNormCache) -> tuple[Array, Tree
 def frequencies(config: LlamaConfig) -> np.ndarray:
     """The angle ω by which each pair turns from one time to the next, in float64.  () -> (K/2,)
 
-    Scaled as `rope_scaling` says, for Llama 3 as in Grattafiori et al. 2024, §3.4.2.
+    Scaled as `rope_scaling` says.
     """
     K = config.head_width
     omega = config.rope_theta ** (-np.arange(0, K, 2) / K)  # [ROPE.4] ω_j = θ^(-2j/K)

@@ -1,6 +1,6 @@
 """The operations that a Llama has and GPT-2 has not, as forward/backward pairs like those of `ops`.
 
-Its RMS norm, its positions, its gated MLP. Attention in groups of heads and the linear map without
+Its RMS norm, its gated MLP, its positions. Attention in groups of heads and the linear map without
 a bias are in `ops`.
 """
 
@@ -128,10 +128,10 @@ class RotaryCache(NamedTuple):
 
 
 def rotary_forward(qkv: Array, *, cos: Array, sin: Array, heads: int) -> tuple[Array, RotaryCache]:
-    """Each pair (x_j, x_{j+K/2}) of q and k, turned by its angle [ROPE.1-2] (Su et al. 2021, §3.4).
+    """Each pair (x_j, x_{j+K/2}) of q and k, turned by its angle (Su et al. 2021, eq. 34).
 
-    (B, T, (H + 2G) K), (T, 1, K/2) -> (B, T, (H + 2G) K). The first `heads` heads, H of q and G of
-    k, are turned, and v is left as it is. The angle grows with the time t (see `llama`).
+    [ROPE.1-2]  (B, T, (H + 2G) K), (T, 1, K/2) -> (B, T, (H + 2G) K). The first `heads` heads, H of
+    q and G of k, are turned, and v is left as it is. The angle grows with the time t (see `llama`).
     """
     half = cos.shape[-1]
     x = qkv.reshape(*qkv.shape[:-1], -1, 2 * half)

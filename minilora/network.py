@@ -68,8 +68,7 @@ class Checkpoint(NamedTuple):
     x: Array
     block: Tree
     adapters: Adapters
-    plan: Plan
-    positions: dict[str, Array]
+    constants: dict[str, Any]
     last: AdaptedLinearCache
 
 
@@ -110,7 +109,8 @@ def trunk_forward(
         adapters = {name: placed[f"blocks.{i}"][name] for name in architecture.READS}
         attend = attention_forward if attends is None else attends[i]
         block_plan = plan if below else ending_at_lowest(plan, adapters, architecture)
-        x, kept = _block_forward(x, block, adapters, net, block_plan, attend, positions)
+        constants = {"plan": block_plan, **positions}
+        x, kept = _block_forward(x, block, adapters, net, attend, constants)
         blocks.append(kept)
         below = kept is not None
     x, norm = architecture.norm_forward(x, net.base, config=net.config)
@@ -134,21 +134,15 @@ def trunk_backward(dx: Gradient, cache: TrunkCache) -> tuple[Tree, Tree]:
 
 
 def _block_forward(
-    x: Array,
-    block: Tree,
-    adapters: Adapters,
-    net: Net,
-    plan: Plan,
-    attend: Attend,
-    positions: dict[str, Array],
+    x: Array, block: Tree, adapters: Adapters, net: Net, attend: Attend, constants: dict[str, Any]
 ) -> tuple[Array, Kept | Checkpoint | None]:
     """y of a block, and what is kept of it."""
     y, cache = net.architecture.block_forward(
-        x, block, adapters, config=net.config, plan=plan, attend=attend, **positions
+        x, block, adapters, config=net.config, attend=attend, **constants
     )
-    if plan.recompute:
+    if constants["plan"].recompute:
         last = cache.get(net.architecture.LAST)
-        return y, Checkpoint(x, block, adapters, plan, positions, last)
+        return y, Checkpoint(x, block, adapters, constants, last)
     return y, cache or None
 
 
@@ -156,9 +150,9 @@ def _block_backward(dy: Gradient, net: Net, kept: Kept | Checkpoint) -> tuple[Gr
     """dx, dblock and dadapters of a block, from what was kept of it."""
     architecture, last = net.architecture, net.architecture.LAST
     if isinstance(kept, Checkpoint):
-        x, block, adapters, plan, positions, last_part = kept
+        x, block, adapters, constants, last_part = kept
         block, adapters = without_output(block, last), {**adapters, last: {}}
-        constants = {"config": net.config, "plan": plan, "attend": attention_forward, **positions}
+        constants = {"config": net.config, "attend": attention_forward, **constants}
         cache: Kept = architecture.block_forward(x, block, adapters, **constants)[1]
         cache.update({last: last_part})
         return architecture.block_backward(dy, cache)

@@ -340,10 +340,7 @@ def causal_mask(n: int, like: Array) -> Array:
 
 
 def split_heads(qkv: Array, heads: int, kv_heads: int | None = None) -> tuple[Array, Array, Array]:
-    """Views q (B, H, T, K) and k, v (B, G, T, K) of the fused projections (B, T, (H + 2G) K).
-
-    H is `heads` and G `kv_heads`, as many when None.
-    """
+    """Views q (B, H, T, K) and k, v (B, G, T, K) of the fused projections (B, T, (H + 2G) K)."""
     B, T, _ = qkv.shape
     G = kv_heads or heads
     x = qkv.reshape(B, T, heads + 2 * G, -1).transpose(0, 2, 1, 3)
@@ -351,7 +348,7 @@ def split_heads(qkv: Array, heads: int, kv_heads: int | None = None) -> tuple[Ar
 
 
 def groups(q: Array, k: Array) -> list[slice]:
-    """Of H heads of q, sets of G that each have a head of k to themselves: every (H / G)-th."""
+    """Of H heads of q, each time as many as k has, of other groups: every (H / G)-th."""
     M, rest = divmod(q.shape[1], k.shape[1])
     if rest:
         raise ValueError(f"{k.shape[1]} heads of k and v cannot share {q.shape[1]} of q equally")
