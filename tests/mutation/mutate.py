@@ -101,9 +101,6 @@ EXPLAINED: dict[str, str] = {
     "ops.query_tiles: stop = min(start + tile, T) → stop = min(T, start + tile)": SYMMETRIC,
     "ops.causal_mask: return xp.triu(xp.full((n, n), -math.inf, dtype=like.dtype), 1) → "
     "return xp.triu(xp.full((n, n), -math.inf), 1)": "Added in place it takes the scores' dtype.",
-    "ops.attention_backward: B, heads, T, K = q.shape → B, heads, T, K = k.shape": (
-        "Queries and keys have the same shape."
-    ),
     "ops.attention_backward: tile = min(QUERY_TILE, T) if namespace(dy) is np else T → "
     "tile = min(QUERY_TILE, T)": ON_A_GPU,
     "ops.attention_backward: tile = min(QUERY_TILE, T) if namespace(dy) is np else T → "
