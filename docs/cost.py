@@ -4,8 +4,8 @@
     python docs/cost.py measure width rank   measures these sizes again, keeping the others
     python docs/cost.py draw                 the plots and the tables of docs/cost.md
 
-One size varies, the others stay those of `CENTER`. Time is predicted from two rates, both measured
-at the center: that of the matrix products alone, for the FLOPs of a step, and that of all else, for
+One size varies, the others stay those of `CENTRE`. Time is predicted from two rates, both measured
+at the centre: that of the matrix products alone, for the FLOPs of a step, and that of all else, for
 the numbers that element-wise work goes over. Memory is what `minilora budget` says.
 """
 
@@ -32,7 +32,7 @@ from minilora.network import Net, net_logits
 
 FIGURES = Path(__file__).parent / "figures"
 MEASURED = FIGURES / "cost.json"
-CENTER = Case(budget.SHAPES["tiny"], steps=1)
+CENTRE = Case(budget.SHAPES["tiny"], steps=1)
 ROUNDS = 5
 SIZES: dict[str, tuple[int, ...]] = {
     "width": (64, 128, 256, 512, 1024),
@@ -46,15 +46,15 @@ PREFIXES = (16, 32, 64, 128, 256, 512, 1023)
 
 
 def case_of(knob: str, size: int) -> Case:
-    """The center with one size changed; heads stay 64 wide."""
-    config = CENTER.config
+    """The centre with one size changed; heads stay 64 wide."""
+    config = CENTRE.config
     if knob == "width":
-        return replace(CENTER, config=replace(config, n_embd=size, n_head=size // 64))
+        return replace(CENTRE, config=replace(config, n_embd=size, n_head=size // 64))
     if knob == "depth":
-        return replace(CENTER, config=replace(config, n_layer=size))
+        return replace(CENTRE, config=replace(config, n_layer=size))
     if knob == "vocabulary":
-        return replace(CENTER, config=replace(config, vocab_size=size))
-    return replace(CENTER, **{knob: size})
+        return replace(CENTRE, config=replace(config, vocab_size=size))
+    return replace(CENTRE, **{knob: size})
 
 
 def formulas(case: Case) -> dict[str, int]:
@@ -80,22 +80,22 @@ def measure(knobs: Sequence[str]) -> None:
     """Measure the sweeps named, and write them beside those that were there."""
     found = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.exists() else {}
     if not found or set(knobs) >= set(SIZES):
-        found = center()
+        found = centre()
     for knob in knobs:
         found[knob] = generation() if knob == "prefix" else sweep(knob)
         write_json(MEASURED, found)
         print(knob, *(f"{point['seconds']:.4f}" for point in found[knob]))
 
 
-def center() -> dict[str, Any]:
+def centre() -> dict[str, Any]:
     """The machine, and the two rates."""
-    with Process(OURS, replace(CENTER, steps=20), "floor") as process:
+    with Process(OURS, replace(CENTRE, steps=20), "floor") as process:
         found = process.answer()
-    sizes, floor = formulas(CENTER), min(found["floor"])
+    sizes, floor = formulas(CENTRE), min(found["floor"])
     return {
         "blas": found["blas"],
         "blas_kernel": found["blas_kernel"],
-        "threads": CENTER.threads,
+        "threads": CENTRE.threads,
         "flops_per_second": sizes["flops"] / floor,
         "numbers_per_second": sizes["numbers"] / (min(found["seconds"]) - floor),
     }
@@ -125,7 +125,7 @@ def sweep(knob: str) -> list[dict[str, float]]:
 
 def generation() -> list[dict[str, float]]:
     """Seconds for the token after a prefix, whose keys and values are kept, or are not."""
-    config = CENTER.config
+    config = CENTRE.config
     net = Net(gpt_init(config, seed=0), config)
     rng = np.random.default_rng(0)
     cache = new_cache(net, length=config.n_positions)
@@ -167,7 +167,7 @@ def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
 
 
 def predicted_seconds(found: dict[str, Any], point: dict[str, float]) -> float:
-    """The FLOPs and the element-wise work of a point, each at the center's rate."""
+    """The FLOPs and the element-wise work of a point, each at the centre's rate."""
     flops = point["flops"] / found["flops_per_second"]
     return flops + point["numbers"] / found["numbers_per_second"]
 

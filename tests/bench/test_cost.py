@@ -37,18 +37,18 @@ def test_the_formula_of_the_page_counts_the_flops(cost):
 
 def test_the_share_of_pairs_is_that_of_the_page(cost):
     page = " ".join((ROOT / "docs" / "cost.md").read_text(encoding="utf-8").split())
-    center = cost.CENTER.context
-    assert "count: all at T = 64, three quarters at the center, 53 % at T = 1,024." in page
-    for context, share in ((64, 1.0), (center, 0.75), (1024, 0.53)):
-        pairs = cost.budget.Step(cost.CENTER.config, None, 1, context).pairs
+    centre = cost.CENTRE.context
+    assert "count: all at T = 64, three quarters at the centre, 53 % at T = 1,024." in page
+    for context, share in ((64, 1.0), (centre, 0.75), (1024, 0.53)):
+        pairs = cost.budget.Step(cost.CENTRE.config, None, 1, context).pairs
         assert pairs / context**2 == pytest.approx((context + 64) / (2 * context))
         assert pairs / context**2 == pytest.approx(share, abs=0.005), context
 
 
 def test_the_head_is_half_of_the_work_where_the_page_says(cost):
-    C = cost.CENTER.config.n_embd
-    rest = cost.formulas(cost.CENTER)["flops"] / cost.CENTER.tokens
-    rest -= 4 * C * cost.CENTER.config.vocab_size
+    C = cost.CENTRE.config.n_embd
+    rest = cost.formulas(cost.CENTRE)["flops"] / cost.CENTRE.tokens
+    rest -= 4 * C * cost.CENTRE.config.vocab_size
     assert rest / (4 * C) / C == pytest.approx(50, abs=5)
 
 
@@ -57,11 +57,11 @@ def test_one_size_varies_at_a_time(cost):
         seen = {cost.case_of(knob, size) for size in sizes}
         assert len(seen) == len(sizes)
         if knob != "vocabulary":
-            assert cost.CENTER in seen, knob
+            assert cost.CENTRE in seen, knob
 
 
-def test_predicted_seconds_are_the_centers_at_the_center(cost):
-    sizes = cost.formulas(cost.CENTER)
+def test_predicted_seconds_are_the_centres_at_the_centre(cost):
+    sizes = cost.formulas(cost.CENTRE)
     found = {
         "flops_per_second": sizes["flops"] / 2.0,
         "numbers_per_second": sizes["numbers"] / 3.0,
@@ -90,7 +90,7 @@ def test_predictions_of_memory_hold(cost, found):
 
 def test_a_sweep_runs(cost, monkeypatch):
     monkeypatch.setattr(cost, "SIZES", {"rank": (1, 2)})
-    monkeypatch.setattr(cost, "CENTER", cost.replace(cost.CENTER, batch=1, context=2))
+    monkeypatch.setattr(cost, "CENTRE", cost.replace(cost.CENTRE, batch=1, context=2))
     monkeypatch.setattr(cost, "ROUNDS", 1)
     points = cost.sweep("rank")
     assert [point["size"] for point in points] == [1, 2]
