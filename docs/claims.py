@@ -1,11 +1,11 @@
-"""What docs/claims.md measures; every command prints one table.
+"""The measurements of docs/claims.md: every command prints one table.
 
-    python docs/claims.py frozen     what training changes, and what it leaves as it was
-    python docs/claims.py cost       steps of LoRA and of full fine-tuning: time and memory
-    python docs/claims.py switch     what going to another task takes, and what merging takes away
+    python docs/claims.py frozen     which arrays training changes
+    python docs/claims.py cost       time and memory of steps, of LoRA and of full fine-tuning
+    python docs/claims.py switch     bytes and time of loading, merging and running an adapter
     python docs/claims.py random     similarity of random subspaces, and two formulas for it
 
---quick takes a few steps and small sizes only.
+--quick takes only a few steps and small sizes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Table = Iterator[tuple[str, ...]]
 
 
 def frozen(quick: bool) -> Table:
-    """Train adapters of rank 2 on qkv of the built-in base, and compare every array with itself."""
+    """Train adapters of rank 2 on qkv of the built-in base, and count the arrays that changed."""
     model = minilora.load_model()
     before = tree.flatten(tree.map_leaves(np.copy, model.base))
     settings = minilora.TrainConfig(
@@ -66,7 +66,7 @@ def frozen(quick: bool) -> Table:
 def training_step(
     workers: Workers, config: GPTConfig, *, method: str, batch: int, context: int
 ) -> Callable[[], None]:
-    """A whole step, update and all, on random tokens: of a new base, or of new adapters on it."""
+    """A training step with its update, on random tokens: of a new base, or of adapters on one."""
     rng, lora_config = np.random.default_rng(0), minilora.LoRAConfig(targets=("qkv",))
     net, trained, plan = Net(gpt_init(config, seed=0), config), "base", Plan(base=True)
     if method == "LoRA":
@@ -86,7 +86,7 @@ def training_step(
 
 
 def cost(quick: bool) -> Table:
-    """Full over LoRA (rank 8 on qkv): median seconds of steps in turn, and peak of allocations."""
+    """Full over LoRA (rank 8 on qkv): median time of steps in turn, and peak of allocations."""
     yield "shape", "tokens", "time of full / LoRA", "memory of full / LoRA"
     shapes = {"tiny": (2, 16)} if quick else {"tiny": (8, 128), "small": (8, 128), "gpt2": (4, 128)}
     for name, (batch, context) in shapes.items():
@@ -105,7 +105,7 @@ def cost(quick: bool) -> Table:
 
 
 def in_turn(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each run in every round but for one before, in which memory is first touched."""
+    """Seconds of each run in every round, after an uncounted one that first touches the memory."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(1 + rounds):
         for name, run in runs.items():
@@ -121,7 +121,7 @@ def in_turn(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, lis
 def switch(quick: bool) -> Table:
     """Bytes and median time of loading a base or an adapter, and of a forward pass with either."""
     model = minilora.load_model()
-    lora_config = minilora.LoRAConfig(rank=2, alpha=2.0, targets=("qkv", "o", "up", "down"))
+    lora_config = minilora.LoRAConfig(rank=2, targets=("qkv", "o", "up", "down"))
     rng = np.random.default_rng(0)
     lora = tree.map_leaves(
         lambda x: (0.1 * rng.standard_normal(x.shape)).astype(x.dtype),
@@ -166,7 +166,7 @@ def switch(quick: bool) -> Table:
 def directions(factor: np.ndarray) -> np.ndarray:
     """Orthonormal columns that span those of A (in, R), the strongest first.
 
-    Our A is the transpose of the paper's, so that its right-singular vectors are our left ones.
+    Our A is the transpose of the paper's, so its right-singular vectors are our left ones.
     """
     return np.linalg.svd(factor, full_matrices=False)[0]
 

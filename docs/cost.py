@@ -1,12 +1,13 @@
-"""Time and memory of a LoRA step as one size grows, beside what the formulas say.
+"""Time and memory of a LoRA step as one size grows, compared with the formulas.
 
-    python docs/cost.py measure              measures everything (some minutes of two cores)
-    python docs/cost.py measure width rank   measures these sizes again, keeping the others
+    python docs/cost.py measure              measures everything (some minutes on two cores)
+    python docs/cost.py measure width rank   measures these sizes again and keeps the others
     python docs/cost.py draw                 the plots and the tables of docs/cost.md
 
-One size varies, the others stay those of `CENTRE`. Time is predicted from two rates, both measured
-at the centre: that of the matrix products alone, for the FLOPs of a step, and that of all else, for
-the numbers that element-wise work goes over. Memory is what `minilora budget` says.
+One size varies; the others are those of `CENTRE`. The prediction of the time has two rates, both
+measured at the centre: that of the matrix products alone, for the FLOPs of a step, and that of
+everything else, for the numbers that element-wise work passes over. The prediction of the memory is
+the peak of `minilora budget`.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def case_of(knob: str, size: int) -> Case:
 def formulas(case: Case) -> dict[str, int]:
     """FLOPs, numbers under element-wise work, and peak bytes.
 
-    The numbers are all that is kept, attention's weights, and the logits.
+    The numbers are those kept for the backward pass, the attention weights, and the logits.
     """
     config = case.config
     step = budget.Step(config, case.lora_config, case.batch, case.context)
@@ -77,7 +78,7 @@ def formulas(case: Case) -> dict[str, int]:
 
 
 def measure(knobs: Sequence[str]) -> None:
-    """Measure the sweeps named, and write them beside those that were there."""
+    """Measure the named sweeps and write them to the file, which keeps its others."""
     found = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.exists() else {}
     if not found or set(knobs) >= set(SIZES):
         found = centre()
@@ -124,7 +125,7 @@ def sweep(knob: str) -> list[dict[str, float]]:
 
 
 def generation() -> list[dict[str, float]]:
-    """Seconds for the token after a prefix, whose keys and values are kept, or are not."""
+    """Seconds for the token after a prefix, with its keys and values kept and without."""
     config = CENTRE.config
     net = Net(gpt_init(config, seed=0), config)
     rng = np.random.default_rng(0)

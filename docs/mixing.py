@@ -3,8 +3,8 @@
     python docs/mixing.py                both tables
     python docs/mixing.py --steps 2      a quick look
 
-Three adapters are trained on the base: one on the standard library's source, two on the text of
-Python's language reference (pydoc_data.topics), of which the second starts from other factors.
+Three adapters are trained on the base: one on the standard library's source, and two on the text of
+Python's language reference (pydoc_data.topics). The second of the two starts from another A.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from minilora.lora import merge, unmerge
 from minilora.mix import mix
 from minilora.tree import Tree, flatten, map_leaves
 
-LORA = LoRAConfig(rank=2, alpha=2.0, targets=("qkv", "o", "up", "down"))
+LORA = LoRAConfig(rank=2, targets=("qkv", "o", "up", "down"))
 LEARNING_RATE = 5e-3
 TOKENS = 32768  # of held-out text, for each loss
 ROUNDS = (1, 10)
@@ -57,11 +57,11 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 class Rounding(NamedTuple):
-    """What merging and unmerging some rounds does to the adapted weights.
+    """What some rounds of merging and unmerging do to the adapted weights.
 
-    `merged` is how far the merged weights' update is from s A B, relative to it; of the weights
-    afterwards, `changed` is the share of entries that are not the base's, `worst` the largest
-    difference, and `distance` the difference relative to the update.
+    `merged` is the distance of the merged weights' update from s A B, relative to s A B. Of the
+    weights afterwards, `changed` is the share of entries that differ from the base's, `worst` is
+    the largest difference, and `distance` is the whole difference relative to the update.
     """
 
     rounds: int
@@ -74,7 +74,7 @@ class Rounding(NamedTuple):
 def rounding(
     base: Tree, lora: Tree, lora_config: LoRAConfig, rounds: tuple[int, ...] = ROUNDS
 ) -> Iterator[Rounding]:
-    """The rounding after each of the given numbers of rounds, all arrays of the base's dtype."""
+    """The rounding after each of these numbers of rounds; all arrays have the base's dtype."""
     paths = list(dict.fromkeys(weight_of(path, 0)[0] for path in adapters(lora)))
 
     def vector(tree: Tree) -> np.ndarray:

@@ -3,7 +3,8 @@
     python docs/parallel.py --threads 1
     mpiexec -n 2 python docs/parallel.py --threads 1
 
-trains on random tokens, at one shape and with one method (--help), and prints one row of the table.
+trains on random tokens, with one shape and one method (--help), and prints the figures of one row
+of the table.
 """
 
 from __future__ import annotations

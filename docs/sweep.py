@@ -1,4 +1,4 @@
-"""LoRA beside full fine-tuning on Python source, each at its own best learning rate.
+"""LoRA and full fine-tuning on Python source, each at its own best learning rate.
 
     python docs/sweep.py                 the table in the built-in base's model card
     python docs/sweep.py --steps 20      a quick look
@@ -21,13 +21,13 @@ from minilora.data import Corpus
 FULL_RATES = (1e-3, 2e-3, 4e-3)
 LORA_RATES = (5e-3, 1e-2, 2e-2)
 EVERY_WEIGHT = ("qkv", "o", "up", "down")
-# For each choice of targets the largest rank that stays below 1 % of the base's parameters.
+# Each trains less than 1 % of the base's parameters.
 ADAPTERS = (
-    minilora.LoRAConfig(rank=7, alpha=7.0, targets=("q", "v")),
-    minilora.LoRAConfig(rank=7, alpha=7.0, targets=("qkv",)),
-    minilora.LoRAConfig(rank=3, alpha=3.0, targets=("up", "down")),
-    minilora.LoRAConfig(rank=1, alpha=1.0, targets=EVERY_WEIGHT),
-    minilora.LoRAConfig(rank=2, alpha=2.0, targets=EVERY_WEIGHT),
+    minilora.LoRAConfig(rank=7, targets=("q", "v")),
+    minilora.LoRAConfig(rank=7, targets=("qkv",)),
+    minilora.LoRAConfig(rank=3, targets=("up", "down")),
+    minilora.LoRAConfig(rank=1, targets=EVERY_WEIGHT),
+    minilora.LoRAConfig(rank=2, targets=EVERY_WEIGHT),
 )
 
 
