@@ -126,7 +126,7 @@ def main() -> None:
     print("| adapter | update, off by | loss on source | loss on reference |")
     print("| --- | ---: | ---: | ---: |")
     print(f"| source alone | | {losses(first, LORA)} |")
-    for seed, start in ((0, "the same A at the start"), (1, "another A at the start")):
+    for seed, start in ((0, "the same initial A"), (1, "another initial A")):
         second = trained(reference, seed=seed)
         exact = mix([(first, LORA), (second, LORA)], [0.5, 0.5])
         naive = average(first, second), LORA
