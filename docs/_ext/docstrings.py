@@ -22,7 +22,8 @@ from sphinx.environment import BuildEnvironment
 
 # Names in annotations that belong to others: they have no page here, and need none.
 FOREIGN = re.compile(
-    r"(numpy|np|argparse|ast|collections|pathlib|re|subprocess|threading|types|typing)\..*"
+    r"(numpy|np|argparse|ast|collections|jinja2|nodes|os|pathlib|re|subprocess|threading)\..*"
+    r"|(types|typing)\..*|date|Extension|ImmutableSandboxedEnvironment|Macro|NoReturn|Parser|Protocol"
     r"|Any|Callable|Iterable|Iterator|Literal|Mapping|ModuleType|Path|Sequence|TypeAlias"
 )
 
