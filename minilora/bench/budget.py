@@ -602,10 +602,9 @@ def read_shape(folder: str | Path) -> tuple[GPTConfig, bool]:
 
     Raises MiniloraError as `load_base` does; the weights are not read and need not be there.
     """
-    from minilora.formats.files import field, read_json
-    from minilora.formats.gpt2 import CONFIG, read_config
+    from minilora.formats.base import CONFIG, is_tied, read_config
+    from minilora.formats.files import read_json
 
     path = Path(folder) / CONFIG
     document = read_json(path)
-    tied = field(document, "tie_word_embeddings", bool, True, where=path)
-    return read_config(document, path), tied
+    return read_config(document, path), is_tied(document, path)

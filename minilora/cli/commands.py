@@ -319,7 +319,7 @@ def typed_line() -> str:
 
 def merge_command(args: argparse.Namespace) -> int:
     from minilora import tree
-    from minilora.formats.gpt2 import base_files
+    from minilora.formats.base import base_files
     from minilora.formats.output import new_folder
     from minilora.lora import unmerge
     from minilora.model import load_model

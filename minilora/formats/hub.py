@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 from minilora.errors import MiniloraError
+from minilora.formats.base import CONFIG, INDEX
 from minilora.formats.companions import COMPANIONS
 from minilora.formats.files import is_there, shown
-from minilora.formats.gpt2 import CONFIG, INDEX
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 FILES = (

@@ -1,10 +1,13 @@
 """An adapter as PEFT stores it: a folder of adapter_config.json and adapter_model.safetensors.
 
-PEFT's A is (R, in) and its B is (out, R), the transposes of ours; this is the one file that
-transposes. PEFT has one adapter for GPT-2's fused c_attn, our `qkv`; adapters on its columns q, k
-and v are written as one c_attn adapter that computes exactly the same:
+PEFT's A is (R, in) and its B is (out, R), the transposes of ours. PEFT has one adapter for GPT-2's
+fused c_attn, our `qkv`; adapters on its columns q, k and v are written as one c_attn adapter that
+computes exactly the same:
 
     A = [A_q A_v],   B = [[B_q 0 0], [0 0 B_v]],   R = R_q + R_v
+
+A Llama's q_proj, k_proj and v_proj are modules of their own there. An adapter on our `qkv` is
+written as one of each, with the same A and its own columns of B.
 """
 
 from __future__ import annotations
@@ -22,8 +25,9 @@ import numpy as np
 from minilora.adapters import TARGETS, LoRAConfig, adapter_tree, adapters, compiled, weight_of
 from minilora.backend import Array, to_host
 from minilora.errors import MiniloraError
+from minilora.formats.base import LAYOUT_OF, AnyConfig, refuse_pickled
 from minilora.formats.files import Content, field, json_bytes, read_json, shown, write_folder
-from minilora.formats.gpt2 import PREFIX, refuse_pickled, tensor_table
+from minilora.formats.table import HEAD
 from minilora.formats.tensors import (
     Entry,
     Shape,
@@ -34,7 +38,6 @@ from minilora.formats.tensors import (
     read_weight,
     tensor_parts,
 )
-from minilora.gpt2 import GPTConfig
 from minilora.tree import Tree, flatten
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -53,30 +56,31 @@ class Module(NamedTuple):
     shape: Shape
 
 
-def modules_of(config: GPTConfig) -> dict[str, Module]:
+def modules_of(config: AnyConfig) -> dict[str, Module]:
     """The modules of a base by PEFT's names, `transformer.h.0.attn.c_attn` and the like."""
+    layout = LAYOUT_OF[type(config)]
     return {
-        PREFIX + name.removesuffix(".weight"): Module(
-            "embedding" if path == "wte" else path.removesuffix(".w"), shape
+        layout.PREFIX + name.removesuffix(".weight"): Module(
+            "embedding" if stored.path == "wte" else stored.path.removesuffix(".w"), stored.ours
         )
-        for name, (path, shape) in tensor_table(config, tied=True).items()
-        if len(shape) == 2 and path != "wpe"
+        for name, stored in layout.tensor_table(config, {"tie_word_embeddings": True}).items()
+        if len(stored.shape) == 2 and stored.path != "wpe"
     }
 
 
-def tensor_names(module: str) -> tuple[str, str]:
+def tensor_names(name: str, module: Module) -> tuple[str, str]:
     """The names of a module's A and B in PEFT's file."""
-    if module == f"{PREFIX}wte":
-        return f"{KEY_PREFIX}{module}.lora_embedding_A", f"{KEY_PREFIX}{module}.lora_embedding_B"
-    return f"{KEY_PREFIX}{module}.lora_A.weight", f"{KEY_PREFIX}{module}.lora_B.weight"
+    if module.path == "embedding":
+        return f"{KEY_PREFIX}{name}.lora_embedding_A", f"{KEY_PREFIX}{name}.lora_embedding_B"
+    return f"{KEY_PREFIX}{name}.lora_A.weight", f"{KEY_PREFIX}{name}.lora_B.weight"
 
 
 def _tensor_shapes(modules: Mapping[str, Module], ranks: Mapping[str, int]) -> dict[str, Shape]:
     """The shapes of PEFT's A (R, in) and B (out, R), by name, for the modules that have a rank."""
     shapes: dict[str, Shape] = {}
-    for module, rank in ranks.items():
-        n_in, n_out = modules[module].shape
-        name_A, name_B = tensor_names(module)
+    for name, rank in ranks.items():
+        n_in, n_out = modules[name].shape
+        name_A, name_B = tensor_names(name, modules[name])
         shapes |= {name_A: (rank, n_in), name_B: (n_out, rank)}
     return shapes
 
@@ -100,96 +104,124 @@ class Fused(NamedTuple):
 
 
 def fused_blocks(lora: Tree) -> list[int]:
-    """The blocks whose adapters on q, k or v `save_adapter` writes as one on c_attn."""
+    """The blocks of a GPT-2 whose adapters on q, k or v are written as one on c_attn."""
     columns = [path for path in adapters(lora) if path.rpartition(".")[2] in ("q", "k", "v")]
     return sorted({int(path.split(".")[1]) for path in columns})
+
+
+def rewritten(lora: Tree, config: AnyConfig) -> str:
+    """What to tell of adapters on what is no module in PEFT; empty where there are none."""
+    modules = {module.path for module in modules_of(config).values()}
+    return LAYOUT_OF[type(config)].REWRITTEN if adapters(lora).keys() - modules else ""
 
 
 def save_adapter(
     folder: str | Path,
     lora: Tree,
     lora_config: LoRAConfig,
-    config: GPTConfig,
+    config: AnyConfig,
     *,
     base_name: str | None = None,
 ) -> None:
     """Write an adapter as a folder that PEFT loads, in its own dtype.
 
     Only adapter_config.json and adapter_model.safetensors are replaced, both or neither; other
-    files stay. `base_name` is where PEFT looks for the base. Adapters on q, k, v are fused, and
-    `fused_blocks` tells where. Raises MiniloraError for a tree that does not fit the two
+    files stay. `base_name` is where PEFT looks for the base. Adapters on what is no module there
+    become equal ones on what is, and `rewritten` says so. Raises MiniloraError for a tree that does not fit the two
     configurations, and where the system refuses to write.
     """
     write_folder(folder, adapter_files(lora, lora_config, config, base_name=base_name))
 
 
 def adapter_files(
-    lora: Tree, lora_config: LoRAConfig, config: GPTConfig, *, base_name: str | None = None
+    lora: Tree, lora_config: LoRAConfig, config: AnyConfig, *, base_name: str | None = None
 ) -> dict[str, Content]:
     """The files that `save_adapter` writes, by name, the configuration last."""
     modules, found = modules_of(config), adapters(to_host(lora))
+    widths = LAYOUT_OF[type(config)].widths(config)
     if not found:
         raise MiniloraError("there is no adapter to save: the tree is empty")
     check_shapes(
         "the adapters do not fit the base and the LoRA configuration",
         {path: factor.shape for path, factor in flatten(lora).items()},
-        _tree_shapes(found, lora_config, modules),
+        _tree_shapes(found, lora_config, modules, widths),
     )
-    fused = _fuse(found, lora_config, modules)
+    fused = _fuse(found, lora_config, modules, widths)
     tensors: dict[str, Array] = {}
     for name, adapter in fused.items():
-        name_A, name_B = tensor_names(name)
+        name_A, name_B = tensor_names(name, modules[name])
         tensors |= {name_A: adapter.A.T, name_B: adapter.B.T}
-    document = _config_document(fused, modules, lora_config, base_name)
+    document = _config_document(fused, config, lora_config, base_name)
     return {WEIGHTS: tensor_parts(tensors, {"format": "pt"}), CONFIG: [json_bytes(document)]}
 
 
-def _whole(path: str) -> str:
-    """The LoRA path of an adapter over the whole weight that the adapter at `path` acts on."""
-    parent, _, name = path.rpartition(".")
-    return f"{parent}.qkv" if name in ("q", "k", "v") else path
-
-
 def _tree_shapes(
-    paths: Iterable[str], lora_config: LoRAConfig, modules: Mapping[str, Module]
+    paths: Iterable[str],
+    lora_config: LoRAConfig,
+    modules: Mapping[str, Module],
+    widths: tuple[int, int],
 ) -> dict[str, Shape]:
-    """The shapes that our A and B must have at these LoRA paths; a path of no module has none."""
-    weights = {module.path: module.shape for module in modules.values()}
+    """The shapes that our A and B must have at these LoRA paths; a path of no weight has none."""
+    weights: dict[str, Shape] = {}
+    for n_in, n_out, weight in (
+        (*module.shape, weight_of(module.path, *widths)[0]) for module in modules.values()
+    ):
+        weights[weight] = (n_in, n_out + weights.get(weight, (0, 0))[1])
     shapes: dict[str, Shape] = {}
     for path in paths:
-        whole, rank = _whole(path), lora_config.rank_of(path)
-        if whole in weights:
-            n_in, n_out = weights[whole]
-            columns = n_out if path == whole else n_out // 3
-            shapes |= {f"{path}.A": (n_in, rank), f"{path}.B": (rank, columns)}
+        weight, columns = weight_of(path, *widths)
+        if weight in weights:
+            n_in, n_out = weights[weight]
+            rank = lora_config.rank_of(path)
+            shapes |= {f"{path}.A": (n_in, rank), f"{path}.B": (rank, len(range(n_out)[columns]))}
     return shapes
 
 
+def _overlap(path: str, module: Module, widths: tuple[int, int]) -> tuple[slice, slice] | None:
+    """Which columns of B, of the adapter at a LoRA path, act on which of a module's; None: none."""
+    (weight, its), (home, own) = weight_of(path, *widths), weight_of(module.path, *widths)
+    if weight != home:
+        return None
+    if its == own:
+        return slice(None), slice(None)
+    every = range(widths[0] + 2 * widths[1])  # q, k and v side by side
+    its_range, own_range = every[its], every[own]
+    start, stop = max(its_range.start, own_range.start), min(its_range.stop, own_range.stop)
+    if start >= stop:
+        return None
+    return (
+        slice(start - its_range.start, stop - its_range.start),
+        slice(start - own_range.start, stop - own_range.start),
+    )
+
+
 def _fuse(
-    found: Mapping[str, dict[str, Array]], lora_config: LoRAConfig, modules: Mapping[str, Module]
+    found: Mapping[str, dict[str, Array]],
+    lora_config: LoRAConfig,
+    modules: Mapping[str, Module],
+    widths: tuple[int, int],
 ) -> dict[str, Fused]:
     """One adapter for each adapted module, by its name, that computes the sum of those found there.
 
     Their A side by side, and each B in its own rows and columns. The sum has one scale s: the
     largest of theirs, so that a B of smaller scale is multiplied by the ratio. One adapter over the
-    whole weight stays as it is, to the last bit.
+    whole module stays as it is, to the last bit.
     """
     fused = {}
     for name, module in modules.items():
-        parts = [path for path in found if _whole(path) == module.path]
+        parts = {path: place for path in found if (place := _overlap(path, module, widths))}
         if not parts:
             continue
-        scales = [lora_config.scale_of(path) for path in parts]
+        scales = {path: lora_config.scale_of(path) for path in parts}
+        largest = max(parts, key=lambda path: scales[path])
         A = np.concatenate([found[path]["A"] for path in parts], axis=1)
-        rank, n_out = A.shape[1], module.shape[1]
-        B = np.zeros((rank, n_out), A.dtype)
+        rank = A.shape[1]
+        B = np.zeros((rank, module.shape[1]), A.dtype)
         row = 0
-        for path, scale in zip(parts, scales, strict=True):
-            part = found[path]["B"]
-            _, columns = weight_of(path, n_out // 3)
-            B[row : row + len(part), columns] = part * (scale / max(scales))
+        for path, (its, own) in parts.items():
+            part = found[path]["B"][:, its]
+            B[row : row + len(part), own] = part * (scales[path] / scales[largest])
             row += len(part)
-        largest = parts[scales.index(max(scales))]
         growth = rank / lora_config.rank_of(largest)  # α grows with R, to keep s = α / R or α / √R
         alpha = lora_config.alpha_of(largest) * (
             math.sqrt(growth) if lora_config.rslora else growth
@@ -200,7 +232,7 @@ def _fuse(
 
 def _config_document(
     fused: Mapping[str, Fused],
-    modules: Mapping[str, Module],
+    config: AnyConfig,
     lora_config: LoRAConfig,
     base_name: str | None,
 ) -> dict[str, Any]:
@@ -212,12 +244,13 @@ def _config_document(
     ranks = {name: len(adapter.B) for name, adapter in fused.items()}
     alphas = {name: number(adapter.alpha) for name, adapter in fused.items()}
     rank, alpha = (Counter(d.values()).most_common(1)[0][0] for d in (ranks, alphas))
+    layout = LAYOUT_OF[type(config)]
     return {
         # PEFT's keys are regular expressions, so that the dots are escaped.
         "alpha_pattern": {re.escape(name): a for name, a in alphas.items() if a != alpha},
         "base_model_name_or_path": base_name,
         "bias": "none",
-        "fan_in_fan_out": True,
+        "fan_in_fan_out": layout.FAN_IN_FAN_OUT,
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": alpha,
@@ -226,8 +259,8 @@ def _config_document(
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": {re.escape(name): r for name, r in ranks.items() if r != rank},
-        # Its target names match a whole name or its end after a dot: `c_proj` would hit two.
-        "target_modules": _shorten(fused, modules, lambda name: name.split(".", 3)[-1]),
+        # Its target names match a whole name or its end after a dot.
+        "target_modules": _shorten(fused, modules_of(config), layout.kind),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": lora_config.rslora,
@@ -248,15 +281,13 @@ UNDERSTOOD = {
 }
 # The adapter's name in a key, where a program saved the model's own state.
 DEFAULT = re.compile(r"(\.lora_(?:embedding_)?[AB])\.default(?=\.|$)")
-# Copies of tables that PEFT saves with an adapter, for one when tokens were added.
-COPIES = {f"{KEY_PREFIX}{PREFIX}wte.weight": "wte", f"{KEY_PREFIX}lm_head.weight": "head"}
 # Starts of A and B that leave the base's weights as they are. The others (PiSSA, OLoRA, …) train
 # against a changed base, which PEFT computes anew when it loads them.
 PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
 
 
 def load_adapter(
-    folder: str | Path, config: GPTConfig, *, dtype: Any = np.float32, base: Tree | None = None
+    folder: str | Path, config: AnyConfig, *, dtype: Any = np.float32, base: Tree | None = None
 ) -> tuple[Tree, LoRAConfig]:
     """The adapter tree and its configuration from a folder that PEFT or `save_adapter` wrote.
 
@@ -277,11 +308,13 @@ def load_adapter(
     document = read_json(path)
     _refuse_unknown(document, path)
     refuse_pickled(folder / WEIGHTS, "AutoPeftModelForCausalLM")
-    entries = _without_copies(_read_entries(folder / WEIGHTS), base)
-    modules = modules_of(config)
-    adapted = _targets(document, modules, path)
+    layout, modules = LAYOUT_OF[type(config)], modules_of(config)
+    entries = _without_copies(_read_entries(folder / WEIGHTS), layout, base)
+    adapted = _targets(document, modules, layout, path)
     if adapted is None:
-        adapted = [name for name in modules if any(n in entries for n in tensor_names(name))]
+        adapted = [
+            n for n, m in modules.items() if any(key in entries for key in tensor_names(n, m))
+        ]
 
     rank = field(document, "r", int, 8, where=path)
     alpha = field(document, "lora_alpha", float, 8.0, where=path)
@@ -297,7 +330,7 @@ def load_adapter(
         _tensor_shapes(modules, ranks),
     )
     if not adapted:
-        raise MiniloraError(f"{folder / WEIGHTS} holds no adapter of a GPT-2")
+        raise MiniloraError(f"{folder / WEIGHTS} holds no adapter of its base")
 
     paths = {name: modules[name].path for name in adapted}
     every = [module.path for module in modules.values()]
@@ -317,7 +350,7 @@ def load_adapter(
 
     flat = {}
     for name in adapted:
-        for factor, key in zip("AB", tensor_names(name), strict=True):
+        for factor, key in zip("AB", tensor_names(name, modules[name]), strict=True):
             flat[f"{paths[name]}.{factor}"] = np.ascontiguousarray(
                 read_weight(entries[key], dtype).T
             )
@@ -333,16 +366,22 @@ def _read_entries(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def _without_copies(entries: Mapping[str, Entry], base: Tree | None) -> dict[str, Entry]:
-    """The entries but for copies of the base's tables; MiniloraError for one that is changed."""
+def _without_copies(
+    entries: Mapping[str, Entry], layout: Any, base: Tree | None
+) -> dict[str, Entry]:
+    """The entries but for copies of the base's tables; MiniloraError for one that is changed.
+
+    PEFT saves them with an adapter, for one when tokens were added.
+    """
+    copies = {f"{layout.PREFIX}{layout.EMBEDDING}": "wte", HEAD: "head"}
     tables = {} if base is None else {"wte": base["wte"], "head": base.get("head", base["wte"])}
     rest = dict(entries)
-    for name, table in COPIES.items():
-        entry = rest.pop(name, None)
+    for name, table in copies.items():
+        entry = rest.pop(f"{KEY_PREFIX}{name}", None)
         if entry is not None and not (table in tables and is_equal(entry, to_host(tables[table]))):
             known = "differs from the base's" if tables else "can be compared with no base"
             raise MiniloraError(
-                f"{entry.path} holds {name}, which {known}; minilora loads an adapter only with "
+                f"{entry.path} holds {KEY_PREFIX}{name}, which {known}; minilora loads an adapter only with "
                 "the tables of its base as they were"
             )
     return rest
@@ -373,7 +412,7 @@ def _refuse_unknown(document: Mapping[str, Any], path: Path) -> None:
 
 
 def _targets(
-    document: Mapping[str, Any], modules: Mapping[str, Module], path: Path
+    document: Mapping[str, Any], modules: Mapping[str, Module], layout: Any, path: Path
 ) -> list[str] | None:
     """The modules that the configuration says are adapted, as PEFT finds them.
 
@@ -382,7 +421,7 @@ def _targets(
     """
     target = document.get("target_modules")
     if isinstance(target, str) and target.lower() == "all-linear":
-        chosen: set[str] | None = set(modules) - {f"{PREFIX}wte"}
+        chosen: set[str] | None = {n for n, m in modules.items() if m.path != "embedding"}
     else:
         chosen = _named(document, "target_modules", modules, path)
     excluded = _named(document, "exclude_modules", modules, path)
@@ -392,12 +431,12 @@ def _targets(
 
     layers = document.get("layers_to_transform")
     if isinstance(target, list) and layers is not None and layers != []:
-        if document.get("layers_pattern") not in (None, [], "", "h", ["h"]):
+        if document.get("layers_pattern") not in (None, [], "", layout.BLOCKS, [layout.BLOCKS]):
             return None
         numbers = layers if isinstance(layers, list) else [layers]
         if not all(type(number) is int for number in numbers):
             raise MiniloraError(f"{path}: layers_to_transform is no list of block numbers")
-        blocks = {f"{PREFIX}h.{number}" for number in numbers}
+        blocks = {f"{layout.PREFIX}{layout.BLOCKS}.{number}" for number in numbers}
         whole = set(target)  # PEFT adapts what a list names in full, in whatever layer it is
         chosen = {name for name in chosen if name in whole or name.rsplit(".", 2)[0] in blocks}
     return [name for name in modules if name in chosen]

@@ -24,6 +24,7 @@ from minilora import tree
 from minilora.adapters import LoRAConfig, lora_init
 from minilora.data import Data
 from minilora.errors import MiniloraError
+from minilora.formats.base import base_files
 from minilora.formats.companions import companions
 from minilora.formats.files import (
     errors_naming,
@@ -32,7 +33,6 @@ from minilora.formats.files import (
     write_folder,
     write_json,
 )
-from minilora.formats.gpt2 import base_files
 from minilora.formats.output import entries, held
 from minilora.formats.peft import adapter_files
 from minilora.gpt2 import GPTConfig, gpt_init

@@ -1,0 +1,225 @@
+"""A Llama or a Qwen2 as transformers stores it: the fields of its configuration, its tensors.
+
+It stores its linear weights (out, in), the transposes of ours, and q, k and v apart, which are
+columns of one weight here. The two differ in their biases alone: Qwen2 has them on q, k and v.
+"""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from minilora.errors import MiniloraError
+from minilora.formats.files import field
+from minilora.formats.table import HEAD, Stored, require
+from minilora.llama import LlamaConfig, RotaryScaling
+from minilora.tree import Tree
+
+Config = LlamaConfig
+# Names: of the whole model's tensors, of the embedding's table, of the blocks and of their number.
+PREFIX, EMBEDDING, BLOCKS, N_LAYER = "model.", "embed_tokens.weight", "layers", "num_hidden_layers"
+TIED = False  # where tie_word_embeddings is missing
+FAN_IN_FAN_OUT = False  # what PEFT calls weights (in, out)
+REWRITTEN = "the adapters of qkv were written as equal adapters of q_proj, k_proj and v_proj"
+
+# Fields that change the mathematics, with the values that mean what `llama` computes: see
+# `require`. pretraining_tp is none of them: it cuts a product into parts whose sum is the same.
+REQUIRED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "pruned_heads": (None, {}),
+    "quantization_config": (None,),
+    "partial_rotary_factor": (None, 1.0),
+}
+# What transformers takes for a missing size: Llama's are LlamaConfig's own, but for k's and v's
+# heads, which are as many as q's.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": vars(LlamaConfig()) | {"num_key_value_heads": None},
+    "qwen2": vars(LlamaConfig())
+    | {"vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768},
+}
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
+)
+# The angles' frequencies, which older files hold; they follow from the configuration.
+CONSTANT = re.compile(r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+MODULES = {
+    "self_attn.q_proj": "attn.q",
+    "self_attn.k_proj": "attn.k",
+    "self_attn.v_proj": "attn.v",
+    "self_attn.o_proj": "attn.o",
+    "mlp.gate_proj": "mlp.gate",
+    "mlp.up_proj": "mlp.up",
+    "mlp.down_proj": "mlp.down",
+}
+NORMS = {"input_layernorm": "ln_1", "post_attention_layernorm": "ln_2"}
+
+
+# --- names and shapes --------------------------------------------------------------------------
+
+
+def widths(config: LlamaConfig) -> tuple[int, int]:
+    """How many columns of qkv are q's, H K, and how many k's and v's, G K."""
+    K = config.head_width
+    return config.num_attention_heads * K, config.num_key_value_heads * K
+
+
+def tensor_table(config: LlamaConfig, document: Mapping[str, Any]) -> dict[str, Stored]:
+    """Every tensor of the model that a config.json describes, by name without PREFIX."""
+    C, F, (Q, KV) = config.hidden_size, config.intermediate_size, widths(config)
+    shapes = {
+        **{"attn.q": (Q, C), "attn.k": (KV, C), "attn.v": (KV, C), "attn.o": (C, Q)},
+        **{"mlp.gate": (F, C), "mlp.up": (F, C), "mlp.down": (C, F)},
+    }
+    has_bias = biased(document)
+    table = {
+        EMBEDDING: Stored("wte", (config.vocab_size, C)),
+        "norm.weight": Stored("ln_f.w", (C,)),
+    }
+    for i in range(config.num_hidden_layers):
+        for name, ours in NORMS.items():
+            table[f"layers.{i}.{name}.weight"] = Stored(f"blocks.{i}.{ours}.w", (C,))
+        for name, ours in MODULES.items():
+            name, path, shape = f"layers.{i}.{name}", f"blocks.{i}.{ours}", shapes[ours]
+            table[f"{name}.weight"] = Stored(f"{path}.w", shape, transposed=True)
+            if ours in has_bias:
+                table[f"{name}.bias"] = Stored(f"{path}.b", shape[:1])
+    if not document.get("tie_word_embeddings", TIED):
+        table[HEAD] = Stored("head", (config.vocab_size, C))
+    return table
+
+
+def biased(document: Mapping[str, Any]) -> set[str]:
+    """The linear maps that have a bias; of Qwen2's the configuration says nothing."""
+    qkv = {"attn.q", "attn.k", "attn.v"}
+    if document.get("model_type") == "qwen2":
+        return qkv
+    attn = {*qkv, "attn.o"} if document.get("attention_bias") else set()
+    return attn | ({"mlp.gate", "mlp.up", "mlp.down"} if document.get("mlp_bias") else set())
+
+
+def kind(module: str) -> str:
+    """The name that PEFT can know all modules of a kind by."""
+    return module.rpartition(".")[2]
+
+
+# --- configuration -----------------------------------------------------------------------------
+
+
+def sizes(document: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The fields of the LlamaConfig that a config.json means, as transformers reads it.
+
+    Raises MiniloraError naming the field whose value is no size or asks for another mathematics.
+    """
+    require(document, REQUIRED, path)
+    for name in ("attention_bias", "mlp_bias"):
+        field(document, name, bool, False, where=path)
+    given = {**DEFAULTS[document["model_type"]], **document}
+    if given["num_key_value_heads"] is None:
+        given["num_key_value_heads"] = given["num_attention_heads"]
+    names = SIZES if given["head_dim"] is None else (*SIZES, "head_dim")
+    values: dict[str, Any] = {name: field(given, name, int, 0, where=path) for name in names}
+    values["rms_norm_eps"] = field(given, "rms_norm_eps", float, 0.0, where=path)
+    if document["model_type"] == "qwen2":
+        _refuse_windows(document, values, path)
+    return values | _rotary(document, values, path)
+
+
+def _refuse_windows(document: Mapping[str, Any], sizes: Mapping[str, Any], path: Path) -> None:
+    """Raise MiniloraError where some of Qwen2's blocks attend to a window of the past alone."""
+    kinds = document.get("layer_types")
+    if kinds is not None and (
+        not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)
+    ):
+        raise MiniloraError(
+            f"{path}: layer_types is {reprlib.repr(kinds)}, of which minilora computes "
+            "full_attention alone"
+        )
+    if kinds is not None or not field(document, "use_sliding_window", bool, False, where=path):
+        return
+    first = field(document, "max_window_layers", int, 28, where=path)
+    window = document.get("sliding_window", 4096)
+    if window is not None and first < sizes["num_hidden_layers"]:
+        raise MiniloraError(
+            f"{path}: use_sliding_window is True with sliding_window {reprlib.repr(window)} from "
+            f"block {first} on, which minilora does not compute; expected False"
+        )
+
+
+ROTARY = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def _rotary(
+    document: Mapping[str, Any], sizes: Mapping[str, Any], path: Path
+) -> dict[str, float | RotaryScaling | None]:
+    """θ and Llama 3's scaling: of rope_parameters, or of the older rope_theta and rope_scaling."""
+    name = "rope_scaling" if document.get("rope_scaling") else "rope_parameters"
+    rope = document.get(name) or {}
+    where = f"{path}: {name}"
+    if not isinstance(rope, dict):
+        raise MiniloraError(f"{where} is {reprlib.repr(rope)}, expected an object")
+    older = field(document, "rope_theta", float, 10000.0, where=path)
+    theta = field(rope, "rope_theta", float, older, where=where)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise MiniloraError(
+            f"{where}: rope_type is {reprlib.repr(kind)}, which minilora does not compute; "
+            "expected 'default' or 'llama3'"
+        )
+    require(rope, {"partial_rotary_factor": (None, 1.0)}, where)
+    for key, value in rope.items():
+        if key not in ROTARY and value is not None and not (kind == "llama3" and key in LLAMA3):
+            raise MiniloraError(
+                f"{where}: {key} is {reprlib.repr(value)}, which minilora does not compute for "
+                f"the rope_type {kind!r}"
+            )
+    if kind == "default":
+        return {"rope_theta": theta}
+    context = {LLAMA3[3]: sizes["max_position_embeddings"]}
+    given = {**context, **rope, **{k: document[k] for k in context if k in document}}
+    missing = [key for key in LLAMA3 if key not in given]
+    if missing:
+        raise MiniloraError(f"{where}: {missing[0]} is missing, which the rope_type 'llama3' needs")
+    factor, low, high = (field(given, key, float, 0.0, where=where) for key in LLAMA3[:3])
+    original = field(given, LLAMA3[3], int, 0, where=where)
+    if not (factor > 0 and low > 0 and high > low and original > 0):
+        raise MiniloraError(
+            f"{where}: expected factor, low_freq_factor and original_max_position_embeddings "
+            "above 0, and high_freq_factor above low_freq_factor"
+        )
+    return {"rope_theta": theta, "rope_scaling": RotaryScaling(factor, low, high, original)}
+
+
+def fresh_document(base: Tree, config: LlamaConfig) -> dict[str, Any]:
+    """The fields of transformers' LlamaConfig or Qwen2Config that say what `llama` computes.
+
+    The settings of the positions stand there in the new and, for older programs, the old spelling.
+    """
+    attn, mlp = base["blocks"][0]["attn"], base["blocks"][0]["mlp"]
+    has_bias = {name for name in ("qkv", "o") if "b" in attn[name]}
+    is_qwen2 = has_bias == {"qkv"}
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if config.rope_scaling is not None:
+        rope = {"rope_type": "llama3", **dict(zip(LLAMA3, config.rope_scaling, strict=True))}
+    return {
+        "architectures": ["Qwen2ForCausalLM" if is_qwen2 else "LlamaForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": None,
+        "dtype": "float32",
+        "eos_token_id": None,
+        "hidden_act": "silu",
+        "model_type": "qwen2" if is_qwen2 else "llama",
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_parameters": {"rope_theta": config.rope_theta, **rope},
+        "rope_scaling": None if config.rope_scaling is None else rope,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": "head" not in base,
+        **{name: getattr(config, name) for name in SIZES},
+        **({} if config.head_dim is None else {"head_dim": config.head_dim}),
+        **({} if is_qwen2 else {"attention_bias": bool(has_bias), "mlp_bias": "b" in mlp["up"]}),
+    }
