@@ -27,7 +27,7 @@ from minilora.tree import Tree, flatten, unflatten
 
 ATTENTION_TARGETS = ("qkv", "q", "k", "v", "o")
 MLP_TARGETS = ("up", "down")
-TARGETS = (*ATTENTION_TARGETS, *MLP_TARGETS, "embedding")
+TARGETS = (*ATTENTION_TARGETS, *MLP_TARGETS, "embedding")  # of a GPT-2; a Llama has `gate`, too
 
 
 # --- configuration -----------------------------------------------------------------------------
@@ -142,7 +142,8 @@ def adapted_paths(
     for target in config.targets:
         if not any(matches(target, path) for path in paths):
             what = "unknown target" if target.isidentifier() else "no weight matches the target"
-            raise MiniloraError(f"targets: {what} {target!r}; the targets are {', '.join(TARGETS)}")
+            names = ", ".join((*ATTENTION_TARGETS, *mlp, "embedding"))
+            raise MiniloraError(f"targets: {what} {target!r}; the targets are {names}")
     adapted = [path for path in paths if any(matches(t, path) for t in config.targets)]
     patterns = {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
     for name, key in ((name, key) for name, keys in patterns.items() for key in keys):

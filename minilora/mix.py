@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from minilora.adapters import LoRAConfig, adapter_tree, adapters, lora_paths
+from minilora.adapters import MLP_TARGETS, LoRAConfig, adapter_tree, adapters, lora_paths
 from minilora.backend import Array, namespace
 from minilora.errors import MiniloraError
 from minilora.tree import Tree
@@ -33,7 +33,8 @@ def mix(
     """
     check_weights(len(parts), weights)
     n_layer = len(parts[0][0]["blocks"])
-    stacks: dict[str, tuple[list[Array], list[Array]]] = {p: ([], []) for p in lora_paths(n_layer)}
+    paths = lora_paths(n_layer, mlp=("gate", *MLP_TARGETS))  # of any base
+    stacks: dict[str, tuple[list[Array], list[Array]]] = {path: ([], []) for path in paths}
     for number, ((lora, config), weight) in enumerate(zip(parts, weights, strict=True), start=1):
         if len(lora["blocks"]) != n_layer:
             raise MiniloraError(

@@ -42,6 +42,7 @@ def adapt_command(args: argparse.Namespace) -> int:
 
     from minilora.adapters import LoRAConfig, adapted_paths
     from minilora.formats.card import write_card
+    from minilora.formats.peft import rewritten
     from minilora.model import load_model
     from minilora.training.progress import ProgressBar
     from minilora.training.ranks import find_ranks
@@ -93,8 +94,10 @@ def adapt_command(args: argparse.Namespace) -> int:
         print(f"trained further from {args.adapter[0]}, with a fresh optimiser")
     if args.method == "lora":
         print_next("generate", *base_option(args), "--adapter", args.out)
-        if any(matches_qkv_part(path) for path in adapted_paths(lora_config, model.config.n_layer)):
-            print("the adapters of q, k and v were written as one equal adapter of c_attn")
+        mlp = tuple(model.base["blocks"][0]["mlp"])
+        paths = adapted_paths(lora_config, model.config.n_layer, mlp=mlp)
+        if told := rewritten(paths, model.config):
+            print(told)
     return 0
 
 
@@ -168,11 +171,6 @@ def card_facts(lora_config: Any, settings: Any, figures: dict[str, Any]) -> dict
     facts |= {name: getattr(settings, name) for name in ("steps", "batch", "context", "lr", "seed")}
     names = ("trainable_parameters", "base_parameters", "loss_before", "loss_after")
     return facts | {name.replace("_", " "): figures[name] for name in names}
-
-
-def matches_qkv_part(path: str) -> bool:
-    """Whether a LoRA path is q, k or v, which PEFT's layout knows only as parts of c_attn."""
-    return path.rpartition(".")[2] in ("q", "k", "v")
 
 
 def pretrain_command(args: argparse.Namespace) -> int:

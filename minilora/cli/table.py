@@ -173,7 +173,7 @@ METHOD = option(
 RANK = option("--rank", "rank R of A and B", type=int, default=8)
 TARGETS = option(
     "--targets",
-    f"weights to adapt, separated by commas: {', '.join(TARGET_NAMES)}, "
+    f"weights to adapt, separated by commas: {', '.join(TARGET_NAMES)}, of a Llama also gate, "
     "or regular expressions over paths such as blocks.0.attn.qkv",
     default="qkv",
 )

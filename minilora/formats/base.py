@@ -12,7 +12,7 @@ import reprlib
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -47,7 +47,7 @@ from minilora.tree import Tree, flatten, unflatten
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 
-AnyConfig = GPTConfig | LlamaConfig
+AnyConfig: TypeAlias = GPTConfig | LlamaConfig
 # The module that knows the files of an architecture: by the model_type of a file, by our sizes.
 LAYOUTS: dict[str, Any] = {"gpt2": gpt2, "llama": llama, "qwen2": llama}
 LAYOUT_OF: dict[type, Any] = {layout.Config: layout for layout in (gpt2, llama)}
@@ -116,7 +116,7 @@ def load_base(folder: str | Path, *, dtype: Any = np.float32) -> tuple[Tree, Any
         {name: entry.shape for name, entry in entries.items()},
         {name: stored.shape for name, stored in table.items()},
     )
-    flat = _read_tree(table, entries, layout.widths(config), dtype)
+    flat = _read_tree(table, entries, layout.qkv_widths(config), dtype)
     if tied_head is not None:
         _check_tied(tied_head, flat["wte"], layout.EMBEDDING)
     return unflatten(flat), config
@@ -131,14 +131,16 @@ def _read_tree(
         parts[place(stored.path, widths)[0]].append(name)
     flat = {}
     for path, names in parts.items():
-        arrays = [read_weight(entries[name], dtype) for name in names]
-        arrays = [
-            x.T if table[name].transposed else x for name, x in zip(names, arrays, strict=True)
-        ]
-        flat[path] = np.ascontiguousarray(
-            arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
-        )
+        columns = [_read(table[name], entries[name], dtype) for name in names]
+        one = columns[0] if len(columns) == 1 else np.concatenate(columns, axis=-1)
+        flat[path] = np.ascontiguousarray(one)
     return flat
+
+
+def _read(stored: Stored, entry: Entry, dtype: Any) -> Array:
+    """A tensor as our tree has it."""
+    weight = read_weight(entry, dtype)
+    return weight.T if stored.transposed else weight
 
 
 def _read_entries(folder: Path, layout: Any) -> tuple[Path, dict[str, Entry]]:
@@ -218,11 +220,11 @@ def base_files(
     check_shapes(
         "the base is not one of its configuration",
         {path: x.shape for path, x in weights.items()},
-        _tree_shapes(table, layout.widths(config)),
+        _tree_shapes(table, layout.qkv_widths(config)),
     )
     tensors = {}
     for name, stored in table.items():
-        path, columns = place(stored.path, layout.widths(config))
+        path, columns = place(stored.path, layout.qkv_widths(config))
         name = name if name == HEAD else layout.PREFIX + name
         weight = weights[path][..., columns]
         with np.errstate(over="ignore"):

@@ -43,8 +43,8 @@ def card(name: str, base: str, facts: Mapping[str, Any]) -> str:
             f'model = minilora.load_model({first}adapter="{name}")',
             *('print(model.generate("Once upon"))', "```", "", "In PEFT:", "", "```python"),
             f"{imported}from peft import PeftModel",
-            *("from transformers import GPT2LMHeadModel", ""),
-            f"base = GPT2LMHeadModel.from_pretrained({where})",
+            *("from transformers import AutoModelForCausalLM", ""),
+            f"base = AutoModelForCausalLM.from_pretrained({where})",
             *(f'model = PeftModel.from_pretrained(base, "{name}")', "```", ""),
         ]
     )

@@ -45,7 +45,7 @@ CONSTANT = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 # --- names and shapes --------------------------------------------------------------------------
 
 
-def widths(config: GPTConfig) -> tuple[int, int]:
+def qkv_widths(config: GPTConfig) -> tuple[int, int]:
     """How many columns of qkv are q's, and how many k's and v's."""
     return config.n_embd, config.n_embd
 

@@ -62,7 +62,7 @@ NORMS = {"input_layernorm": "ln_1", "post_attention_layernorm": "ln_2"}
 # --- names and shapes --------------------------------------------------------------------------
 
 
-def widths(config: LlamaConfig) -> tuple[int, int]:
+def qkv_widths(config: LlamaConfig) -> tuple[int, int]:
     """How many columns of qkv are q's, H K, and how many k's and v's, G K."""
     K = config.head_width
     return config.num_attention_heads * K, config.num_key_value_heads * K
@@ -70,7 +70,7 @@ def widths(config: LlamaConfig) -> tuple[int, int]:
 
 def tensor_table(config: LlamaConfig, document: Mapping[str, Any]) -> dict[str, Stored]:
     """Every tensor of the model that a config.json describes, by name without PREFIX."""
-    C, F, (Q, KV) = config.hidden_size, config.intermediate_size, widths(config)
+    C, F, (Q, KV) = config.hidden_size, config.intermediate_size, qkv_widths(config)
     shapes = {
         **{"attn.q": (Q, C), "attn.k": (KV, C), "attn.v": (KV, C), "attn.o": (C, Q)},
         **{"mlp.gate": (F, C), "mlp.up": (F, C), "mlp.down": (C, F)},

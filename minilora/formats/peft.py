@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from minilora.adapters import TARGETS, LoRAConfig, adapter_tree, adapters, compiled, weight_of
+from minilora.adapters import LoRAConfig, adapter_tree, adapters, compiled, weight_of
 from minilora.backend import Array, to_host
 from minilora.errors import MiniloraError
 from minilora.formats.base import LAYOUT_OF, AnyConfig, refuse_pickled
@@ -109,10 +109,10 @@ def fused_blocks(lora: Tree) -> list[int]:
     return sorted({int(path.split(".")[1]) for path in columns})
 
 
-def rewritten(lora: Tree, config: AnyConfig) -> str:
-    """What to tell of adapters on what is no module in PEFT; empty where there are none."""
+def rewritten(paths: Iterable[str], config: AnyConfig) -> str:
+    """What to tell of adapters at LoRA paths that are no modules in PEFT; empty where all are."""
     modules = {module.path for module in modules_of(config).values()}
-    return LAYOUT_OF[type(config)].REWRITTEN if adapters(lora).keys() - modules else ""
+    return LAYOUT_OF[type(config)].REWRITTEN if set(paths) - modules else ""
 
 
 def save_adapter(
@@ -127,8 +127,8 @@ def save_adapter(
 
     Only adapter_config.json and adapter_model.safetensors are replaced, both or neither; other
     files stay. `base_name` is where PEFT looks for the base. Adapters on what is no module there
-    become equal ones on what is, and `rewritten` says so. Raises MiniloraError for a tree that does not fit the two
-    configurations, and where the system refuses to write.
+    become equal ones on what is, and `rewritten` says so. Raises MiniloraError for a tree that does
+    not fit the two configurations, and where the system refuses to write.
     """
     write_folder(folder, adapter_files(lora, lora_config, config, base_name=base_name))
 
@@ -138,7 +138,7 @@ def adapter_files(
 ) -> dict[str, Content]:
     """The files that `save_adapter` writes, by name, the configuration last."""
     modules, found = modules_of(config), adapters(to_host(lora))
-    widths = LAYOUT_OF[type(config)].widths(config)
+    widths = LAYOUT_OF[type(config)].qkv_widths(config)
     if not found:
         raise MiniloraError("there is no adapter to save: the tree is empty")
     check_shapes(
@@ -163,9 +163,8 @@ def _tree_shapes(
 ) -> dict[str, Shape]:
     """The shapes that our A and B must have at these LoRA paths; a path of no weight has none."""
     weights: dict[str, Shape] = {}
-    for n_in, n_out, weight in (
-        (*module.shape, weight_of(module.path, *widths)[0]) for module in modules.values()
-    ):
+    for module in modules.values():
+        (n_in, n_out), (weight, _) = module.shape, weight_of(module.path, *widths)
         weights[weight] = (n_in, n_out + weights.get(weight, (0, 0))[1])
     shapes: dict[str, Shape] = {}
     for path in paths:
@@ -339,7 +338,7 @@ def load_adapter(
         lora_config = LoRAConfig(
             rank=rank,
             alpha=alpha,
-            targets=tuple(t if t in TARGETS else re.escape(t) for t in targets),
+            targets=tuple(map(re.escape, targets)),
             dropout=dropout,
             rslora=rslora,
             rank_pattern={re.escape(paths[m]): r for m, r in ranks.items() if r != rank},
@@ -381,8 +380,8 @@ def _without_copies(
         if entry is not None and not (table in tables and is_equal(entry, to_host(tables[table]))):
             known = "differs from the base's" if tables else "can be compared with no base"
             raise MiniloraError(
-                f"{entry.path} holds {KEY_PREFIX}{name}, which {known}; minilora loads an adapter only with "
-                "the tables of its base as they were"
+                f"{entry.path} holds {KEY_PREFIX}{name}, which {known}; minilora loads an adapter "
+                "only with the tables of its base as they were"
             )
     return rest
 

@@ -37,7 +37,7 @@ class Stored(NamedTuple):
 def place(path: str, widths: tuple[int, int]) -> tuple[str, slice]:
     """The leaf of our tree that a path of a table is, or is part of, and which columns of it.
 
-    `widths` are how many columns are q's, and how many k's and v's, as `projections` has them.
+    `widths` are how many columns are q's, and how many k's and v's, as `qkv_widths` has them.
     """
     module, _, kind = path.rpartition(".")
     if module.rpartition(".")[2] not in ("q", "k", "v"):
