@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -196,30 +196,42 @@ def _rotary(
 
 
 def fresh_document(base: Tree, config: LlamaConfig) -> dict[str, Any]:
-    """The fields of transformers' LlamaConfig or Qwen2Config that say what `llama` computes.
+    """The fields of transformers' configuration that say what `llama` computes with a base."""
+    block, maps = base["blocks"][0], {"attn.qkv": "attn.q", "mlp.gate": "mlp.gate"}
+    linear = {f"{part}.{name}": x for part in ("attn", "mlp") for name, x in block[part].items()}
+    with_bias = {maps.get(name, name) for name, weights in linear.items() if "b" in weights}
+    kind = "qwen2" if with_bias & {"attn.q", "attn.o"} == {"attn.q"} else "llama"
+    return config_document(config, kind, tied="head" not in base, with_bias=with_bias)
+
+
+def config_document(
+    config: LlamaConfig, kind: str, *, tied: bool, with_bias: Collection[str]
+) -> dict[str, Any]:
+    """The config.json of a model of this kind, the model_type, some of whose maps have a bias.
 
     The settings of the positions stand there in the new and, for older programs, the old spelling.
     """
-    attn, mlp = base["blocks"][0]["attn"], base["blocks"][0]["mlp"]
-    has_bias = {name for name in ("qkv", "o") if "b" in attn[name]}
-    is_qwen2 = has_bias == {"qkv"}
     rope: dict[str, Any] = {"rope_type": "default"}
     if config.rope_scaling is not None:
         rope = {"rope_type": "llama3", **dict(zip(LLAMA3, config.rope_scaling, strict=True))}
+    biases = {} if kind == "qwen2" else {
+        "attention_bias": "attn.q" in with_bias, "mlp_bias": "mlp.gate" in with_bias
+    }  # fmt: skip
     return {
-        "architectures": ["Qwen2ForCausalLM" if is_qwen2 else "LlamaForCausalLM"],
+        "architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[kind]],
         "attention_dropout": 0.0,
         "bos_token_id": None,
+        # What transformers computes in; the file may be in float16 to be small.
         "dtype": "float32",
         "eos_token_id": None,
         "hidden_act": "silu",
-        "model_type": "qwen2" if is_qwen2 else "llama",
+        "model_type": kind,
         "rms_norm_eps": config.rms_norm_eps,
         "rope_parameters": {"rope_theta": config.rope_theta, **rope},
         "rope_scaling": None if config.rope_scaling is None else rope,
         "rope_theta": config.rope_theta,
-        "tie_word_embeddings": "head" not in base,
+        "tie_word_embeddings": tied,
         **{name: getattr(config, name) for name in SIZES},
         **({} if config.head_dim is None else {"head_dim": config.head_dim}),
-        **({} if is_qwen2 else {"attention_bias": bool(has_bias), "mlp_bias": "b" in mlp["up"]}),
+        **biases,
     }

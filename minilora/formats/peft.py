@@ -370,9 +370,11 @@ def _without_copies(
 ) -> dict[str, Entry]:
     """The entries but for copies of the base's tables; MiniloraError for one that is changed.
 
-    PEFT saves them with an adapter, for one when tokens were added.
+    PEFT saves them with an adapter when tokens were added, and a Llama's adapted embedding always.
     """
-    copies = {f"{layout.PREFIX}{layout.EMBEDDING}": "wte", HEAD: "head"}
+    embedding = layout.PREFIX + layout.EMBEDDING
+    adapted = embedding.replace(".weight", ".base_layer.weight")
+    copies = {embedding: "wte", adapted: "wte", HEAD: "head"}
     tables = {} if base is None else {"wte": base["wte"], "head": base.get("head", base["wte"])}
     rest = dict(entries)
     for name, table in copies.items():
