@@ -75,10 +75,10 @@ def convert(
 ) -> None:
     """Write a GGUF file as a new folder that `load_model` and transformers open.
 
-    Weights are dequantised to `dtype`. The tokenizer is made of the file's own tokens and merges, or
-    is the `tokenizer` given, a tokenizer.json whose tokens have the same ids. Raises MiniloraError
-    for a file that is damaged, or of an architecture, type, setting or tokenizer that is not known
-    here, for a folder that holds anything, and where the `gguf` package is not installed.
+    Weights are dequantised to `dtype`. The tokenizer is made of the file's own tokens and merges,
+    or is the `tokenizer` given, a tokenizer.json whose tokens have the same ids. Raises
+    MiniloraError for a file that is damaged, or of an architecture, type, setting or tokenizer that
+    is not known here, for a folder that holds anything, and without the `gguf` package.
     """
     with new_folder(Path(folder)) as write:
         files, vocab_size = folder_files(Path(file), tokenizer, dtype)
@@ -167,7 +167,8 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     name = re.fullmatch(rf"(.*)-\d{{5}}-of-{count:05}\.gguf", path.name)
     if name is None:
         raise MiniloraError(
-            f"{path} is one of {count} parts; expected a name that ends in -00001-of-{count:05}.gguf"
+            f"{path} is one of {count} parts; expected a name that ends in "
+            f"-00001-of-{count:05}.gguf"
         )
     parts = []
     for number in range(count):
@@ -303,6 +304,11 @@ def read_config(
         )
     except MiniloraError as error:
         raise MiniloraError(f"{path}: {error}") from None
+    blocks = len({name.split(".")[1] for name in tensors if name.startswith("blk.")})
+    if config.n_layer > blocks:  # before a table of as many blocks as the file claims
+        raise MiniloraError(
+            f"{path}: {kind}.block_count is {config.n_layer}, but there are {blocks} blocks"
+        )
     if DIVISORS not in tensors:
         return config
     return replace(config, rope_scaling=scaling_of(tensors[DIVISORS], config))

@@ -71,10 +71,8 @@ CUTS = {
 
 def tokens_of_roles(fields: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The ids of the tokens with which a text begins and ends, as a config.json has them."""
-    ids = {
-        name: _id(fields, f"{name}_token_id", path)
-        for name in ("bos", "eos", "eot", "eom", "padding")
-    }
+    names = ("bos", "eos", "eot", "eom", "padding")
+    ids = {name: _id(fields, f"{name}_token_id", path) for name in names}
     ends = list(dict.fromkeys(i for i in (ids["eos"], ids["eot"], ids["eom"]) if i is not None))
     return {
         "bos_token_id": ids["bos"],
