@@ -600,11 +600,18 @@ def resized(
 def read_shape(folder: str | Path) -> tuple[GPTConfig, bool]:
     """The sizes in a folder's config.json, and whether its head is the embedding table.
 
-    Raises MiniloraError as `load_base` does; the weights are not read and need not be there.
+    Raises MiniloraError as `load_base` does, and for another architecture than GPT-2; the weights
+    are not read and need not be there.
     """
     from minilora.formats.base import CONFIG, is_tied, read_config
     from minilora.formats.files import read_json
 
     path = Path(folder) / CONFIG
     document = read_json(path)
-    return read_config(document, path), is_tied(document, path)
+    config = read_config(document, path)
+    if not isinstance(config, GPTConfig):
+        raise MiniloraError(
+            f"{path}: model_type is {document['model_type']!r}, whose step budget does not know; "
+            "expected 'gpt2'"
+        )
+    return config, is_tied(document, path)

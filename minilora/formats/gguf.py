@@ -28,7 +28,7 @@ from minilora.formats.output import new_folder
 from minilora.formats.table import HEAD
 from minilora.formats.tensors import Shape, check_shapes, tensor_parts
 from minilora.formats.tokenizer import GENERATION, load_tokenizer
-from minilora.llama import LlamaConfig, RotaryScaling, frequencies
+from minilora.llama import LinearScaling, Llama3Scaling, LlamaConfig, frequencies
 
 ARCHITECTURES = ("llama", "qwen2")
 # llama.cpp's names of the tensors, by Hugging Face's in the table of `llama`.
@@ -56,12 +56,11 @@ NEEDED = (
 UNDERSTOOD = (
     *("attention.head_count_kv", "attention.key_length", "attention.value_length"),
     *("rope.dimension_count", "rope.freq_base", "rope.scaling.original_context_length"),
-    *("rope.scaling.finetuned", "tensor_data_layout", "vocab_size"),
+    *("rope.scaling.factor", "rope.scaling.finetuned", "rope.scaling.type"),
+    *("tensor_data_layout", "vocab_size"),
 )
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
-    "rope.scaling.type": ("none",),
-    "rope.scaling.factor": (0.0, 1.0),
     "rope.scale_linear": (0.0, 1.0),
 }
 
@@ -197,7 +196,7 @@ def _read_part(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f'reading {path} needs the gguf package: pip install "minilora[gguf]"'
         ) from None
 
-    class Reader(gguf.GGUFReader):
+    class Reader(gguf.GGUFReader):  # type: ignore[misc]
         """Reads nothing beyond the end, of which NumPy would give what there is."""
 
         def _get(self, offset: int, dtype: Any, count: int = 1, *args: Any, **kwargs: Any) -> Any:
@@ -289,6 +288,13 @@ def read_config(
                 f"{path}: {kind}.{name} is {size(name)}, but the heads are of width {K}; "
                 "expected the same"
             )
+    scaling, factor = own.get("rope.scaling.type", "none"), constant("rope.scaling.factor")
+    if scaling not in ("none", "linear") or (scaling == "none" and factor not in (0.0, 1.0)):
+        raise MiniloraError(
+            f"{path}: {kind}.rope.scaling.type is {reprlib.repr(scaling)} with a factor of "
+            f"{factor:g}; minilora computes 'linear' and, without a factor, 'none'"
+        )
+    linear_scaling = LinearScaling(factor) if scaling == "linear" else None
     try:
         config = LlamaConfig(
             vocab_size=tensors[EMBEDDING].shape[0],
@@ -300,6 +306,7 @@ def read_config(
             max_position_embeddings=size("context_length"),
             rms_norm_eps=constant("attention.layer_norm_rms_epsilon"),
             rope_theta=constant("rope.freq_base", 10000.0),
+            rope_scaling=linear_scaling,
             head_dim=None if K * H == C else K,
         )
     except MiniloraError as error:
@@ -314,13 +321,13 @@ def read_config(
     return replace(config, rope_scaling=scaling_of(tensors[DIVISORS], config))
 
 
-def scaling_of(tensor: Tensor, config: LlamaConfig) -> RotaryScaling | None:
+def scaling_of(tensor: Tensor, config: LlamaConfig) -> Llama3Scaling | None:
     """The scaling whose frequencies are the plain ones over the divisors; None where these are 1.
 
     Raises MiniloraError where Llama 3's way of scaling does not give them.
     """
     plain, divisors = frequencies(config), numbers(tensor, np.float64)
-    if divisors.shape == plain.shape:
+    if divisors.shape == plain.shape and config.rope_scaling is None:
         if (divisors == 1).all():
             return None
         for scaling in _scalings(plain, divisors):
@@ -332,7 +339,7 @@ def scaling_of(tensor: Tensor, config: LlamaConfig) -> RotaryScaling | None:
     )
 
 
-def _scalings(plain: Array, divisors: Array) -> Iterator[RotaryScaling]:
+def _scalings(plain: Array, divisors: Array) -> Iterator[Llama3Scaling]:
     """Settings that may give the divisors: Llama 3's own, and those fitted between the bands.
 
     Between them, the share of a frequency that is kept is a straight line over the frequencies.
@@ -340,11 +347,11 @@ def _scalings(plain: Array, divisors: Array) -> Iterator[RotaryScaling]:
     """
     factor = float(str(np.float32(divisors.max())))
     if factor > 1.0:
-        yield RotaryScaling(factor, low=1.0, high=4.0, original=8192)
+        yield Llama3Scaling(factor, low=1.0, high=4.0, original=8192)
     between = (divisors > 1.0) & (divisors < divisors.max())
     if between.sum() >= 2:
         kept = (1.0 / divisors[between] - 1.0 / factor) / (1.0 - 1.0 / factor)
         slope, start = np.polyfit(plain[between], kept, 1)
         high, original = 1.0 - 1.0 / start, -2.0 * math.pi * slope / start
         if high > 1.0 and original > 0.5:
-            yield RotaryScaling(factor, low=1.0, high=round(high, 3), original=round(original))
+            yield Llama3Scaling(factor, low=1.0, high=round(high, 3), original=round(original))

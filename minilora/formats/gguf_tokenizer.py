@@ -196,7 +196,7 @@ def _settings(fields: Mapping[str, Any], tokens: list[str], path: Path) -> dict[
 def _check_tokens(tokens: list[str], document: dict[str, Any], given: Path, path: Path) -> None:
     """Raise MiniloraError unless a tokenizer.json has these tokens under these ids."""
     model = document.get("model")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    vocabulary: Any = model.get("vocab") if isinstance(model, dict) else None
     added = document.get("added_tokens") or []
     try:
         if isinstance(vocabulary, list):  # of a Unigram: [token, score]

@@ -15,7 +15,7 @@ from typing import Any
 from minilora.errors import MiniloraError
 from minilora.formats.files import field
 from minilora.formats.table import HEAD, Stored, require
-from minilora.llama import LlamaConfig, RotaryScaling
+from minilora.llama import LinearScaling, Llama3Scaling, LlamaConfig
 from minilora.tree import Tree
 
 Config = LlamaConfig
@@ -36,8 +36,8 @@ REQUIRED: dict[str, tuple[Any, ...]] = {
 # What transformers takes for a missing size: Llama's are LlamaConfig's own, but for k's and v's
 # heads, which are as many as q's.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": vars(LlamaConfig()) | {"num_key_value_heads": None},
-    "qwen2": vars(LlamaConfig())
+    "llama": vars(LlamaConfig(rms_norm_eps=1e-6)) | {"num_key_value_heads": None},
+    "qwen2": vars(LlamaConfig(rms_norm_eps=1e-6))
     | {"vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768},
 }
 SIZES = (
@@ -150,49 +150,47 @@ def _refuse_windows(document: Mapping[str, Any], sizes: Mapping[str, Any], path:
         )
 
 
-ROTARY = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+# The ways of scaling the angles, by their rope_type: ours, and the names of its numbers there.
+SCALINGS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "default": (lambda: None, ()),
+    "linear": (LinearScaling, ("factor",)),
+    "llama3": (
+        Llama3Scaling,
+        ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    ),
+}
 
 
 def _rotary(
     document: Mapping[str, Any], sizes: Mapping[str, Any], path: Path
-) -> dict[str, float | RotaryScaling | None]:
-    """θ and Llama 3's scaling: of rope_parameters, or of the older rope_theta and rope_scaling."""
+) -> dict[str, float | LinearScaling | Llama3Scaling | None]:
+    """θ and its scaling: of rope_parameters, or of the older rope_theta and rope_scaling."""
     name = "rope_scaling" if document.get("rope_scaling") else "rope_parameters"
-    rope = document.get(name) or {}
-    where = f"{path}: {name}"
+    rope, where = document.get(name) or {}, f"{path}: {name}"
     if not isinstance(rope, dict):
         raise MiniloraError(f"{where} is {reprlib.repr(rope)}, expected an object")
     older = field(document, "rope_theta", float, 10000.0, where=path)
     theta = field(rope, "rope_theta", float, older, where=where)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
+    if not isinstance(kind, str) or kind not in SCALINGS:
         raise MiniloraError(
             f"{where}: rope_type is {reprlib.repr(kind)}, which minilora does not compute; "
-            "expected 'default' or 'llama3'"
+            f"expected {' or '.join(map(repr, SCALINGS))}"
         )
+    scaling, names = SCALINGS[kind]
     require(rope, {"partial_rotary_factor": (None, 1.0)}, where)
-    for key, value in rope.items():
-        if key not in ROTARY and value is not None and not (kind == "llama3" and key in LLAMA3):
-            raise MiniloraError(
-                f"{where}: {key} is {reprlib.repr(value)}, which minilora does not compute for "
-                f"the rope_type {kind!r}"
-            )
-    if kind == "default":
-        return {"rope_theta": theta}
-    context = {LLAMA3[3]: sizes["max_position_embeddings"]}
-    given = {**context, **rope, **{k: document[k] for k in context if k in document}}
-    missing = [key for key in LLAMA3 if key not in given]
-    if missing:
-        raise MiniloraError(f"{where}: {missing[0]} is missing, which the rope_type 'llama3' needs")
-    factor, low, high = (field(given, key, float, 0.0, where=where) for key in LLAMA3[:3])
-    original = field(given, LLAMA3[3], int, 0, where=where)
-    if not (factor > 0 and low > 0 and high > low and original > 0):
-        raise MiniloraError(
-            f"{where}: expected factor, low_freq_factor and original_max_position_embeddings "
-            "above 0, and high_freq_factor above low_freq_factor"
-        )
-    return {"rope_theta": theta, "rope_scaling": RotaryScaling(factor, low, high, original)}
+    for key in rope:
+        if key not in ("rope_theta", "rope_type", "type", "partial_rotary_factor", *names):
+            require(rope, {key: (None,)}, where)
+    original = "original_max_position_embeddings"
+    given = {original: sizes["max_position_embeddings"], **rope}
+    if original in document:  # as in transformers, this counts more
+        given[original] = document[original]
+    for key in names:
+        if key not in given:
+            raise MiniloraError(f"{where}: {key} is missing, which the rope_type {kind!r} needs")
+    numbers = (field(given, k, int if k == original else float, 0, where=where) for k in names)
+    return {"rope_theta": theta, "rope_scaling": scaling(*numbers)}
 
 
 def fresh_document(base: Tree, config: LlamaConfig) -> dict[str, Any]:
@@ -211,9 +209,11 @@ def config_document(
 
     The settings of the positions stand there in the new and, for older programs, the old spelling.
     """
+    scaling = config.rope_scaling
     rope: dict[str, Any] = {"rope_type": "default"}
-    if config.rope_scaling is not None:
-        rope = {"rope_type": "llama3", **dict(zip(LLAMA3, config.rope_scaling, strict=True))}
+    for name, (ours, keys) in SCALINGS.items():
+        if scaling is not None and type(scaling) is ours:
+            rope = {"rope_type": name, **dict(zip(keys, scaling, strict=True))}
     biases = {} if kind == "qwen2" else {
         "attention_bias": "attn.q" in with_bias, "mlp_bias": "mlp.gate" in with_bias
     }  # fmt: skip
@@ -228,7 +228,7 @@ def config_document(
         "model_type": kind,
         "rms_norm_eps": config.rms_norm_eps,
         "rope_parameters": {"rope_theta": config.rope_theta, **rope},
-        "rope_scaling": None if config.rope_scaling is None else rope,
+        "rope_scaling": None if scaling is None else rope,
         "rope_theta": config.rope_theta,
         "tie_word_embeddings": tied,
         **{name: getattr(config, name) for name in SIZES},

@@ -14,6 +14,7 @@ from minilora.formats import load_base
 from minilora.formats.gguf import convert
 from minilora.formats.gguf_tokenizer import tokenizer_files
 from minilora.formats.tensors import read_tensors
+from minilora.llama import LinearScaling
 
 gguf = pytest.importorskip("gguf", reason="needs gguf: install minilora[gguf]")
 tokenizers = pytest.importorskip("tokenizers")
@@ -287,6 +288,13 @@ def test_other_settings_of_the_scaling_are_found_from_the_divisors(tmp_path):
     assert scaling == (8.0, 1.0, 3.0, 500), "the same as low 2, high 6, original 1000"
 
 
+def test_linear_scaling_is_that_of_the_file(tmp_path):
+    fields = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+    folder = converted(tmp_path, fields=fields)
+    assert load_base(folder)[1].rope_scaling == LinearScaling(4.0)
+    assert config_of(folder)["rope_parameters"]["rope_type"] == "linear"
+
+
 def test_divisors_of_one_are_no_scaling(tmp_path):
     found = drawn() | {"rope_freqs.weight": np.ones(K // 2, np.float32)}
     assert load_base(converted(tmp_path, found))[1].rope_scaling is None
@@ -308,8 +316,9 @@ def test_divisors_that_are_no_scaling_of_llama_3_s_are_refused(tmp_path, table):
         ("llama.expert_count", 8, "llama.expert_count is 8"),
         ("llama.attention.sliding_window", 4096, "attention.sliding_window is 4096"),
         ("llama.attention.causal", False, "attention.causal is False"),
-        ("llama.rope.scaling.type", "linear", "rope.scaling.type is 'linear'"),
-        ("llama.rope.scaling.factor", 4.0, "rope.scaling.factor is 4.0"),
+        ("llama.rope.scaling.type", "yarn", "rope.scaling.type is 'yarn' with a factor of 0"),
+        ("llama.rope.scaling.type", "linear", r"rope_scaling LinearScaling\(factor=0.0\)"),
+        ("llama.rope.scaling.factor", 4.0, "rope.scaling.type is 'none' with a factor of 4"),
         ("llama.logit_scale", 2.0, "logit_scale is 2.0"),
         ("llama.rope.dimension_count", 4, "dimension_count is 4, but the heads are of width 8"),
         ("llama.attention.value_length", 16, "value_length is 16, but the heads"),
@@ -320,7 +329,7 @@ def test_divisors_that_are_no_scaling_of_llama_3_s_are_refused(tmp_path, table):
         ("llama.attention.head_count_kv", 4, "6 is not a multiple of num_key_value_heads 4"),
         ("llama.block_count", 3, "block_count is 3, but there are 2 blocks"),
         ("llama.block_count", 0, "num_hidden_layers 0 is too small"),
-        ("llama.block_count", 2**31, "block_count is 2147483648, but"),
+        ("llama.block_count", 2**24, "block_count is 16777216, but there are 2"),
         ("llama.context_length", None, "no llama.context_length"),
         ("llama.attention.layer_norm_rms_epsilon", None, "no llama.attention.layer_norm_rms"),
         ("llama.attention.layer_norm_rms_epsilon", float("nan"), "layer_norm_rms_epsilon is nan"),

@@ -123,6 +123,7 @@ KINDS = {
     "biases in the MLP": {"mlp_bias": True},
     "another base of the angles": {"rope_parameters": {"rope_theta": 77.0, "rope_type": "default"}},
     "scaled angles": {"rope_parameters": LLAMA3},
+    "angles scaled in equal parts": {"rope_parameters": {"rope_type": "linear", "factor": 3.0}},
     "qwen2": {"kind": "qwen2"},
     "qwen2, tied": {"kind": "qwen2", "tie_word_embeddings": True, "num_key_value_heads": 3},
     "qwen2, a window that is off": {"kind": "qwen2", "sliding_window": 4},
