@@ -15,6 +15,7 @@ from minilora.adapters import LoRAConfig, lora_init
 from minilora.data import corpus_from_text, load_corpus
 from minilora.errors import MiniloraError
 from minilora.formats import load_adapter, load_base, save_adapter, save_base
+from minilora.formats.gguf import convert
 from minilora.gpt2 import GPTConfig
 from minilora.keep import Plan
 from minilora.lora import merge, unmerge
@@ -51,6 +52,7 @@ __all__ = [
     "TrainConfig",
     "adapt",
     "complete",
+    "convert",
     "corpus_from_records",
     "corpus_from_text",
     "evaluate",

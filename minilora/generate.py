@@ -36,14 +36,15 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    known: int | None = None,
 ) -> Iterator[int]:
     """The `max_tokens` token ids that continue a prompt, each as soon as it is drawn.
 
     `temperature`, `top_k` and `top_p` shape the distribution (see `distribution`); temperature 0
-    always takes the likeliest token. When the context of n_positions tokens is full, its last half
-    becomes the prompt and the text continues from there. Raises MiniloraError, before
-    anything is computed, for a prompt that is empty, longer than the context or outside the
-    vocabulary, and for an option out of its range.
+    always takes the likeliest token. Ids from `known` on, of rows that are no tokens, are never
+    drawn. When the context of n_positions tokens is full, its last half becomes the prompt and the
+    text continues from there. Raises MiniloraError, before anything is computed, for a prompt that
+    is empty, longer than the context or outside the vocabulary, and for an option out of its range.
     """
     prompt, context = np.asarray(prompt_ids, np.int64), net.config.n_positions
     if prompt.size == 0:
@@ -72,7 +73,8 @@ def generate(
                 unread, position = text[-max(1, context // 2) :], 0
             logits = next_logits(net, tokens=np.array([unread]), cache=cache, position=position)
             position += len(unread)
-            p = distribution(to_host(logits)[0], temperature=temperature, top_k=top_k, top_p=top_p)
+            logits = to_host(logits)[0, :known]
+            p = distribution(logits, temperature=temperature, top_k=top_k, top_p=top_p)
             unread = [int(p.argmax() if temperature == 0 else rng.choice(p.size, p=p))]
             text += unread
             yield unread[0]

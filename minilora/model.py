@@ -202,5 +202,6 @@ def complete(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
+        known=model.tokenizer.known,
     )
     return itertools.takewhile(lambda token: token not in model.tokenizer.ends, drawn)

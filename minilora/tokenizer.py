@@ -23,6 +23,10 @@ class Tokenizer(Protocol):
     ends: frozenset[int]  # the tokens that end a text
     end_of_answer: int | None  # the token with which an answer is learned to end
 
+    @property
+    def known(self) -> int:
+        """How many ids, from 0, are tokens; a base may have more rows than these."""
+
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text, 1-D int32.
 
@@ -57,7 +61,7 @@ class ByteTokenizer:
     Where the base names no token that ends a text, an answer ends with a byte that UTF-8 never has.
     """
 
-    vocab_size = 256
+    vocab_size = known = 256
 
     def __init__(self, ends: Sequence[int] = ()) -> None:
         self.end_of_text = ends[0] if ends else None
@@ -104,6 +108,11 @@ class BPETokenizer:
         self.end_of_text = self.end_of_answer = ends[0] if ends else None
         self.ends = frozenset(ends)
         self.source = source
+
+    @property
+    def known(self) -> int:
+        """How many ids, from 0, are tokens."""
+        return min(self.vocab_size, 1 + max(self.tokenizer.get_vocab().values(), default=-1))
 
     def __repr__(self) -> str:
         return f"BPETokenizer({self.vocab_size:,} tokens)"

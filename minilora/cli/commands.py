@@ -371,6 +371,25 @@ def mix_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def convert_command(args: argparse.Namespace) -> int:
+    from minilora import tree
+    from minilora.formats.gguf import convert
+    from minilora.model import load_model
+    from minilora.training.runs import BASE_WEIGHTS
+
+    convert(args.gguf, args.out, tokenizer=args.tokenizer, dtype=args.dtype)
+    model = load_model(args.out)
+    figures = {
+        "parameters": tree.count(model.base),
+        "tokens": model.tokenizer.known,
+        "bytes": (args.out / BASE_WEIGHTS).stat().st_size,
+    }
+    write_figures(args, figures)
+    print_figures(figures)
+    print_next("generate", "--base", args.out)
+    return 0
+
+
 def gradcheck_command(args: argparse.Namespace) -> int:
     from minilora.gradcheck import PAIR_TOLERANCE, TOLERANCE, GradientError
     from minilora.pairs import PAIRS, page_of, table

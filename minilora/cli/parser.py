@@ -111,7 +111,7 @@ def as_typed(message: str, arguments: argparse.Namespace) -> str:
     """
     command: Command | None = getattr(arguments, "command", None)
     for one in command.every_option() if command else ():
-        if one.dest in FOLDERS:
+        if one.dest in FOLDERS and one.flag.startswith("-"):
             given = getattr(arguments, one.dest)
             for folder in given if isinstance(given, list) else [given]:
                 if re.match(rf"{re.escape(str(folder))}({FOLDERS[one.dest]})", message):
@@ -168,9 +168,8 @@ def usage(command: Command) -> str:
         if one.keywords.get("required"):
             words.append(f"{one.flag} {metavar}")
         elif not one.flag.startswith("-"):
-            words.append(
-                {"+": f"{metavar} [{metavar} ...]", "?": f"[{metavar}]"}[one.keywords["nargs"]]
-            )
+            many = {"+": f"{metavar} [{metavar} ...]", "?": f"[{metavar}]"}
+            words.append(many.get(str(one.keywords.get("nargs")), str(metavar)))
     return " ".join([*words, "[OPTION ...]"])
 
 

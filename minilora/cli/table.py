@@ -513,6 +513,24 @@ COMMANDS = (
         ),
     ),
     Command(
+        "convert",
+        commands.convert_command,
+        "make a base of a GGUF file, as llama.cpp has its models",
+        examples=("minilora convert model.gguf my-base",),
+        options=(
+            option("gguf", "the file: a Llama or a Qwen2", type=Path, metavar="FILE"),
+            option("out", "folder for the base", type=Path, metavar="DIR"),
+            option(
+                "--tokenizer",
+                "the model's tokenizer.json, where the file's own tokenizer is not known",
+                type=Path,
+                metavar="FILE",
+            ),
+            DTYPE,
+        ),
+        figures=figures("parameters", "tokens", "bytes"),
+    ),
+    Command(
         "gradcheck",
         commands.gradcheck_command,
         "compare every gradient with central differences in float64",

@@ -105,6 +105,7 @@ def test_several_processes_may_run_the_commands_of_which_the_row_says_so(cli, mo
     monkeypatch.setattr(ranks, "launched", lambda: (0, 2))
     monkeypatch.setattr(ranks, "as_one", lambda run: run())
     words = ["missing.txt"] if DATA in command.options else []
+    words += ["missing.gguf", "out"] if command.name == "convert" else []
     words += ["--adapter", "missing"] if ADAPTER.but(required=True) in command.options else []
     result = cli(command.name, *words)
     assert result.status == 2
