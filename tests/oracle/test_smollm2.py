@@ -29,7 +29,7 @@ TEXTS = {
     "no money in my purse, I thought I would see the watery part.\n\n  'Tis so!",
     "Python": "def fib(n):\n    a, b = 0, 1\n    while a < n:\n        yield a\n"
     "        a, b = b, a + b\n\n\nprint(*fib(1000))\n",
-    "odd": "  12345 678\t9\r\n\n\n It's we'LL they're 3.14159e-10 \u00e9\u0301 \U0001f600 "
+    "odd": "  ab 12345 678\t9\r\n\n\n It's we'LL they're 3.14159e-10 \u00e9\u0301 \U0001f600 "
     "\u4f60\u597d <|im_start|>user\nhi<|im_end|>",
 }  # fmt: skip
 
@@ -75,6 +75,10 @@ def test_the_tokens_are_those_of_transformers_conversion_and_of_the_folder_opene
         assert ids == theirs[1].encode(text, add_special_tokens=False), name
         assert ids == opened.encode(text), f"{name}: no token is added before or after"
         assert ours.tokenizer.decode(ids) == text, name
+    # Whatever the file says, transformers cuts it as GPT-2's: two tokens for two blanks there.
+    blanks = ours.tokenizer.encode("a  123\n\n4")
+    names = [ours.tokenizer.tokenizer.id_to_token(int(token)) for token in blanks]
+    assert names == ["a", "ĠĠ", "1", "2", "3", "ĊĊ", "4"]
     chat = [{"role": "user", "content": "Hello"}]
     expected = theirs[1].apply_chat_template(chat, tokenize=False)
     assert opened.apply_chat_template(chat, tokenize=False) == expected
@@ -103,11 +107,13 @@ def test_the_loss_is_that_of_transformers(ours, theirs, name):
 def test_a_greedy_text_of_100_tokens_is_that_of_transformers(ours, theirs):
     import torch
 
-    for prompt in ("Photosynthesis is", "def quicksort(", "The three largest cities are"):
+    lengths = []
+    for prompt in ("Photosynthesis is", "The three largest cities are"):
         ids = ours.tokenizer.encode(prompt).astype(np.int64)
-        options = {"max_new_tokens": 100, "min_new_tokens": 100, "do_sample": False}
+        options = {"max_new_tokens": 100, "do_sample": False}
         with torch.no_grad():
-            expected = theirs[0].generate(torch.from_numpy(ids[None]), **options)[0].tolist()
-        drawn = list(complete(ours, prompt, max_tokens=100, temperature=0.0))
-        assert drawn == expected[len(ids) : len(ids) + len(drawn)], prompt
-        assert len(drawn) == 100 or expected[len(ids) + len(drawn)] in ours.tokenizer.ends, prompt
+            found = theirs[0].generate(torch.from_numpy(ids[None]), **options)[0].tolist()
+        expected = [token for token in found[len(ids) :] if token not in ours.tokenizer.ends]
+        assert list(complete(ours, prompt, max_tokens=100, temperature=0.0)) == expected, prompt
+        lengths.append(len(expected))
+    assert lengths[0] == 100 and lengths[1] < 100, "and the second text ends"
