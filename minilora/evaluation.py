@@ -15,6 +15,8 @@ from minilora.loss import head_loss_forward
 from minilora.network import Net, trunk_forward
 from minilora.workers import SHARD_TOKENS, Workers
 
+WINDOW = 1024  # tokens; the attention of all 8,192 of a long context would take most of the time
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -35,14 +37,14 @@ def evaluate_tokens(
 ) -> Evaluation:
     """The model's loss on a stream of tokens that stands for `text_bytes` bytes of text.
 
-    Consecutive windows of the base's whole context, so that every token but the very first is
-    predicted exactly once. Raises MiniloraError below two tokens, for token ids outside the
-    vocabulary, and for a loss that is not finite.
+    Consecutive windows of the base's whole context, or of WINDOW tokens where that is longer, so
+    that every token but the very first is predicted exactly once. Raises MiniloraError below two
+    tokens, for token ids outside the vocabulary, and for a loss that is not finite.
     """
     if len(tokens) < 2:
         raise MiniloraError(f"a text of {len(tokens)} tokens is too short: an evaluation needs two")
     check_ids(tokens, net.config.vocab_size)
-    context = net.config.n_positions
+    context = min(net.config.n_positions, WINDOW)
     batches = windows(tokens, context=context, batch=max(1, SHARD_TOKENS // context))
     with Workers(threads, device) as workers:
         total, predicted = sum_nats(workers, net.on(device), batches, device)

@@ -170,8 +170,9 @@ def evaluate(
 ) -> Evaluation:
     """The loss on all the text of the sources (see `texts.read_documents`), nats and bits per byte.
 
-    Windows of the base's whole context follow each other, so that every token but the very first is
-    predicted exactly once. Raises MiniloraError for a bad source or fewer than two tokens.
+    Windows of the base's whole context, of 1,024 tokens at most, follow each other, so that every
+    token but the very first is predicted exactly once. Raises MiniloraError for a bad source or
+    fewer than two tokens.
     """
     text = load_text(sources, model.tokenizer)
     return evaluate_tokens(
