@@ -4,11 +4,12 @@ import json
 import math
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from minilora import load_model
+from minilora import complete, load_model
 from minilora.errors import MiniloraError
 from minilora.formats import load_base
 from minilora.formats.gguf import convert
@@ -361,8 +362,10 @@ def test_a_file_that_was_cut_off_is_refused_wherever_that_is(tmp_path):
         assert "\n" not in str(caught.value), length
 
 
-def test_a_length_that_no_file_has_takes_no_time(tmp_path):
-    path = a_file(tmp_path / "model.gguf")
+@pytest.mark.parametrize("number", range(4))
+def test_a_length_that_no_file_has_takes_no_time(tmp_path, number):
+    """Whether or not the file ends with a whole entry of the list."""
+    path = a_file(tmp_path / "model.gguf", fields={"general.note": "x" * number})
     data, name = bytearray(path.read_bytes()), b"tokenizer.ggml.token_type"
     length = data.index(name) + len(name) + 8  # after the types of the field and of its entries
     data[length : length + 8] = (2**60).to_bytes(8, "little")
@@ -528,6 +531,12 @@ def test_spare_rows_stay_and_their_names_go(tmp_path):
     base, config = load_base(folder)
     assert config.vocab_size == V + 3 and np.array_equal(base["wte"][-3:], spare)
     assert "[PAD" not in (folder / "tokenizer.json").read_text(encoding="utf-8")
+    base["wte"][-2] *= 1e3  # the greatest logit or, where its sign is the other, the least
+    model = load_model(folder)
+    for sign in (1.0, -1.0):
+        base["wte"][-2] *= sign
+        drawn_ids = list(complete(replace(model, base=base), "hello", max_tokens=9, seed=1))
+        assert drawn_ids and max(drawn_ids) < V
 
 
 @pytest.mark.parametrize(

@@ -267,3 +267,12 @@ def test_the_tokens_of_one_text_are_drawn_independently():
     text = run(coin, prompt_ids=[0], max_tokens=400, temperature=1.0, seed=3)
     assert 150 < sum(text) < 250
     assert 150 < np.count_nonzero(np.diff(text)) < 250
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_that_are_no_tokens_are_never_drawn(temperature):
+    everywhere = {"max_tokens": 20, "temperature": temperature}
+    likeliest = max(run(**everywhere))
+    drawn = run(**everywhere, known=likeliest)
+    assert drawn and max(drawn) < likeliest
+    assert run(**everywhere, known=NET.config.vocab_size) == run(**everywhere)
