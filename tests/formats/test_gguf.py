@@ -365,7 +365,7 @@ def test_a_file_that_was_cut_off_is_refused_wherever_that_is(tmp_path):
 @pytest.mark.parametrize("number", range(4))
 def test_a_length_that_no_file_has_takes_no_time(tmp_path, number):
     """Whether or not the file ends with a whole entry of the list."""
-    path = a_file(tmp_path / "model.gguf", fields={"general.note": "x" * number})
+    path = a_file(tmp_path / "model.gguf", fields={"tokenizer.ggml.model": "x" * number})
     data, name = bytearray(path.read_bytes()), b"tokenizer.ggml.token_type"
     length = data.index(name) + len(name) + 8  # after the types of the field and of its entries
     data[length : length + 8] = (2**60).to_bytes(8, "little")
