@@ -64,6 +64,7 @@ def answer_to(model: Model, example: Example) -> str:
         prompt_ids=example.tokens[: example.asked],
         max_tokens=len(example.tokens) - example.asked,
         temperature=0.0,
+        known=model.tokenizer.known,
     )
     text = ""
     for piece in model.tokenizer.stream(until(ids, model.tokenizer.ends)):
