@@ -9,6 +9,7 @@ from minilora import pairs
 from minilora.cli import demo, main
 from minilora.formats import save_base
 from minilora.gpt2 import gpt_init
+from minilora.llama import LlamaConfig, llama_init
 
 QUICK = [
     *("--steps", "4", "--batch", "2", "--context", "16", "--warmup", "2", "--threads", "1"),
@@ -16,10 +17,18 @@ QUICK = [
 ]
 
 
-@pytest.fixture
-def base(model, tmp_path):
-    """The tiny model as a folder."""
-    save_base(tmp_path / "base", model.base, model.config)
+@pytest.fixture(params=["gpt2", "llama"])
+def base(request, model, tmp_path):
+    """The tiny model, or a Llama, as a folder."""
+    weights, config = model.base, model.config
+    if request.param == "llama":
+        config = LlamaConfig(
+            256, 16, 24, 2, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=model.config.n_positions, rms_norm_eps=1e-5,
+        )  # fmt: skip
+        weights = llama_init(config, seed=0)
+        weights["wte"] *= 10.0
+    save_base(tmp_path / "base", weights, config)
     return str(tmp_path / "base")
 
 
