@@ -107,14 +107,12 @@ def folder_files(
         {name: tensor.shape for name, tensor in tensors.items() if name != DIVISORS},
         {gguf_name(name): stored.shape for name, stored in table.items()},
     )
-    is_paired = document["model_type"] == "llama"
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     weights = {}
     for name in table:
-        weight = numbers(tensors[gguf_name(name)], dtype)
-        if is_paired and ".q_proj." in name:
-            weight = halves(weight, config.num_attention_heads)
-        if is_paired and ".k_proj." in name:
-            weight = halves(weight, config.num_key_value_heads)
+        weight, module = numbers(tensors[gguf_name(name)], dtype), name.split(".")[-2]
+        if module in heads and document["model_type"] == "llama":
+            weight = halves(weight, heads[module])
         weights[name if name == HEAD else llama.PREFIX + name] = weight
     roles = tokens_of_roles(fields, path)
     files: dict[str, Content] = {
