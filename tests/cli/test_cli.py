@@ -16,7 +16,7 @@ from minilora import complete, evaluate, load_adapter, load_base, load_corpus, l
 from minilora.cli import main
 from minilora.cli.commands import command_line
 from minilora.cli.parser import json_option
-from minilora.cli.table import COMMANDS, DATA, SEED, Option
+from minilora.cli.table import COMMANDS, SEED, Option
 from minilora.formats import save_base
 from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.training.ranks import Ranks
@@ -63,7 +63,7 @@ def test_the_help_names_every_option_and_every_figure(capsys, command):
     text, row = helped(capsys, command), ROWS[command]
     assert row.summary[1:] in text
     for option in [*options(row), *([json_option(row)] if row.figures else [])]:
-        name = option.keywords["metavar"] if option.flag == DATA.flag else option.flag
+        name = option.flag if option.flag.startswith("-") else option.keywords["metavar"]
         assert re.search(rf"(?<!-){name}\b", text), f"{command} --help does not mention {name}"
         default = option.keywords.get("default")
         assert default in (None, []) or f"(default: {default})" in text

@@ -347,8 +347,8 @@ BROKEN = {
     "no JSON": (lambda f: (f / "config.json").write_text("{", encoding="utf-8"), "is not JSON"),
     "a list": (lambda f: (f / "config.json").write_text("[]", encoding="utf-8"), "no JSON object"),
     "another architecture": (
-        lambda f: change_config(f, model_type="llama"),
-        "model_type is 'llama'",
+        lambda f: change_config(f, model_type="mamba"),
+        "model_type is 'mamba'",
     ),
     "another width": (
         lambda f: change_config(f, n_embd=32),
