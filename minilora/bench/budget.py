@@ -40,7 +40,7 @@ SHAPES = {
 ITEMSIZE = {"float16": 2, "float32": 4, "float64": 8}
 
 
-def evaluate(formula: str, sizes: Mapping[str, int]) -> int:
+def value_of(formula: str, sizes: Mapping[str, int]) -> int:
     """The value of a sum of products of sizes and whole numbers, such as "3 N C + N"."""
     return sum(
         math.prod(sizes[factor] if factor in sizes else int(factor) for factor in term.split())
@@ -65,7 +65,7 @@ def base_parameters(config: GPTConfig, *, tied: bool = True) -> int:
         "V": config.vocab_size, "C": config.n_embd, "F": config.inner,
         "n_positions": config.n_positions,
     }  # fmt: skip
-    return evaluate(f"{tables} + 2 C", sizes) + config.n_layer * evaluate(block, sizes)
+    return value_of(f"{tables} + 2 C", sizes) + config.n_layer * value_of(block, sizes)
 
 
 def adapters_on(linear: str) -> tuple[str, ...]:
@@ -320,7 +320,7 @@ def ledger(step: Step) -> list[LedgerLine]:
         kept += [(f"blocks.{block}", line) for line in lines(step, block)]
     kept += [("ln_f", line) for line in kept_layer_norm()]
     kept += [("head", line) for line in kept_head_loss(frozen=not step.trains_base)]
-    return [LedgerLine(place, *line, evaluate(line.formula, step.sizes)) for place, line in kept]
+    return [LedgerLine(place, *line, value_of(line.formula, step.sizes)) for place, line in kept]
 
 
 def is_mask(line: Stored | LedgerLine) -> bool:
@@ -356,7 +356,7 @@ def peaks_of_pass(step: Step) -> dict[str, int]:
     sizes["S"] = sizes["B"] * max(0, step.context - step.queries)  # what the last tile but one sees
 
     def count(formula: str, gradients: str = "0") -> int:
-        return evaluate(f"{formula} + {gradients}" if full else formula, sizes)
+        return value_of(f"{formula} + {gradients}" if full else formula, sizes)
 
     above = f"V C + 2 C + {blocks_above} 4 C C + {blocks_above} 2 C F"
     recomputed = 0
@@ -382,7 +382,7 @@ def recomputed_cache(step: Step, block: int) -> int:
     """With recompute, the numbers in a block's cache that are there for its backward pass only."""
     kept = list(kept_with_recompute(step, block))
     lines = (line for line in kept_block(step, block) if line not in kept)
-    return sum(evaluate(line.formula, step.sizes) for line in lines)
+    return sum(value_of(line.formula, step.sizes) for line in lines)
 
 
 def peaks(step: Step) -> dict[str, int]:
@@ -471,7 +471,7 @@ def block_flops(step: Step, block: int) -> Flops:
 # --- figures -----------------------------------------------------------------------------------
 
 
-def figures(step: Step) -> dict[str, int]:
+def figures_of(step: Step) -> dict[str, int]:
     """What --json writes; `peak_bytes` is all that is there at the largest of the peaks."""
     itemsize = ITEMSIZE[step.dtype]
     weights, adapters = itemsize * step.base_parameters, itemsize * step.adapter_parameters
@@ -504,7 +504,7 @@ def scaled(value: float, unit: str) -> str:
     return f"{value:.{digits}f} {prefix}{unit}"
 
 
-def line(label: str, *cells: str) -> str:
+def aligned(label: str, *cells: str) -> str:
     """A line of the table: a label and right-aligned cells."""
     return f"{label:<38}" + "".join(f" {cell:>18}" for cell in cells)
 
@@ -520,7 +520,7 @@ BYTES = {
 }
 
 
-def report(name: str, lora: Step, full: Step) -> Iterator[str]:
+def budget_lines(name: str, lora: Step, full: Step) -> Iterator[str]:
     """The lines of the table: LoRA beside full fine-tuning, then the ledger."""
     config, lora_config = lora.config, lora.lora_config
     assert lora_config is not None
@@ -537,28 +537,28 @@ def report(name: str, lora: Step, full: Step) -> Iterator[str]:
             f"shared: {len(lora.shards)} passes of up to {max(lora.shards)} sequences, "
             f"{lora.passes} of them at once"
         )
-    steps, found = (lora, full), (figures(lora), figures(full))
-    yield "\n" + line("", *HEADER)
+    steps, found = (lora, full), (figures_of(lora), figures_of(full))
+    yield "\n" + aligned("", *HEADER)
     for key in ("base_parameters", "trainable_parameters"):
-        yield line(key.replace("_", " "), *(f"{x[key]:,}" for x in found))
-    yield line(
+        yield aligned(key.replace("_", " "), *(f"{x[key]:,}" for x in found))
+    yield aligned(
         "  of the base", *(f"{x['trainable_parameters'] / x['base_parameters']:.3%}" for x in found)
     )
     for label, key in BYTES.items():
-        yield line(label, *(scaled(x[key], "B") for x in found))
-    yield line("  during", *(largest_peak(step) for step in steps))
+        yield aligned(label, *(scaled(x[key], "B") for x in found))
+    yield aligned("  during", *(largest_peak(step) for step in steps))
     for key in ("forward_flops", "backward_flops"):
-        yield line(key.replace("_flops", ""), *(scaled(x[key], "FLOP") for x in found))
-    yield line("  in all", *(scaled(flops(step).total, "FLOP") for step in steps))
+        yield aligned(key.replace("_flops", ""), *(scaled(x[key], "FLOP") for x in found))
+    yield aligned("  in all", *(scaled(flops(step).total, "FLOP") for step in steps))
 
-    yield "\n" + line("what caches keep, N = B T", "formula", *HEADER)
+    yield "\n" + aligned("what caches keep, N = B T", "formula", *HEADER)
     for (what, formula), amounts in compared(steps, lambda e: (f"{e.pair}: {e.keeps}", e.formula)):
-        yield line(what, formula, *amounts)
-    yield "\n" + line("the same by layer", *HEADER)
+        yield aligned(what, formula, *amounts)
+    yield "\n" + aligned("the same by layer", *HEADER)
     by_layer = compared(steps, lambda e: e.place)
     for amounts, places in itertools.groupby(by_layer, key=lambda found: found[1]):
         first, *others = (place for place, _ in places)
-        yield line(f"each of {first} to {others[-1]}" if others else first, *amounts)
+        yield aligned(f"each of {first} to {others[-1]}" if others else first, *amounts)
 
 
 def compared(

@@ -58,7 +58,7 @@ def bench(case: Case, *, versus: str | None = None, rounds: int = 3) -> dict[str
     with Process(OURS, case, "floor") as process:
         found = process.answer()
     figures = describe(case, found)
-    report(case, figures)
+    print_measurement(case, figures)
     if versus == "peft":
         figures["versus_peft"] = versus_peft(case, rounds)
     elif versus == "1":
@@ -163,8 +163,8 @@ def versus_peft(case: Case, rounds: int) -> dict[str, Any]:
         ways[f"peft, {attention}"] = (THEIRS, case, attention)
     ways["products"] = OURS, case, "products"
     ways["products, torch"] = THEIRS, case, "products"
-    figures = side_by_side(case, ways, rounds)
-    ours, *theirs, products, products_in_torch = figures.values()
+    by_way = side_by_side(case, ways, rounds)
+    ours, *theirs, products, products_in_torch = by_way.values()
     ratios = {
         "step_seconds": max(ratio(ours, their) for their in theirs),
         "step_to_products": ratio(ours, products),
@@ -180,21 +180,21 @@ time           {ratios["step_seconds"]:.3f} of PEFT's, which is about
              × {ratios["products_to_step"]:.2f}   those over PEFT's
 peak memory    {ratios["peak_rss_bytes"]:.3f} of PEFT's
 start          {ratios["start_seconds"]:.3f} of PEFT's (import and first run)""")
-    return {**figures, "ratios": ratios}
+    return {**by_way, "ratios": ratios}
 
 
 def versus_ours(case: Case, other: Case, names: tuple[str, str], rounds: int) -> dict[str, Any]:
     """The case and another of our own in turn: the other's time and memory over the case's."""
     ways: Ways = {name: (OURS, c, "alone") for name, c in zip(names, (case, other), strict=True)}
-    figures = side_by_side(case, ways, rounds)
-    ours, theirs = (figures[name] for name in names)
+    by_way = side_by_side(case, ways, rounds)
+    ours, theirs = (by_way[name] for name in names)
     ratios = {
         "step_seconds": ratio(theirs, ours),
         "peak_rss_bytes": theirs["peak_rss_bytes"] / ours["peak_rss_bytes"],
     }
     print(f"\n{names[1]}: {ratios['step_seconds']:.2f} times the time of {names[0]}, "
           f"{ratios['peak_rss_bytes']:.2f} times the peak memory")  # fmt: skip
-    return {**figures, "ratios": ratios}
+    return {**by_way, "ratios": ratios}
 
 
 def ratio(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
@@ -217,11 +217,11 @@ def side_by_side(case: Case, ways: Ways, rounds: int) -> dict[str, dict[str, Any
 
     print(f"\n{'':<15}{'median':>12}{'minimum':>12}{'tokens/s':>10}{'peak':>12}{'import':>9}"
           f"{'first run':>11}")  # fmt: skip
-    figures: dict[str, dict[str, Any]] = {}
+    by_way: dict[str, dict[str, Any]] = {}
     for name in ways:
         every = [s for turn in seconds[name] for s in turn]
         start = found[name]["import_seconds"] + found[name]["first_step_seconds"]
-        figures[name] = {
+        by_way[name] = {
             "step_seconds_median": median(every),
             "step_seconds_minimum": min(every),
             "turns": [median(turn) for turn in seconds[name]],
@@ -234,13 +234,13 @@ def side_by_side(case: Case, ways: Ways, rounds: int) -> dict[str, dict[str, Any
               f"{found[name]['peak_rss_bytes'] / 2**20:>8,.0f} MiB"
               f"{found[name]['import_seconds']:>7.2f} s"
               f"{found[name]['first_step_seconds']:>9.2f} s")  # fmt: skip
-    return figures
+    return by_way
 
 
 # --- the report ----------------------------------------------------------------------------------
 
 
-def report(case: Case, figures: dict[str, Any]) -> None:
+def print_measurement(case: Case, figures: dict[str, Any]) -> None:
     """Print the figures of one measurement."""
     c = case.config
     what = {

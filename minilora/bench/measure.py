@@ -75,22 +75,22 @@ def measure(
     # A text is generated row by row, so its threads are BLAS's; a batch is shared by its rows.
     sharing, in_blas = (1, case.threads) if case.what == "generate" else (case.threads, 1)
     with Workers(sharing, case.device) as workers, threadpool_limits(in_blas, user_api="blas"):
-        run: Callable[[], Any]
+        job: Callable[[], Any]
         if how == "products":
-            run = products_alone(products_of(case, model), workers, case.device)
+            job = products_alone(products_of(case, model), workers, case.device)
         else:
-            run = RUNS[case.what](case, to_device(model, case.device), workers)
-        figures["first_step_seconds"] = seconds_of(run)
+            job = JOBS[case.what](case, to_device(model, case.device), workers)
+        figures["first_step_seconds"] = seconds_of(job)
         figures |= blas()
-        run()
+        job()
         if how != "floor":
-            serve(run, figures, asked)
+            serve(job, figures, asked)
             return
         figures["peak_rss_bytes"] = peak_rss()  # of the runs alone
         faults = page_faults()
-        run()
+        job()
         figures["page_faults"] = page_faults() - faults
-        figures |= floor_and_breakdown(case, model, workers, run)
+        figures |= floor_and_breakdown(case, model, workers, job)
         print(json.dumps(figures))
 
 
@@ -113,31 +113,31 @@ def questions() -> Iterator[bytes]:
     return iter(lines.get, b"")
 
 
-def serve(run: Callable[[], Any], figures: dict[str, Any], asked: Iterable[bytes]) -> None:
+def serve(job: Callable[[], Any], figures: dict[str, Any], asked: Iterable[bytes]) -> None:
     """Answer every number that is asked with the seconds of so many runs, the end with figures.
 
     So the processes that are compared can take turns, each waiting while the other runs.
     """
     for times in asked:
-        print(json.dumps([seconds_of(run) for _ in range(int(times))]), flush=True)
+        print(json.dumps([seconds_of(job) for _ in range(int(times))]), flush=True)
     print(json.dumps(figures | {"peak_rss_bytes": peak_rss()}))
 
 
 def floor_and_breakdown(
-    case: Case, model: Tree, workers: Workers, run: Callable[[], Any]
+    case: Case, model: Tree, workers: Workers, job: Callable[[], Any]
 ) -> dict[str, Any]:
     """Runs and their products alone, in turn; then where the time of a run goes."""
     items = products_of(case, model)
     all_products = products_alone(items, workers, case.device)
     all_products()
-    pairs = [(seconds_of(all_products), seconds_of(run)) for _ in range(case.steps)]
+    pairs = [(seconds_of(all_products), seconds_of(job)) for _ in range(case.steps)]
     floor_seconds, seconds = zip(*pairs, strict=True)
 
     profiled, alone = 0.0, Counter[str]()
     wait = partial(synchronize, case.device)
     with profiling(wait) as profile:
         for _ in range(PROFILED):
-            profiled += seconds_of(run)
+            profiled += seconds_of(job)
             for by_operation in all_products(partial(repeat_timed, wait=wait)):
                 alone.update(by_operation)
     rows = [
@@ -157,7 +157,7 @@ def products_of(case: Case, model: Tree) -> list[list[Product]]:
     """The matrix products of one run of the case, for each of the parts that threads share."""
     with profiling() as names, recording(model, names.operation) as log:
         record = RecordingWorkers(case.threads, "cpu")
-        RUNS[case.what](replace(case, device="cpu"), recorded(model), record)()
+        JOBS[case.what](replace(case, device="cpu"), recorded(model), record)()
     return log.items
 
 
@@ -167,12 +167,12 @@ def products_alone(
     """What runs all the products and nothing else, shared as in the run that they are of."""
     ready = prepare(items, device)
 
-    def run(each: Callable[..., Any] = repeat) -> list[Any]:
+    def job(each: Callable[..., Any] = repeat) -> list[Any]:
         done = list(workers.map(each, ready))
         synchronize(device)
         return done
 
-    return run
+    return job
 
 
 def row(operation: str, seconds: float, products: float, calls: int) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def row(operation: str, seconds: float, products: float, calls: int) -> dict[str
 # --- what is run ---------------------------------------------------------------------------------
 
 
-def step(case: Case, model: Tree, workers: Workers) -> Callable[[], None]:
+def training_step(case: Case, model: Tree, workers: Workers) -> Callable[[], None]:
     """A training step, made of the same parts as that of `train`."""
     text, rng = case.text(), np.random.default_rng(0)
     trees = {"base": model["base"], "lora": model.get("lora")}
@@ -197,7 +197,7 @@ def step(case: Case, model: Tree, workers: Workers) -> Callable[[], None]:
     trained = "lora" if lora else "base"
     moments = adamw_init(trees[trained])
 
-    def run() -> None:
+    def job() -> None:
         nonlocal moments
         net = Net(config=case.config, lora_config=case.lora_config, **trees)
         tokens, targets = draw_batch(text, batch=case.batch, context=case.context, rng=rng)
@@ -208,42 +208,42 @@ def step(case: Case, model: Tree, workers: Workers) -> Callable[[], None]:
         trees[trained], moments = adamw(trees[trained], grads, moments, step=1, lr=LEARNING_RATE)
         to_host(norm)  # a GPU is done only then
 
-    return run
+    return job
 
 
-def evaluate(case: Case, model: Tree, workers: Workers) -> Callable[[], None]:
+def evaluation(case: Case, model: Tree, workers: Workers) -> Callable[[], None]:
     """The loss on a batch, shared as that of a step."""
     tokens = case.text()[: case.tokens + 1]
     inputs, targets = (x.reshape(case.batch, case.context) for x in (tokens[:-1], tokens[1:]))
     shards = workers.shards(case.batch, case.context)
     batches = [(inputs[rows], targets[rows]) for rows in shards]
 
-    def run() -> None:
+    def job() -> None:
         sum_nats(workers, Net(model["base"], case.config), batches, case.device)
 
-    return run
+    return job
 
 
 def generation(case: Case, model: Tree, workers: Workers) -> Callable[[], None]:
     """The likeliest continuation of a prompt."""
     net, prompt = Net(model["base"], case.config), case.text()[:PROMPT]
 
-    def run() -> None:
+    def job() -> None:
         for _ in generate(net, prompt_ids=prompt, max_tokens=case.context, temperature=0.0):
             pass
 
-    return run
+    return job
 
 
-RUNS = {"step": step, "evaluate": evaluate, "generate": generation}
+JOBS = {"step": training_step, "evaluate": evaluation, "generate": generation}
 
 
 # --- clocks and machines -------------------------------------------------------------------------
 
 
-def seconds_of(run: Callable[[], Any]) -> float:
+def seconds_of(job: Callable[[], Any]) -> float:
     start = time.perf_counter()
-    run()
+    job()
     return time.perf_counter() - start
 
 

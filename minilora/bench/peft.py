@@ -57,10 +57,10 @@ def measure_peft(case: Case, asked: Iterable[bytes], *, attention: str) -> None:
     figures: dict[str, Any] = {"import_seconds": time.perf_counter() - started}
     torch.set_num_threads(case.threads)
     model = make_model(case, attention)
-    run = RUNS[case.what](case, model.to(case.device))
-    figures["first_step_seconds"] = seconds_of(run)
-    run()
-    serve(run, figures, asked)
+    job = JOBS[case.what](case, model.to(case.device))
+    figures["first_step_seconds"] = seconds_of(job)
+    job()
+    serve(job, figures, asked)
 
 
 def measure_products(case: Case, asked: Iterable[bytes]) -> None:
@@ -72,15 +72,15 @@ def measure_products(case: Case, asked: Iterable[bytes]) -> None:
     torch.set_num_threads(case.threads)
     products = products_in_torch(case)
 
-    def run() -> None:
+    def job() -> None:
         for a, b, out in products:
             torch.matmul(a, b, out=out)
         if case.device != "cpu":
             torch.cuda.synchronize()
 
-    figures["first_step_seconds"] = seconds_of(run)
-    run()
-    serve(run, figures, asked)
+    figures["first_step_seconds"] = seconds_of(job)
+    job()
+    serve(job, figures, asked)
 
 
 def products_in_torch(case: Case) -> list[list[Any]]:
@@ -118,7 +118,7 @@ def make_model(case: Case, attention: str) -> Any:
     return peft.get_peft_model(model, adapters)
 
 
-def step(case: Case, model: Any) -> Callable[[], None]:
+def training_step(case: Case, model: Any) -> Callable[[], None]:
     import torch
 
     model.train()
@@ -126,7 +126,7 @@ def step(case: Case, model: Any) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
     text, rng = case.text(), np.random.default_rng(0)
 
-    def run() -> None:
+    def job() -> None:
         batch = draw_batch(text, batch=case.batch, context=case.context, rng=rng)
         tokens, targets = (torch.from_numpy(x).long().to(case.device) for x in batch)
         logits = model(input_ids=tokens, use_cache=False).logits
@@ -138,22 +138,22 @@ def step(case: Case, model: Any) -> Callable[[], None]:
         optimizer.zero_grad(set_to_none=True)
         loss.item()
 
-    return run
+    return job
 
 
-def evaluate(case: Case, model: Any) -> Callable[[], None]:
+def evaluation(case: Case, model: Any) -> Callable[[], None]:
     import torch
 
     model.eval()
     tokens = torch.from_numpy(case.text()[: case.tokens + 1]).long().to(case.device)
     inputs = tokens[:-1].reshape(case.batch, case.context)
 
-    def run() -> None:
+    def job() -> None:
         with torch.inference_mode():
             logits = model(input_ids=inputs, use_cache=False).logits
             torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[1:]).item()
 
-    return run
+    return job
 
 
 def generation(case: Case, model: Any) -> Callable[[], None]:
@@ -162,7 +162,7 @@ def generation(case: Case, model: Any) -> Callable[[], None]:
     model.eval()
     prompt = torch.from_numpy(case.text()[None, :PROMPT]).long().to(case.device)
 
-    def run() -> None:
+    def job() -> None:
         with torch.inference_mode():
             text = model.generate(
                 input_ids=prompt,
@@ -174,7 +174,7 @@ def generation(case: Case, model: Any) -> Callable[[], None]:
             )
         assert text.shape == (1, PROMPT + case.context)
 
-    return run
+    return job
 
 
-RUNS = {"step": step, "evaluate": evaluate, "generate": generation}
+JOBS = {"step": training_step, "evaluate": evaluation, "generate": generation}

@@ -1,8 +1,8 @@
 """What each command does: options in, files and figures out, the exit status returned.
 
-A command is one function here and one row of `table`, which names its options and its figures.
-Imports are inside the functions, so that `minilora --help` and a mistake in the options are
-answered at once.
+A command is one function here and one row of `register`, which lists its options and its figures.
+Imports are inside the functions, so that `minilora --help` and mistyped options are answered at
+once.
 """
 
 from __future__ import annotations
@@ -386,8 +386,8 @@ def gradcheck_command(args: argparse.Namespace) -> int:
             right = row.error <= (PAIR_TOLERANCE if row.name in PAIRS else TOLERANCE)
             verdict = "" if right else f"   ABOVE: see {page_of(row.name)}"
             wrong = wrong or not right
-            figures = f"{row.error:>18.1e} {row.entries:>8} {row.seconds:>8.3f}"
-            print(f"{row.name:<33} {figures}{verdict}")
+            cells = f"{row.error:>18.1e} {row.entries:>8} {row.seconds:>8.3f}"
+            print(f"{row.name:<33} {cells}{verdict}")
     except GradientError as error:  # a gradient of the wrong shape or dtype, or one missing
         print(f"minilora: {error}", file=sys.stderr)
         return 1
@@ -429,7 +429,7 @@ def budget_command(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from minilora.adapters import LoRAConfig
-    from minilora.bench.budget import SHAPES, Step, figures, read_shape, report, resized
+    from minilora.bench.budget import SHAPES, Step, budget_lines, figures_of, read_shape, resized
 
     name, config, tied = args.model, SHAPES[args.model], True
     if args.base is not None:
@@ -441,8 +441,8 @@ def budget_command(args: argparse.Namespace) -> int:
         args.recompute, args.device,
     )  # fmt: skip
     full = replace(lora, lora_config=None)
-    print(*report(name, lora, full), sep="\n")
-    write_figures(args, figures(lora if args.method == "lora" else full))
+    print(*budget_lines(name, lora, full), sep="\n")
+    write_figures(args, figures_of(lora if args.method == "lora" else full))
     return 0
 
 
@@ -544,7 +544,7 @@ def check_run(args: argparse.Namespace) -> None:
     from minilora.training.runs import RECORD
 
     if args.plot is not None:
-        from minilora.cli.report import check_plot
+        from minilora.cli.plot import check_plot
 
         check_plot(args.plot)
     if not args.resume and (args.out / RECORD).exists():
@@ -562,7 +562,7 @@ def finish_training(args: argparse.Namespace, run: Any) -> None:
     """Print, draw and write what a training run gave."""
     write_figures(args, run.figures)
     if args.plot is not None:
-        from minilora.cli.report import plot_losses
+        from minilora.cli.plot import plot_losses
 
         more = f" and {len(args.data) - 1} more" if args.data[1:] else ""
         name = (Path(args.data[0]).name or args.data[0]).encode("utf-8", "replace").decode("utf-8")
@@ -656,7 +656,7 @@ def is_output(file: Path) -> bool:
 
 
 def write_figures(args: argparse.Namespace, figures: dict[str, Any]) -> None:
-    """Write the figures, where --json asks for it: those that the table names, and no others."""
+    """Write the figures to the file of --json, if given: those that the register lists."""
     if args.json is not None:
         from minilora.formats.files import write_json
 

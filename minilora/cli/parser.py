@@ -1,6 +1,6 @@
 """The command line: `minilora COMMAND`, or `python -m minilora COMMAND`.
 
-The parser is made from the commands in `table`; the functions that they run are in `commands`.
+The parser is built from the commands in `register`; their functions are in `commands`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from minilora.cli.commands import check_outputs, command_line
+from minilora.cli.register import COMMANDS, Command, Group, OneOf, Option, listed, natural, option
 from minilora.cli.streams import Output, one_line, standard_streams
-from minilora.cli.table import COMMANDS, Command, Group, OneOf, Option, listed, natural, option
 from minilora.errors import MiniloraError
 from minilora.settings import closest
 from minilora.training import ranks
@@ -47,7 +47,7 @@ def answer(words: list[str]) -> int:
             with np.errstate(
                 all="ignore"
             ):  # what overflows is told in a sentence, where it matters
-                status: int = arguments.command.run(arguments)
+                status: int = arguments.command.function(arguments)
             return status or status_of(out, arguments)
         except KeyboardInterrupt as interrupt:
             print(f"minilora: stopped{interrupt}{how_to_go_on(interrupt, words)}", file=sys.stderr)

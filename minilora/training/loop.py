@@ -297,7 +297,7 @@ def train(
         if state is None:
             state = State(0, params, adamw_init(params), History())
         loop = Loop(net, corpus, settings, device, workers, ranks)
-        return loop.run(state, folder, fingerprint, stop, report, watch)
+        return loop.finish(state, folder, fingerprint, stop, report, watch)
 
 
 def run_fingerprint(
@@ -324,7 +324,7 @@ def run_fingerprint(
 
 @dataclass(frozen=True)
 class Loop:
-    """The constants of one training run; `run` is the loop over its steps."""
+    """The constants of one training run; `finish` is the loop over its steps."""
 
     net: Net
     corpus: Data
@@ -333,7 +333,7 @@ class Loop:
     workers: Workers
     ranks: Ranks
 
-    def run(
+    def finish(
         self,
         state: State,
         folder: Path | None,
@@ -342,7 +342,7 @@ class Loop:
         report: Callable[[Progress], None],
         watch: Callable[[Snapshot], None],
     ) -> Trained:
-        """Steps until the last, with reports, evaluations and checkpoints when they are due."""
+        """Take the steps that are left, with reports, evaluations and checkpoints when due."""
         settings = self.settings
         started = time.perf_counter() - state.seconds
         if state.step == 0:
@@ -350,7 +350,7 @@ class Loop:
             self.show(watch, state, None)
         pending: list[Array] = []
         while state.step < settings.steps:
-            state, loss_and_norm, grads = self.step(state)
+            state, loss_and_norm, grads = self.next_state(state)
             pending.append(loss_and_norm)
             step, last = state.step, state.step == settings.steps
             stopping = self.ranks.any(stop.is_set())
@@ -403,7 +403,7 @@ class Loop:
             net = self.with_params(state.params)
             watch(Snapshot(state.step, net, grads, state.history))
 
-    def step(self, state: State) -> tuple[State, Array, Tree]:
+    def next_state(self, state: State) -> tuple[State, Array, Tree]:
         """The state after one more step, its loss and gradient norm, (2,), and its gradients."""
         settings, step = self.settings, state.step + 1
         rng = np.random.default_rng([settings.seed, step])

@@ -37,18 +37,18 @@ class ProgressBar:
         """Show a report of the training loop."""
         if progress.held_out is not None:
             self.held_out = progress.held_out
-        figures = f"loss {progress.loss:.3f}"
+        text = f"loss {progress.loss:.3f}"
         if self.held_out is not None:
-            figures += f", held-out {self.held_out:.3f}"
-        figures += f", {progress.tokens_per_second:,.0f} tokens/s"
-        figures += f", {time_left(progress.seconds_left)} left"
+            text += f", held-out {self.held_out:.3f}"
+        text += f", {progress.tokens_per_second:,.0f} tokens/s"
+        text += f", {time_left(progress.seconds_left)} left"
         if is_watched():
             if self.bar is None:
                 self.bar = self.new_bar()
             self.bar.n = progress.step
-            self.bar.set_postfix_str(figures)
+            self.bar.set_postfix_str(text)
         else:
-            line = f"{self.what}: step {progress.step}/{self.steps}, {figures}"
+            line = f"{self.what}: step {progress.step}/{self.steps}, {text}"
             print(line, file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:

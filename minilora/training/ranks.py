@@ -163,14 +163,14 @@ def check_alone() -> None:
         )
 
 
-def as_one(run: Callable[[], int]) -> int:
+def as_one(command: Callable[[], int]) -> int:
     """The exit status of `run`, which all ranks call: the first prints, one that fails ends all.
 
     An error that all ranks have is told by the first alone.
     """
     rank, size = launched()
     if size == 1:
-        return run()
+        return command()
     try:
         find_ranks()
     except MiniloraError as error:
@@ -183,7 +183,7 @@ def as_one(run: Callable[[], int]) -> int:
             silence.enter_context(redirect_stdout(printed))
             silence.enter_context(redirect_stderr(printed))
         try:
-            status = run()
+            status = command()
         except Exception:  # a mistake in this program
             traceback.print_exc()
             status = 1

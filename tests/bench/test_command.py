@@ -7,7 +7,7 @@ import pytest
 from minilora.bench import command, peft
 from minilora.bench.budget import scaled
 from minilora.cli import main
-from minilora.cli.table import COMMANDS
+from minilora.cli.register import COMMANDS
 from minilora.formats import save_base
 from minilora.gpt2 import GPTConfig, gpt_init
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora.adapters import TARGETS, LoRAConfig, dropout_masks, lora_init
-from minilora.bench.budget import SHAPES, Step, figures, ledger, peaks
+from minilora.bench.budget import SHAPES, Step, figures_of, ledger, peaks
 from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.keep import Plan
 from minilora.loss import frozen_head_loss_forward, head_loss_forward
@@ -210,7 +210,7 @@ def test_the_peak_of_a_whole_step_is_predicted(method, shape):
         return adamw(params, grads, state, step=1, lr=1e-3)
 
     measured = peak_of(whole_step)
-    predicted = figures(step)["peak_bytes"]
+    predicted = figures_of(step)["peak_bytes"]
     assert predicted == pytest.approx(measured, rel=0.02), f"{predicted / measured:.4f}"
 
 

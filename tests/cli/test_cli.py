@@ -16,7 +16,7 @@ from minilora import complete, evaluate, load_adapter, load_base, load_corpus, l
 from minilora.cli import main
 from minilora.cli.commands import command_line
 from minilora.cli.parser import json_option
-from minilora.cli.table import COMMANDS, DATA, SEED, Option
+from minilora.cli.register import COMMANDS, DATA, SEED, Option
 from minilora.formats import save_base
 from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.training.ranks import Ranks
@@ -32,7 +32,7 @@ def kind(name):
 
 
 def figures(path, command):
-    """The figures in a JSON file, once they are those of the command's row in the table."""
+    """The figures in a JSON file, once they are those of the command's row in the register."""
     found = json.loads(path.read_text(encoding="utf-8"))
     assert found.keys() == {figure.name for figure in ROWS[command].figures if figure.always}
     for name, value in found.items():

@@ -10,8 +10,8 @@ from minilora import LoRAConfig, TrainConfig
 from minilora.cli import main
 from minilora.cli.commands import lora_options, settings_of
 from minilora.cli.parser import parser
+from minilora.cli.register import COMMANDS, Option
 from minilora.cli.streams import Output, escaped, one_line
-from minilora.cli.table import COMMANDS, Option
 
 ROWS = {row.name: row for row in COMMANDS}
 

@@ -1,7 +1,7 @@
-"""The table of commands: the name of each, what it does, its options, and its figures.
+"""The register of commands: the name of each, what it does, its options, and its figures.
 
-This is the only place that names them. `parser` makes the command line and its help from the table,
-a command may write no other figures than those of its row, and tests compare README with it.
+This is the only place that lists them. `parser` builds the command line and its help from the
+register, a command may write no figures but those of its row, and tests compare README with it.
 """
 
 from __future__ import annotations
@@ -81,13 +81,14 @@ class Figure(NamedTuple):
 
 
 class Command(NamedTuple):
-    """A row of the table: `run` returns the exit status, `parallel` allows several processes.
+    """A row of the register: `function` returns the exit status.
 
-    `examples` are commands that run as they stand, but for the names of files.
+    `examples` are commands that run as they stand, except for the names of files. `parallel` says
+    whether several processes may share the work.
     """
 
     name: str
-    run: Callable[[argparse.Namespace], int]
+    function: Callable[[argparse.Namespace], int]
     summary: str
     examples: tuple[str, ...]
     options: tuple[Option | Group | OneOf, ...]
@@ -105,7 +106,7 @@ class Command(NamedTuple):
         expected = {f.name for f in self.figures if f.always or f.name in found}
         if found != expected:
             raise MiniloraError(
-                f"--json: expected the figures that the table of commands names for {self.name}; "
+                f"--json: expected the figures that the register of commands lists for {self.name}; "
                 f"missing or not among them: {', '.join(sorted(found ^ expected))}"
             )
 
@@ -115,7 +116,7 @@ def option(flag: str, help: str, **keywords: Any) -> Option:
     return Option(flag, {"help": help, **keywords})
 
 
-def figures(*names: str, note: str = "", always: bool = True) -> tuple[Figure, ...]:
+def figures_named(*names: str, note: str = "", always: bool = True) -> tuple[Figure, ...]:
     """Several figures with the same note."""
     return tuple(Figure(name, note, always) for name in names)
 
@@ -312,11 +313,11 @@ def training(defaults: TrainConfig, lr: Option, warmup: Option) -> Group:
 # --- figures that commands share ---------------------------------------------------------------
 
 TRAINING = (
-    *figures("loss_before", "loss_after", note="nats per token, held-out text"),
-    *figures("trainable_parameters", "base_parameters", "adapter_bytes"),
-    *figures("seconds", "tokens_per_second"),
+    *figures_named("loss_before", "loss_after", note="nats per token, held-out text"),
+    *figures_named("trainable_parameters", "base_parameters", "adapter_bytes"),
+    *figures_named("seconds", "tokens_per_second"),
 )
-PROCESSES = figures(
+PROCESSES = figures_named(
     "processes",
     "allreduce_bytes",
     "allreduce_bytes_full",
@@ -325,7 +326,7 @@ PROCESSES = figures(
 )
 
 
-# --- the table ---------------------------------------------------------------------------------
+# --- the register ------------------------------------------------------------------------------
 
 COMMANDS = (
     Command(
@@ -336,8 +337,8 @@ COMMANDS = (
         options=(SEED, THREADS, DEVICE),
         figures=(
             *TRAINING,
-            *figures("bits_per_byte_before", "bits_per_byte_after"),
-            *figures("merge_max_abs_difference", "gradcheck_max_relative_error"),
+            *figures_named("bits_per_byte_before", "bits_per_byte_after"),
+            *figures_named("merge_max_abs_difference", "gradcheck_max_relative_error"),
         ),
     ),
     Command(
@@ -433,8 +434,8 @@ COMMANDS = (
         ),
         figures=(
             Figure("loss", "nats per token"),
-            *figures("bits_per_byte", "tokens"),
-            *figures("records", "asked", "exact_match", note="only of records", always=False),
+            *figures_named("bits_per_byte", "tokens"),
+            *figures_named("records", "asked", "exact_match", note="only of records", always=False),
         ),
     ),
     Command(
@@ -490,7 +491,7 @@ COMMANDS = (
                 "unmerge_max_abs_difference",
                 "of weights, in the base and after subtracting the adapters from the merged file",
             ),
-            *figures("parameters", "bytes"),
+            *figures_named("parameters", "bytes"),
         ),
     ),
     Command(
@@ -509,7 +510,7 @@ COMMANDS = (
         ),
         figures=(
             Figure("mix_max_abs_difference", "of logits, with the adapters in use and written"),
-            *figures("parameters", "bytes"),
+            *figures_named("parameters", "bytes"),
         ),
     ),
     Command(
@@ -565,13 +566,17 @@ COMMANDS = (
             option("--rounds", "turns, of --steps each, with --versus", type=int, default=3),
         ),
         figures=(
-            *figures("shape", "what", "method", "batch", "context", "rank", "targets", "device"),
-            *figures("threads", "steps", "recompute"),
-            *figures("step_seconds_median", "step_seconds_minimum", "tokens_per_second"),
-            *figures("floor_seconds", "floor_seconds_minimum", "floor_gflop", "step_to_floor"),
-            *figures("machine", "peak_rss_bytes", "idle_rss_bytes", "page_faults"),
-            *figures("import_seconds", "first_step_seconds"),
-            *figures("blas", "blas_kernel", "blas_threads", "breakdown"),
+            *figures_named(
+                "shape", "what", "method", "batch", "context", "rank", "targets", "device"
+            ),
+            *figures_named("threads", "steps", "recompute"),
+            *figures_named("step_seconds_median", "step_seconds_minimum", "tokens_per_second"),
+            *figures_named(
+                "floor_seconds", "floor_seconds_minimum", "floor_gflop", "step_to_floor"
+            ),
+            *figures_named("machine", "peak_rss_bytes", "idle_rss_bytes", "page_faults"),
+            *figures_named("import_seconds", "first_step_seconds"),
+            *figures_named("blas", "blas_kernel", "blas_threads", "breakdown"),
             Figure("versus_peft", "only with --versus peft", always=False),
             Figure("versus_one_thread", "only with --versus 1", always=False),
             Figure("versus_recompute", "only with --versus recompute", always=False),
@@ -619,9 +624,9 @@ COMMANDS = (
             ),
         ),
         figures=(
-            *figures("trainable_parameters", "base_parameters", "adapter_bytes"),
-            *figures("weights_bytes", "gradients_bytes", "optimizer_bytes"),
-            *figures("activations_bytes", "peak_bytes", "forward_flops", "backward_flops"),
+            *figures_named("trainable_parameters", "base_parameters", "adapter_bytes"),
+            *figures_named("weights_bytes", "gradients_bytes", "optimizer_bytes"),
+            *figures_named("activations_bytes", "peak_bytes", "forward_flops", "backward_flops"),
         ),
     ),
     Command(
@@ -662,7 +667,7 @@ COMMANDS = (
         ),
         figures=(
             Figure("max_points"),
-            *figures("points", "exercises", note="only of check", always=False),
+            *figures_named("points", "exercises", note="only of check", always=False),
         ),
     ),
 )
