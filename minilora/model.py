@@ -23,7 +23,7 @@ from minilora.errors import MiniloraError
 from minilora.evaluation import Evaluation, evaluate_tokens
 from minilora.formats.tokenizer import load_tokenizer
 from minilora.generate import generate
-from minilora.mix import check_weights, mix
+from minilora.mixing import check_weights, mix
 from minilora.network import Net, net_logits
 from minilora.texts import Source
 from minilora.tokenizer import Tokenizer
