@@ -10,19 +10,26 @@ import numpy as np
 
 from minilora.backend import Array, check_ids, namespace, to_device
 from minilora.data import IGNORED, Batch, windows
+from minilora.described import Described
 from minilora.errors import MiniloraError
 from minilora.loss import head_loss_forward
 from minilora.network import Net, trunk_forward
 from minilora.workers import SHARD_TOKENS, Workers
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Loss in nats per token, the same in bits per byte of text, and the tokens predicted."""
+@dataclass(frozen=True, repr=False)
+class Evaluation(Described):
+    """The loss in nats per token and in bits per byte of text, and how many tokens it averages."""
 
     loss: float
     bits_per_byte: float
     tokens: int
+
+    def _described(self) -> dict[str, str]:
+        return {
+            "Evaluation": f"{self.loss:.4f} nats per token, {self.bits_per_byte:.4f} bits per byte",
+            "tokens": f"{self.tokens:,} predicted",
+        }
 
 
 def evaluate_tokens(

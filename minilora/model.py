@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from minilora import tree
 from minilora.adapters import LoRAConfig
 from minilora.backend import Half, namespace, to_device, to_device_in_half, to_host
 from minilora.data import load_text
+from minilora.described import Described
 from minilora.errors import MiniloraError
 from minilora.evaluation import Evaluation, evaluate_tokens
 from minilora.formats.tokenizer import load_tokenizer
@@ -33,7 +33,7 @@ BUILT_IN = Path(__file__).parent / "base"
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Model(Net):
+class Model(Described, Net):
     """A network with its tokenizer and the folder of its base.
 
     `hub_id` is the base's name on the Hugging Face hub, where it came from there.
@@ -43,20 +43,7 @@ class Model(Net):
     folder: Path
     hub_id: str | None = None
 
-    def __repr__(self) -> str:
-        return "\n".join(f"{name:<10} {value}" for name, value in self._described().items())
-
-    def _repr_html_(self) -> str:
-        """What a notebook shows: the lines of `repr` as a table."""
-        cells = (
-            f"<tr><th style='text-align: left'>{escape(name)}</th>"
-            f"<td style='text-align: left'>{escape(value)}</td></tr>"
-            for name, value in self._described().items()
-        )
-        return f"<table>{''.join(cells)}</table>"
-
     def _described(self) -> dict[str, str]:
-        """What there is to know at a glance, by name."""
         c, parameters = self.config, tree.count(self.base)
         wte = self.base["wte"]
         dtype = "float16" if isinstance(wte, Half) else str(wte.dtype)

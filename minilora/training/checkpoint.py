@@ -26,16 +26,19 @@ CHECKPOINT = "checkpoint.safetensors"
 
 @dataclass
 class History:
-    """Losses in nats per token: of every step's batch, and of the held-out text now and then."""
+    """Losses in nats per token: of every step's batch, and of the held-out text at times."""
 
     train: list[tuple[int, float]] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
 
     def __repr__(self) -> str:
-        held_out = " → ".join(
-            f"{loss:.3f}" for _, loss in (self.held_out[:1] + self.held_out[1:][-1:])
-        )
-        return f"History({len(self.train)} steps, held out {held_out or 'nothing'} nats per token)"
+        return f"History({len(self.train)} steps, held-out loss {self.change()})"
+
+    def change(self) -> str:
+        """The held-out loss, the first and the last: "2.766 → 1.888 nats per token"."""
+        ends = self.held_out[:1] + self.held_out[1:][-1:]
+        losses = " → ".join(f"{loss:.3f}" for _, loss in ends)
+        return f"{losses} nats per token" if losses else "not measured"
 
 
 @dataclass

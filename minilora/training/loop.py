@@ -24,6 +24,7 @@ from minilora import tree
 from minilora.adapters import dropout_masks
 from minilora.backend import Array, Half, check_ids, namespace, to_device, to_host
 from minilora.data import IGNORED, Data
+from minilora.described import Described
 from minilora.errors import MiniloraError
 from minilora.evaluation import sum_nats
 from minilora.keep import Plan
@@ -227,20 +228,22 @@ def ctrl_c_sets_flag() -> Iterator[threading.Event]:
 # --- the loop ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What training gives: the trained tree on the host, the losses, seconds and tokens/s."""
+@dataclass(frozen=True, repr=False)
+class Trained(Described):
+    """The result of training: the trained tree (on the host), the losses, and the time taken."""
 
     params: Tree
     history: History
     seconds: float
     tokens_per_second: float
 
-    def __repr__(self) -> str:
-        return (
-            f"Trained({tree.count(self.params):,} parameters in {self.seconds:.0f} s, "
-            f"{self.tokens_per_second:,.0f} tokens/s; {self.history!r})"
-        )
+    def _described(self) -> dict[str, str]:
+        seconds, speed = f"{self.seconds:.0f} s", f"{self.tokens_per_second:,.0f} tokens/s"
+        return {
+            "Trained": f"{tree.count(self.params):,} parameters",
+            "steps": f"{len(self.history.train):,} in {seconds}, {speed}",
+            "held-out": self.history.change(),
+        }
 
 
 def train(
