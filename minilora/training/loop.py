@@ -30,7 +30,7 @@ from minilora.evaluation import sum_nats
 from minilora.keep import Plan
 from minilora.network import Net, loss_and_grads
 from minilora.optim import adamw, adamw_init, clip_by_global_norm, warmup_cosine
-from minilora.settings import Settings
+from minilora.settings import DERIVED, Settings
 from minilora.training.checkpoint import (
     History,
     State,
@@ -77,8 +77,8 @@ class TrainConfig(Settings):
     context: int = 256
     short_context: int = 128
     short_steps: int = 0
-    lr: float = None  # type: ignore[assignment]  # RATES[method]: __post_init__
-    warmup: int = None  # type: ignore[assignment]  # steps // 10
+    lr: float = DERIVED  # RATES[method]
+    warmup: int = DERIVED  # steps // 10
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
