@@ -41,7 +41,6 @@ def adapt_command(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from minilora.adapters import LoRAConfig, adapted_paths
-    from minilora.formats.card import write_card
     from minilora.model import load_model
     from minilora.training.progress import ProgressBar
     from minilora.training.ranks import find_ranks
@@ -85,9 +84,7 @@ def adapt_command(args: argparse.Namespace) -> int:
     if page and ranks.rank == 0:
         page.finish()
     if ranks.rank > 0:
-        return 0  # the first tells
-    if args.method == "lora":
-        write_card(args.out, card_facts(lora_config, settings, run.figures))
+        return 0  # rank 0 reports
     finish_training(args, run)
     if args.adapter:
         print(f"trained further from {args.adapter[0]}, with a fresh optimiser")
@@ -162,14 +159,6 @@ def lora_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def card_facts(lora_config: Any, settings: Any, figures: dict[str, Any]) -> dict[str, Any]:
-    """What the card of an adapter tells: nothing of the machine, so that a run repeats it."""
-    facts = {name: getattr(lora_config, name) for name in ("rank", "alpha", "targets", "dropout")}
-    facts |= {name: getattr(settings, name) for name in ("steps", "batch", "context", "lr", "seed")}
-    names = ("trainable_parameters", "base_parameters", "loss_before", "loss_after")
-    return facts | {name.replace("_", " "): figures[name] for name in names}
-
-
 def matches_qkv_part(path: str) -> bool:
     """Whether a LoRA path is q, k or v, which PEFT's layout knows only as parts of c_attn."""
     return path.rpartition(".")[2] in ("q", "k", "v")
@@ -197,7 +186,7 @@ def pretrain_command(args: argparse.Namespace) -> int:
             dtype=args.dtype, resume=args.resume, device=device, report=report, ranks=ranks,
         )  # fmt: skip
     if ranks.rank > 0:
-        return 0  # the first tells
+        return 0  # rank 0 reports
     finish_training(args, run)
     print_next("generate", "--base", args.out)
     return 0
@@ -347,7 +336,7 @@ def merge_command(args: argparse.Namespace) -> int:
 
 def mix_command(args: argparse.Namespace) -> int:
     from minilora import tree
-    from minilora.formats.card import CARD, card
+    from minilora.formats.card import card_file
     from minilora.formats.output import new_folder
     from minilora.formats.peft import adapter_files
     from minilora.training.runs import ADAPTER_WEIGHTS
@@ -358,9 +347,8 @@ def mix_command(args: argparse.Namespace) -> int:
         lora, lora_config, base_name = model.lora, model.lora_config, model.base_name
         weights = args.weight or [1.0] * len(args.adapter)
         parts = [f"{w:g} × {name}" for w, name in zip(weights, args.adapter, strict=True)]
-        text = card(args.out.resolve().name, base_name, {"the sum of": parts})
         files = adapter_files(lora, lora_config, model.config, base_name=base_name)
-        write({CARD: [text.encode()], **files})
+        write(card_file(args.out, base_name, {"the sum of": parts}) | files)
         saved = model.with_adapters_from(args.out)
         figures = {
             "mix_max_abs_difference": largest_difference(before, probe_logits(saved)),

@@ -106,7 +106,7 @@ class Command(NamedTuple):
         expected = {f.name for f in self.figures if f.always or f.name in found}
         if found != expected:
             raise MiniloraError(
-                f"--json: expected the figures that the register of commands lists for {self.name}; "
+                f"--json: expected the figures that the register lists for {self.name}; "
                 f"missing or not among them: {', '.join(sorted(found ^ expected))}"
             )
 

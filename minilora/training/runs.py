@@ -24,6 +24,7 @@ from minilora import tree
 from minilora.adapters import LoRAConfig, lora_init
 from minilora.data import Data
 from minilora.errors import MiniloraError
+from minilora.formats.card import lora_facts, write_card
 from minilora.formats.companions import companions
 from minilora.formats.files import (
     errors_naming,
@@ -168,6 +169,9 @@ def adapt_in_folder(
             write_folder(folder, files)
             weights = folder / WEIGHTS[settings.method]
             figures = _figures(model.base, trained, weights.stat().st_size, ranks)
+            if adapted.lora_config is not None:
+                facts = _card_facts(adapted.lora_config, settings, figures)
+                write_card(folder, model.base_name, facts)
             _write_record(folder, fingerprint, figures, trained.history, list(files))
             _remove(folder, CHECKPOINT)
             return Run(figures, trained.history)
@@ -192,6 +196,16 @@ def _figures(base: Tree, trained: Trained, size: int, ranks: Ranks) -> dict[str,
             "allreduce_bytes_full": tree.nbytes(base),
         }
     return figures
+
+
+def _card_facts(
+    lora_config: LoRAConfig, settings: TrainConfig, figures: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What an adapter's card says: nothing about the machine, so equal runs have equal cards."""
+    facts = lora_facts(lora_config)
+    facts |= {name: getattr(settings, name) for name in ("steps", "batch", "context", "lr", "seed")}
+    names = ("trainable_parameters", "base_parameters", "loss_before", "loss_after")
+    return facts | {name.replace("_", " "): figures[name] for name in names}
 
 
 def pretrain_in_folder(
