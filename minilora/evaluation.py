@@ -1,4 +1,4 @@
-"""The loss on text: of a whole stream, or of windows spread evenly over the held-out text."""
+"""The loss on text: on a whole stream, or on windows spread evenly over the held-out text."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def evaluate_tokens(
     threads: int = 0,
     device: str = "cpu",
 ) -> Evaluation:
-    """The model's loss on a stream of tokens that stands for `text_bytes` bytes of text.
+    """The model's loss on a stream of tokens, 1-D, that encodes `text_bytes` bytes of text.
 
-    Consecutive windows of the base's whole context, so that every token but the very first is
-    predicted exactly once. Raises MiniloraError below two tokens, for token ids outside the
-    vocabulary, and for a loss that is not finite.
+    Consecutive windows of the base's whole context, so that every token but the first is predicted
+    exactly once. Raises MiniloraError for fewer than two tokens, for ids outside the vocabulary,
+    and for a loss that is not finite.
     """
     if len(tokens) < 2:
-        raise MiniloraError(f"a text of {len(tokens)} tokens is too short: an evaluation needs two")
+        raise MiniloraError(f"tokens in the text: {len(tokens)}; an evaluation needs at least two")
     check_ids(tokens, net.config.vocab_size)
     context = net.config.n_positions
     batches = windows(tokens, context=context, batch=max(1, SHARD_TOKENS // context))
@@ -65,7 +65,7 @@ def sum_nats(
     batches: Iterable[Batch],
     device: str,
 ) -> tuple[float, int]:
-    """The summed loss of batches (inputs, targets) in nats, and how many targets count."""
+    """The loss in nats summed over batches (inputs, targets), and the number of targets counted."""
 
     def nats(batch: Batch) -> tuple[Array, int]:
         tokens, targets = (to_device(part, device) for part in batch)

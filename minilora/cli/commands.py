@@ -481,7 +481,7 @@ def probe_logits(model: Any) -> Any:
     tokens = np.random.default_rng(0).integers(model.config.vocab_size, size=(1, length))
     logits = model.logits(tokens)
     if not np.isfinite(logits).all():
-        raise MiniloraError("the logits are not finite: the numbers of the model overflow")
+        raise MiniloraError("the logits are not finite: the model's numbers overflow")
     return logits
 
 

@@ -1,8 +1,8 @@
 """The training loop: steps shared among threads, evaluations and checkpoints when they are due.
 
 One loop serves pretraining, full fine-tuning and LoRA: they differ in which tree is trained.
-Every random choice of step t comes from a generator seeded with (seed, t), so a run that was
-stopped goes on exactly as if it had not been.
+Every random choice of step t comes from a generator seeded with (seed, t), so a resumed run
+continues exactly as if it had not been stopped.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ from minilora.training.ranks import Ranks
 from minilora.tree import Tree
 from minilora.workers import Workers
 
-RATES = {"lora": 1e-2, "full": 1e-3}  # the peak learning rate of each method, where none is given
+RATES = {"lora": 1e-2, "full": 1e-3}  # the default peak learning rate of each method
 
 
 @dataclass(frozen=True)
 class TrainConfig(Settings):
-    """How to train. `method` says which tree: the adapters (`lora`) or the base (`full`).
+    """How to train the adapters (`method` lora) or the base (full).
 
-    `batch` sequences of `context` tokens a step; the first `short_steps` steps read as many tokens
-    in sequences of `short_context`, from which nearby positions are learned sooner (Press et al.
-    2021, Shortformer, §4). `lr` is the method's of RATES unless given; `warmup` (a tenth of the
-    steps), `eval_every`, `log_every` and `checkpoint_every` are numbers of steps; `clip` bounds the
-    gradient's global norm; `eval_tokens` bounds the held-out text that an evaluation reads;
-    `threads` share each batch (0: one for each core). `recompute` keeps only the input of each
-    block for the backward pass, and computes the rest a second time.
+    A step reads `batch` sequences of `context` tokens; the first `short_steps` steps read as many
+    tokens in sequences of `short_context`, which teach nearby positions sooner (Press et al. 2021,
+    Shortformer, §4). `lr` is the peak (default: RATES). `warmup` (default: a tenth of the steps),
+    `log_every`, `eval_every` and `checkpoint_every` are numbers of steps. `clip` bounds the
+    gradient's global norm, `eval_tokens` the tokens that an evaluation reads; `threads` 0: one for
+    each core. `recompute` keeps only each block's input for the backward pass and recomputes the
+    rest. Raises MiniloraError for a value out of range.
     """
 
     foreign: ClassVar[Mapping[str, str]] = {  # transformers' names
@@ -126,7 +126,7 @@ class TrainConfig(Settings):
 
 @dataclass(frozen=True)
 class Progress:
-    """What the loop tells its caller after a logging step."""
+    """A report of the loop to its caller; losses in nats per token, `held_out` if just measured."""
 
     step: int
     steps: int
@@ -150,7 +150,7 @@ class Snapshot(NamedTuple):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Training was stopped by Ctrl-C between two steps; `is_saved`: its state is in its folder."""
+    """Ctrl-C stopped training between two steps; `is_saved`: the state is in the run's folder."""
 
     def __init__(self, step: int, *, is_saved: bool) -> None:
         super().__init__(f" at step {step}{'; its state is saved' if is_saved else ''}")
@@ -171,10 +171,10 @@ def batch_loss_and_grads(
     device: str = "cpu",
     count: int | None = None,
 ) -> tuple[Array, Tree]:
-    """The mean loss of a batch (B, T) and the gradients of the trained tree, shard by shard.
+    """The mean loss () of a batch (B, T) and the gradients of the trained tree, added over shards.
 
-    The plan wants those of one tree. Where the batch is part of a larger one, `count` is the number
-    of targets that count in the whole.
+    The plan asks for the gradients of one tree. If the batch is part of a larger one, `count` is
+    the number of targets that count in the whole.
     """
     counts = targets != IGNORED
     total_count = count or int(counts.sum())
@@ -205,12 +205,12 @@ def batch_loss_and_grads(
 
 @contextmanager
 def ctrl_c_sets_flag() -> Iterator[threading.Event]:
-    """Within, a first Ctrl-C sets the event, so that a step is never cut in two; a second stops."""
+    """In the block a first Ctrl-C sets the event, so no step is interrupted; a second raises."""
     pressed = threading.Event()
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGINT) is None:
-        # Only the main thread may handle signals; and a handler that was not set from Python, for
-        # which it says None, could not be put back.
+        # Only the main thread may handle signals, and a handler that was not set from Python, shown
+        # as None, could not be restored.
         yield pressed
         return
 
@@ -261,13 +261,13 @@ def train(
 ) -> Trained:
     """Train the adapters on a frozen base (method `lora`), or the base without them (`full`).
 
-    With a `folder`, which the caller holds, the state is saved there every `checkpoint_every`
-    steps, and `resume` goes on from it, or starts afresh where there is none; `fingerprint` is
-    `run_fingerprint`'s, where the caller has it already. Several `ranks` share each batch and each
-    evaluation; the first alone writes, reports, and lets `watch` see each evaluation. The net is
-    not changed. Raises MiniloraError for text that is too short or of another vocabulary, a context
-    beyond the base's, a batch with fewer rows than there are ranks, or a loss that is not finite
-    (the last checkpoint stays); Interrupted after Ctrl-C, the state being saved.
+    With a `folder`, which the caller has locked (see `held`), the state is saved there every
+    `checkpoint_every` steps, and `resume` continues from it if it is there; `fingerprint` is
+    `run_fingerprint`'s, if the caller has it. Several `ranks` share each batch and evaluation; only
+    the first writes, reports and calls `watch`, after each evaluation. The net is not changed.
+    Raises MiniloraError for text that is too short or of another vocabulary, a context beyond the
+    base's, a batch with fewer rows than ranks, and a loss that is not finite (the last checkpoint
+    stays); Interrupted on Ctrl-C, after saving.
     """
     ranks = ranks or Ranks()
     if settings.batch < ranks.size:
@@ -306,9 +306,9 @@ def train(
 def run_fingerprint(
     net: Net, settings: TrainConfig, corpus: Data, device: str, ranks: Ranks
 ) -> dict[str, Any]:
-    """What must be equal for a run to go on: settings, device, checksums of what it starts from.
+    """What must match for a run to resume: settings, device, checksums of what it starts from.
 
-    Raises MiniloraError where it is not equal on all ranks.
+    Raises MiniloraError if the ranks differ in any of it.
     """
     parts = dataclasses.asdict(net.config) | dataclasses.asdict(settings)
     if net.lora_config is not None and settings.method == "lora":
@@ -388,7 +388,7 @@ class Loop:
         return self.corpus.tokens_in(self.settings.batch, self.settings.context)
 
     def save(self, folder: Path, state: State, fingerprint: Mapping[str, Any]) -> None:
-        """The first rank writes a checkpoint, once all are seen to hold the same weights."""
+        """Check that all ranks hold the same weights; then the first writes a checkpoint."""
         if self.ranks.size > 1:
             weights = checksum(tree.flatten(to_host(state.params)).values())
             self.ranks.check_equal({f"the checksum of the weights at step {state.step}": weights})
@@ -472,11 +472,11 @@ def read_finite(pending: list[Array], step: int) -> list[float]:
 
 
 def check_finite(what: str, step: int, values: Tree) -> None:
-    """Raise MiniloraError, naming what and the step, unless all the numbers are finite."""
+    """Raise MiniloraError, which names `what` and the step, unless all numbers are finite."""
     finite = [namespace(x).isfinite(x).all() for x in tree.flatten(values).values()]
     if not namespace(finite[0]).stack(finite).all():  # one copy from the device
         raise MiniloraError(
             f"{what} is not finite at step {step}: "
             + ("a lower learning rate usually helps; the last checkpoint is kept" if step
-               else "the numbers of the model overflow")
+               else "the model's numbers overflow")
         )  # fmt: skip

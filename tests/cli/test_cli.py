@@ -589,5 +589,5 @@ def test_what_an_adapter_has_of_its_own_may_be_named_but_not_changed(cli, refuse
     refused("rslora True was asked for", *further, "--rslora")
     refused("--rank-pattern .* was asked for", *further, "--rank-pattern", "down=1")
     refused("--adapter: expected one to train further", *further, "--adapter", adapter)
-    refused("merge the adapter into it before", *further, "--method", "full")
+    refused("merge the adapter into it first", *further, "--method", "full")
     assert cli(*further, "--rank", 2, "--alpha", 2, "--targets", "qkv,o,up,down").status == 0

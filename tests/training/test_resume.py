@@ -289,7 +289,7 @@ WRONG = {
     ),
     "other dtype": (
         with_array("params.blocks.0.attn.o.A", lambda x: x.astype(np.float64)),
-        "params.*o.A is of dtype float64, but this run has float32",
+        "params.*o.A is of dtype float64, but this run.s is float32",
     ),
     "settings []": (with_text("settings", "[]"), "is not a checkpoint"),
     "settings a list": (with_text("settings", '["steps"]'), "is not a checkpoint"),
@@ -327,7 +327,7 @@ def test_what_a_checkpoint_cannot_hold_is_refused(tmp_path, case, is_noticed_by)
             tensors, {name: text for name, text in metadata.items() if name != "checksum"}
         )
     else:
-        message = "is damaged: what it holds is not what was saved"
+        message = "is damaged: its contents do not match its checksum"
     write_tensors(path, tensors, metadata)
     before = path.read_bytes()
     with pytest.raises(MiniloraError, match=message) as caught:
@@ -342,7 +342,7 @@ def test_a_checkpoint_of_a_version_without_checksums_is_refused(tmp_path):
     tensors, metadata = read_tensors(tmp_path / CHECKPOINT)
     del metadata["checksum"]
     write_tensors(tmp_path / CHECKPOINT, tensors, metadata)
-    with pytest.raises(MiniloraError, match="no checksum: .* a version that wrote none; empty the"):
+    with pytest.raises(MiniloraError, match="no checksum: .* an older version; empty the"):
         run(folder=tmp_path)
 
 
