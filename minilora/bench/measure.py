@@ -1,4 +1,7 @@
-"""Times one case in a process of its own, so that the process's peak memory is the case's."""
+"""Times one case in a process of its own, so that the process's peak memory is the case's.
+
+A job is a function without arguments that runs what is timed, once.
+"""
 
 from __future__ import annotations
 
@@ -42,12 +45,12 @@ from minilora.training.loop import batch_loss_and_grads
 from minilora.tree import Tree
 from minilora.workers import Workers
 
-PROFILED = 3  # runs
-TO_ANSWER = 3.0
+PROFILED = 3  # runs of the job that are profiled
+TO_ANSWER = 3.0  # seconds
 
 
 def random_model(case: Case) -> dict[str, Tree]:
-    """The case's trees by their names: base, and lora where it is trained."""
+    """The case's trees with random weights: base, and lora if it is trained."""
     base = gpt_init(case.config, seed=0)
     if case.what != "step" or case.method != "lora":
         return {"base": base}
@@ -61,9 +64,9 @@ def measure(
     started: float,
     how: Literal["floor", "alone", "products"],
 ) -> None:
-    """Run the case beside its products, or either of them when asked to (see `serve`).
+    """Time the case and its matrix products in turn, or one of the two on request (see `serve`).
 
-    `started` is the time.perf_counter() when this process began to import.
+    `started` is the time.perf_counter() at which this process began to import.
     """
     from threadpoolctl import threadpool_limits
 
@@ -72,7 +75,7 @@ def measure(
         "idle_rss_bytes": peak_rss(),  # Python and its libraries, before there is a model
     }
     model = random_model(case)
-    # A text is generated row by row, so its threads are BLAS's; a batch is shared by its rows.
+    # A batch is shared among threads by rows; a generation has one row, so its threads are BLAS's.
     sharing, in_blas = (1, case.threads) if case.what == "generate" else (case.threads, 1)
     with Workers(sharing, case.device) as workers, threadpool_limits(in_blas, user_api="blas"):
         job: Callable[[], Any]
@@ -97,7 +100,8 @@ def measure(
 def questions() -> Iterator[bytes]:
     """The lines of standard input, read by a thread, so that this process ends with its parent.
 
-    However the parent ends, its side of the pipe is closed; a last answer gets TO_ANSWER seconds.
+    However the parent ends, its side of the pipe is closed; this process then has TO_ANSWER seconds
+    for its last answer.
     """
     lines: SimpleQueue[bytes] = SimpleQueue()
 
@@ -114,9 +118,9 @@ def questions() -> Iterator[bytes]:
 
 
 def serve(job: Callable[[], Any], figures: dict[str, Any], asked: Iterable[bytes]) -> None:
-    """Answer every number that is asked with the seconds of so many runs, the end with figures.
+    """Answer each number with the seconds of that many runs, and the end of input with the figures.
 
-    So the processes that are compared can take turns, each waiting while the other runs.
+    This lets the processes that are compared take turns, each waiting while another runs.
     """
     for times in asked:
         print(json.dumps([seconds_of(job) for _ in range(int(times))]), flush=True)
@@ -126,7 +130,7 @@ def serve(job: Callable[[], Any], figures: dict[str, Any], asked: Iterable[bytes
 def floor_and_breakdown(
     case: Case, model: Tree, workers: Workers, job: Callable[[], Any]
 ) -> dict[str, Any]:
-    """Runs and their products alone, in turn; then where the time of a run goes."""
+    """The job and its products alone, timed in turn; then the job's time by operation."""
     items = products_of(case, model)
     all_products = products_alone(items, workers, case.device)
     all_products()
@@ -154,7 +158,7 @@ def floor_and_breakdown(
 
 
 def products_of(case: Case, model: Tree) -> list[list[Product]]:
-    """The matrix products of one run of the case, for each of the parts that threads share."""
+    """The matrix products of one run of the case: a list for each item that threads share."""
     with profiling() as names, recording(model, names.operation) as log:
         record = RecordingWorkers(case.threads, "cpu")
         JOBS[case.what](replace(case, device="cpu"), recorded(model), record)()
@@ -164,7 +168,7 @@ def products_of(case: Case, model: Tree) -> list[list[Product]]:
 def products_alone(
     items: list[list[Product]], workers: Workers, device: str
 ) -> Callable[..., list[Any]]:
-    """What runs all the products and nothing else, shared as in the run that they are of."""
+    """A job that runs all the products and nothing else, shared among threads as in the case."""
     ready = prepare(items, device)
 
     def job(each: Callable[..., Any] = repeat) -> list[Any]:
@@ -185,11 +189,11 @@ def row(operation: str, seconds: float, products: float, calls: int) -> dict[str
     }
 
 
-# --- what is run ---------------------------------------------------------------------------------
+# --- jobs ----------------------------------------------------------------------------------------
 
 
 def training_step(case: Case, model: Tree, workers: Workers) -> Callable[[], None]:
-    """A training step, made of the same parts as that of `train`."""
+    """A training step, of the same parts as in `train`."""
     text, rng = case.text(), np.random.default_rng(0)
     trees = {"base": model["base"], "lora": model.get("lora")}
     lora = case.method == "lora"
@@ -206,13 +210,13 @@ def training_step(case: Case, model: Tree, workers: Workers) -> Callable[[], Non
         )
         grads, norm = clip_by_global_norm(grads, CLIP)
         trees[trained], moments = adamw(trees[trained], grads, moments, step=1, lr=LEARNING_RATE)
-        to_host(norm)  # a GPU is done only then
+        to_host(norm)  # waits for a GPU
 
     return job
 
 
 def evaluation(case: Case, model: Tree, workers: Workers) -> Callable[[], None]:
-    """The loss on a batch, shared as that of a step."""
+    """The loss on a batch, shared among threads as in a step."""
     tokens = case.text()[: case.tokens + 1]
     inputs, targets = (x.reshape(case.batch, case.context) for x in (tokens[:-1], tokens[1:]))
     shards = workers.shards(case.batch, case.context)
@@ -225,7 +229,7 @@ def evaluation(case: Case, model: Tree, workers: Workers) -> Callable[[], None]:
 
 
 def generation(case: Case, model: Tree, workers: Workers) -> Callable[[], None]:
-    """The likeliest continuation of a prompt."""
+    """The greedy continuation of a prompt."""
     net, prompt = Net(model["base"], case.config), case.text()[:PROMPT]
 
     def job() -> None:
@@ -242,6 +246,7 @@ JOBS = {"step": training_step, "evaluate": evaluation, "generate": generation}
 
 
 def seconds_of(job: Callable[[], Any]) -> float:
+    """The seconds that one run of a job takes."""
     start = time.perf_counter()
     job()
     return time.perf_counter() - start
@@ -256,7 +261,7 @@ def synchronize(device: str) -> None:
 
 
 def peak_rss() -> int:
-    """The largest resident memory that this process had, in bytes."""
+    """The peak resident memory of this process, in bytes."""
     status = Path("/proc/self/status")  # Linux's getrusage would count the parent's before exec
     if status.exists():
         high_water = re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"))
@@ -308,7 +313,7 @@ def _peak_on_windows() -> int:
 
 
 def blas() -> dict[str, Any]:
-    """NumPy's BLAS as it is set now: name and version, kernel, threads."""
+    """NumPy's BLAS as it is now: name and version, kernel, number of threads."""
     from threadpoolctl import threadpool_info
 
     for library in threadpool_info():

@@ -1,8 +1,8 @@
-"""The same case in PyTorch, with transformers and PEFT: their best way that we know of.
+"""The same case in PyTorch, with transformers and PEFT, in the fastest way that we know of.
 
-No dropout, no cache of keys where nothing is generated, the loss from the logits directly, AdamW on
-the adapters alone, and both of transformers' attentions: the caller takes the better one. Beside it
-our own matrix products in PyTorch: how much of a difference is due to the BLAS libraries.
+No dropout, no key/value cache unless text is generated, the loss from the logits directly, AdamW on
+the adapters alone, and both of transformers' attentions, of which the caller takes the better. Also
+our matrix products in PyTorch, to see how much of a difference is due to the BLAS libraries.
 """
 
 from __future__ import annotations
@@ -33,21 +33,19 @@ MODULES = {
 
 
 def check(case: Case) -> None:
-    """Raise MiniloraError where the comparison cannot be made."""
+    """Raise MiniloraError if the comparison cannot be made."""
     for name in ("torch", "transformers", "peft"):
         if importlib.util.find_spec(name) is None:
-            raise MiniloraError(
-                f"--versus peft needs {name}: pip install 'minilora[oracle]' brings it"
-            )
+            raise MiniloraError(f"--versus peft needs {name}: pip install 'minilora[oracle]'")
     for target in case.targets:
         if target not in MODULES:
             raise MiniloraError(
-                f"PEFT has no target {target!r} in GPT-2; --versus peft knows {', '.join(MODULES)}"
+                f"PEFT has no target {target!r} in GPT-2; --versus peft has {', '.join(MODULES)}"
             )
 
 
 def measure_peft(case: Case, asked: Iterable[bytes], *, attention: str) -> None:
-    """Run the case when asked to, as `measure` does."""
+    """Time PEFT's step, or another case, on request (see `serve`)."""
     started = time.perf_counter()
     warnings.simplefilter("ignore")
     import peft  # noqa: F401
@@ -64,7 +62,7 @@ def measure_peft(case: Case, asked: Iterable[bytes], *, attention: str) -> None:
 
 
 def measure_products(case: Case, asked: Iterable[bytes]) -> None:
-    """Run the case's matrix products alone when asked to, each for the whole batch."""
+    """Time the case's matrix products alone, each for the whole batch, on request (see `serve`)."""
     started = time.perf_counter()
     import torch
 
@@ -84,7 +82,7 @@ def measure_products(case: Case, asked: Iterable[bytes]) -> None:
 
 
 def products_in_torch(case: Case) -> list[list[Any]]:
-    """Both operands and the result of every product of our own run, with the same layout."""
+    """Both operands and the result of every product of our run, in the same memory layout."""
     import torch
 
     items = products_of(replace(case, threads=1), random_model(case))
@@ -96,7 +94,7 @@ def products_in_torch(case: Case) -> list[list[Any]]:
 
 
 def make_model(case: Case, attention: str) -> Any:
-    """The case's model with random weights, its adapters where they are trained."""
+    """The case's model with random weights, and with adapters if they are trained."""
     import peft
     import transformers
 
@@ -119,6 +117,7 @@ def make_model(case: Case, attention: str) -> Any:
 
 
 def training_step(case: Case, model: Any) -> Callable[[], None]:
+    """The job of `measure.training_step`."""
     import torch
 
     model.train()
@@ -131,7 +130,7 @@ def training_step(case: Case, model: Any) -> Callable[[], None]:
         tokens, targets = (torch.from_numpy(x).long().to(case.device) for x in batch)
         logits = model(input_ids=tokens, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        del logits  # else they are kept through the backward pass
+        del logits  # else they exist throughout the backward pass
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, CLIP)
         optimizer.step()
@@ -142,6 +141,7 @@ def training_step(case: Case, model: Any) -> Callable[[], None]:
 
 
 def evaluation(case: Case, model: Any) -> Callable[[], None]:
+    """The job of `measure.evaluation`."""
     import torch
 
     model.eval()
@@ -157,6 +157,7 @@ def evaluation(case: Case, model: Any) -> Callable[[], None]:
 
 
 def generation(case: Case, model: Any) -> Callable[[], None]:
+    """The job of `measure.generation`."""
     import torch
 
     model.eval()
