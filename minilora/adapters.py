@@ -69,7 +69,7 @@ class LoRAConfig(Settings):
             if not isinstance(rank, int) or rank < 1:
                 raise MiniloraError(f"{name} {rank} is not a whole number of at least 1")
             if rank >= 2**31:
-                raise MiniloraError(f"{name} {rank} is too large; it is below 2^31")
+                raise MiniloraError(f"{name} {rank} is too large; the limit is 2^31")
         if self.alpha is None:
             object.__setattr__(self, "alpha", self.rank)
         for name, alpha in named(self.alpha, self.alpha_pattern, "alpha"):

@@ -40,7 +40,7 @@ def load_cupy() -> ModuleType:
         import cupy
     except ModuleNotFoundError as error:
         raise MiniloraError(
-            "the device cuda needs CuPy: pip install 'minilora[cuda13]', or 'minilora[cuda12]' if "
+            "device cuda needs CuPy: pip install 'minilora[cuda13]', or 'minilora[cuda12]' if "
             "nvidia-smi shows CUDA 12"
         ) from error
     except ImportError as error:

@@ -67,7 +67,7 @@ def check_weights(adapters: int, weights: Sequence[float]) -> None:
         )
     for weight in weights:
         if not math.isfinite(weight):
-            raise MiniloraError(f"the weight {weight} of an adapter is not a finite number")
+            raise MiniloraError(f"weight {weight} is not a finite number")
 
 
 def _check_fit(

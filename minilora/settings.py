@@ -11,6 +11,7 @@ import numpy as np
 from minilora.errors import MiniloraError
 
 LARGEST_SIZE = 2**24  # a product of two such sizes still counts bytes in 64 bits
+LARGEST_COUNT = 2**31 - 1  # of steps, sequences and tokens
 DERIVED: Any = None
 """The default of a field whose value then follows from other fields: `__post_init__` sets it."""
 
@@ -40,13 +41,13 @@ class Settings:
             object.__setattr__(self, field.name, plain(value))
 
 
-def check_sizes(config: Any, *names: str) -> None:
-    """Raises MiniloraError for a field that is below 1 or above LARGEST_SIZE."""
+def check_sizes(config: object, *names: str, largest: int = LARGEST_SIZE) -> None:
+    """Raise MiniloraError for a field that is below 1 or above `largest`."""
     for name in names:
         if (size := getattr(config, name)) < 1:
-            raise MiniloraError(f"{name} {size} is too small; it is at least 1")
-        if size > LARGEST_SIZE:
-            raise MiniloraError(f"{name} {size} is above {LARGEST_SIZE:,}")
+            raise MiniloraError(f"{name} {size} is too small; the minimum is 1")
+        if size > largest:
+            raise MiniloraError(f"{name} {size} is too large; the maximum is {largest:,}")
 
 
 def plain(value: Any) -> Any:

@@ -21,6 +21,7 @@ from minilora.errors import MiniloraError
 from minilora.gpt2 import GPTConfig
 from minilora.loss import VOCAB_CHUNK
 from minilora.ops import QUERY_TILE, query_tiles
+from minilora.settings import LARGEST_COUNT, check_sizes
 from minilora.tiles import TILE
 from minilora.workers import Workers, cores
 
@@ -118,14 +119,10 @@ class Step:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name in ("batch", "context"):
-            if getattr(self, name) < 1:
-                raise MiniloraError(f"{name} {getattr(self, name)} is too small; it is at least 1")
-            if getattr(self, name) >= 2**31:
-                raise MiniloraError(f"{name} {getattr(self, name)} is too large; it is below 2^31")
+        check_sizes(self, "batch", "context", largest=LARGEST_COUNT)
         if self.context > self.config.n_positions:
             raise MiniloraError(
-                f"{self.context} tokens exceed the model's context of {self.config.n_positions}"
+                f"context {self.context} exceeds the model's context of {self.config.n_positions}"
             )
 
     @property

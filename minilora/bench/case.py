@@ -13,6 +13,7 @@ from minilora.adapters import LoRAConfig
 from minilora.errors import MiniloraError
 from minilora.formats.files import json_number
 from minilora.gpt2 import GPTConfig
+from minilora.settings import LARGEST_COUNT, check_sizes
 
 PROMPT = 8  # tokens of the prompt that a generation continues
 CLIP = 1.0
@@ -42,15 +43,13 @@ class Case:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name in ("batch", "context", "rank", "threads", "steps"):
-            if getattr(self, name) < 1:
-                raise MiniloraError(f"{name} {getattr(self, name)} is too small; it is at least 1")
-            if getattr(self, name) >= 2**31:
-                raise MiniloraError(f"{name} {getattr(self, name)} is too large; it is below 2^31")
-        length = self.context + (PROMPT if self.what == "generate" else 0)
-        if length > self.config.n_positions:
+        check_sizes(self, "batch", "context", "rank", "threads", "steps", largest=LARGEST_COUNT)
+        prompt = PROMPT if self.what == "generate" else 0
+        if self.context + prompt > self.config.n_positions:
+            after = f" after a prompt of {prompt} tokens" if prompt else ""
             raise MiniloraError(
-                f"{length} tokens exceed the model's context of {self.config.n_positions}"
+                f"context {self.context}{after} exceeds the model's context of "
+                f"{self.config.n_positions}"
             )
 
     @property

@@ -50,7 +50,7 @@ def bench(case: Case, *, versus: str | None = None, rounds: int = 3) -> dict[str
     (one thread) or `recompute`. Raises MiniloraError if that cannot be done, or if a process fails.
     """
     if rounds < 1:
-        raise MiniloraError(f"rounds {rounds} is too small; it is at least 1")
+        raise MiniloraError(f"rounds {rounds} is too small; the minimum is 1")
     adapter_shapes(case.config, case.lora_config)  # raises for an unknown target or a rank too high
     if versus == "peft":
         peft.check(case)

@@ -1,4 +1,4 @@
-"""What each command does: options in, files and figures out, the exit status returned.
+"""What each command does: options in, files and figures out, and the exit status.
 
 A command is one function here and one row of `register`, which lists its options and its figures.
 Imports are inside the functions, so that `minilora --help` and mistyped options are answered at
@@ -49,7 +49,7 @@ def adapt_command(args: argparse.Namespace) -> int:
     check_run(args)
     ranks = find_ranks()
     if args.method == "full" and args.dropout:
-        raise MiniloraError("--dropout acts on the input of adapters; --method full has none")
+        raise MiniloraError("--dropout is for adapters; --method full trains none")
     if args.method == "full" and args.half:
         raise MiniloraError("--half is for a frozen base; --method full trains it")
     given = lora_options(args)
@@ -59,7 +59,10 @@ def adapt_command(args: argparse.Namespace) -> int:
     model = load_model(args.base)
     if args.adapter:
         if len(args.adapter) > 1:
-            raise MiniloraError("--adapter: expected one to train further; mix adds several to one")
+            raise MiniloraError(
+                f"--adapter: expected one to train further, not {len(args.adapter)}; "
+                "`minilora mix` makes one of several"
+            )
         model = model.with_adapters_from(*args.adapter)
         lora_config = replace(model.lora_config or lora_config, **given)
     if args.half:
@@ -91,7 +94,7 @@ def adapt_command(args: argparse.Namespace) -> int:
     if args.method == "lora":
         print_next("generate", *base_option(args), "--adapter", args.out)
         if any(matches_qkv_part(path) for path in adapted_paths(lora_config, model.config.n_layer)):
-            print("the adapters of q, k and v were written as one equal adapter of c_attn")
+            print("the adapters on q, k and v were written as one equivalent adapter on c_attn")
     return 0
 
 
@@ -146,7 +149,7 @@ def sampled(model: Any, net: Any, prompt: str, seed: int) -> str:
 
 
 def lora_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of LoRAConfig that the options of `adapt` give."""
+    """The fields of LoRAConfig that the options of `adapt` set."""
     found = {
         "rank": args.rank,
         "alpha": args.alpha,
@@ -160,7 +163,7 @@ def lora_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def matches_qkv_part(path: str) -> bool:
-    """Whether a LoRA path is q, k or v, which PEFT's layout knows only as parts of c_attn."""
+    """Whether a LoRA path is q, k or v, which PEFT's layout has only as parts of c_attn."""
     return path.rpartition(".")[2] in ("q", "k", "v")
 
 
@@ -250,7 +253,7 @@ def generate_command(args: argparse.Namespace) -> int:
     device = chosen_device(args)
     model = chosen_model(args).on(device, half=args.half)
     if args.text is not None and args.prompt is not None:
-        raise MiniloraError("TEXT and --prompt are both given; they mean the same")
+        raise MiniloraError("TEXT and --prompt mean the same; expected one of them, not both")
     prompt = next((text for text in (args.text, args.prompt) if text is not None), "\n")
     if prompt == "-":
         prompt = read_documents("-")[0][0].text
@@ -271,7 +274,7 @@ def generate_command(args: argparse.Namespace) -> int:
         print(piece, end="", flush=True)
         text += piece
         if args.json is None and getattr(sys.stdout, "is_gone", False):
-            break  # nobody reads it
+            break  # nobody is reading
     print()
     write_figures(args, {"text": text, "token_ids": token_ids})
     return 0
@@ -376,13 +379,13 @@ def gradcheck_command(args: argparse.Namespace) -> int:
             wrong = wrong or not right
             cells = f"{row.error:>18.1e} {row.entries:>8} {row.seconds:>8.3f}"
             print(f"{row.name:<33} {cells}{verdict}")
-    except GradientError as error:  # a gradient of the wrong shape or dtype, or one missing
+    except GradientError as error:  # a gradient is missing, or has the wrong shape or dtype
         print(f"minilora: {error}", file=sys.stderr)
         return 1
     worst = max(errors, key=lambda name: errors[name])
     print(
-        f"\nlargest: {errors[worst]:.1e} ({worst}); a pair's must be at most {PAIR_TOLERANCE:.0e}, "
-        f"a model's {TOLERANCE:.0e}"
+        f"\nlargest: {errors[worst]:.1e} ({worst}); allowed: {PAIR_TOLERANCE:.0e} for a pair, "
+        f"{TOLERANCE:.0e} for a model"
     )
     known = {name: error if math.isfinite(error) else None for name, error in errors.items()}
     write_figures(args, {"max_relative_error": known[worst], "pairs": known})
@@ -438,7 +441,7 @@ def budget_command(args: argparse.Namespace) -> int:
 
 
 def settings_of(args: argparse.Namespace, *, method: str) -> Any:
-    """The TrainConfig that the training options ask for."""
+    """The TrainConfig of the training options."""
     import dataclasses
 
     from minilora.training.loop import TrainConfig
@@ -449,23 +452,25 @@ def settings_of(args: argparse.Namespace, *, method: str) -> Any:
 
 
 def chosen_device(args: argparse.Namespace) -> str:
-    """The device to use; says so where it was a choice."""
+    """The device to use; prints which it is for --device auto."""
     from minilora.backend import resolve_device
 
     device = resolve_device(args.device)
     if args.device == "auto":
         print(f"device: {device}", file=sys.stderr)
+    if device == "cpu" and getattr(args, "half", False):
+        raise MiniloraError("--half needs --device cuda: NumPy multiplies float16 far more slowly")
     return device
 
 
 def chosen_model(args: argparse.Namespace) -> Any:
-    """The Model that --base names, with the sum that --adapter and --weight ask for."""
+    """The Model of --base, with the weighted sum of --adapter and --weight."""
     from minilora.model import load_model
 
     if args.weight is not None and len(args.weight) != len(args.adapter):
         raise MiniloraError(
-            f"--adapter: given {len(args.adapter)} times, --weight: {len(args.weight)}; "
-            "expected a weight for each adapter"
+            f"adapters: {len(args.adapter)}, weights: {len(args.weight)}; "
+            "expected a --weight for each --adapter"
         )
     model = load_model(args.base)
     if args.adapter:
@@ -474,7 +479,7 @@ def chosen_model(args: argparse.Namespace) -> Any:
 
 
 def probe_logits(model: Any) -> Any:
-    """The logits of a model on some random tokens; MiniloraError unless they are finite."""
+    """The logits of a model on random tokens, (1, T, V); MiniloraError unless they are finite."""
     import numpy as np
 
     length = min(64, model.config.n_positions)
@@ -494,12 +499,12 @@ def largest_difference(ours: Any, theirs: Any) -> float:
 
 
 def base_option(args: argparse.Namespace) -> list[str]:
-    """The words of --base, to be given to the next command."""
+    """The option --base as typed, for the command that comes next."""
     return [] if args.base is None else ["--base", args.base]
 
 
 def targets_of(text: str) -> tuple[str, ...]:
-    """The names and patterns between the commas, but for commas in braces: {1,3} is one repeat."""
+    """The names and patterns between commas; a comma in braces, as in {1,3}, separates nothing."""
     names = re.split(r",(?![^{}]*\})", text)
     return tuple(name.strip() for name in names if name.strip())
 
@@ -519,7 +524,7 @@ def pairs_of(entries: list[str], kind: Callable[[str], Any], option: str) -> dic
 
 
 def print_left_out(left_out: Sequence[Any]) -> None:
-    """Say, beside the results, which files in folders were not read, and why."""
+    """Print to standard error which files in folders were not read, and why."""
     from minilora.texts import summary
 
     if left_out:
@@ -541,13 +546,13 @@ def check_run(args: argparse.Namespace) -> None:
         )
     if not args.resume and (args.out / CHECKPOINT).exists():
         raise MiniloraError(
-            f"--out {args.out} holds an unfinished run; go on with it by --resume, "
+            f"--out {args.out} holds an unfinished run; continue it with --resume, "
             "or name another folder with --out"
         )
 
 
 def finish_training(args: argparse.Namespace, run: Any) -> None:
-    """Print, draw and write what a training run gave."""
+    """Write, draw and print the result of a training run."""
     write_figures(args, run.figures)
     if args.plot is not None:
         from minilora.cli.plot import plot_losses
@@ -560,20 +565,20 @@ def finish_training(args: argparse.Namespace, run: Any) -> None:
 
         print(f"{'training loss':<26} {sparkline([loss for _, loss in run.history.train])}")
     if run.was_finished:
-        print(f"{args.out} holds this run, finished; nothing was left to do")
+        print(f"{args.out} holds this run, which is finished; nothing was left to do")
     print_figures(run.figures)
     print(f"saved in {args.out}")
 
 
 def print_figures(figures: dict[str, Any]) -> None:
-    """Print named figures, one to a line."""
+    """Print figures, one a line."""
     for name, value in figures.items():
         shown = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
         print(f"{name.replace('_', ' '):<26} {shown}")
 
 
 def print_next(*words: object) -> None:
-    """Say which command comes next."""
+    """Print the command that comes next."""
     print("next:", command_line(*words))
 
 
@@ -584,10 +589,10 @@ def command_line(*words: object) -> str:
 
 
 def check_outputs(args: argparse.Namespace) -> None:
-    """Raise MiniloraError, before any work, when --json, --plot or --report may not be written.
+    """Raise MiniloraError, before any work, if --json, --plot or --report cannot be written.
 
-    They may not replace what the command reads, nor each other, nor lie among the results of --out.
-    A link is followed: the file behind it counts, and is the one that is written.
+    They may not replace what the command reads, or each other, or be in the folder of --out. Links
+    are followed: what counts, and is written, is the file behind them.
     """
     taken: dict[Path, str] = {}
     for option in ("json", "plot", "report"):
@@ -598,7 +603,7 @@ def check_outputs(args: argparse.Namespace) -> None:
         if file is None:
             raise MiniloraError(f"{name}: expected a file name in an existing folder")
         if file in taken:
-            raise MiniloraError(f"{name} is the file of --{taken[file]}, too; expected another")
+            raise MiniloraError(f"{name} is also the file of --{taken[file]}; expected another")
         if "out" in args and lies_in(file, args.out):
             raise MiniloraError(f"{name} is in the folder of --out; expected a file elsewhere")
         for source in sources_of(file, args):
@@ -608,17 +613,17 @@ def check_outputs(args: argparse.Namespace) -> None:
 
 
 def plain_file(path: Path) -> Path | None:
-    """The file behind a name, there or not yet there; None for a folder, a device, our output."""
+    """The file behind a path, existing or not; None for a folder, a device, or our own output."""
     try:
         file = path.resolve()
         is_plain = file.is_file() and not is_output(file) or not path.exists()
         return file if is_plain and file.parent.is_dir() else None
-    except (OSError, RuntimeError):  # a name that the system refuses, a ring of links
+    except (OSError, RuntimeError):  # a name that the system refuses, a loop of links
         return None
 
 
 def sources_of(file: Path, args: argparse.Namespace) -> list[str]:
-    """What a command reads that a file may be part of: data, and models where it is named so."""
+    """What a command reads: its data and, for a file named like a model's, its models."""
     from minilora.formats.companions import COMPANIONS
 
     data = [source for source in getattr(args, "data", []) if source not in ("python", "-")]
@@ -630,12 +635,12 @@ def sources_of(file: Path, args: argparse.Namespace) -> list[str]:
 
 
 def lies_in(file: Path, folder: str | Path) -> bool:
-    """Whether a resolved path is this file or folder, or lies in it."""
+    """Whether a resolved path is this file or folder, or is in it."""
     return Path(folder).resolve() in (file, *file.parents)
 
 
 def is_output(file: Path) -> bool:
-    """Whether standard output or error goes to this file, as /dev/stdout says."""
+    """Whether standard output or standard error goes to this file, such as /dev/stdout."""
     for descriptor in (1, 2):
         with suppress(OSError):
             if os.path.samestat(file.stat(), os.fstat(descriptor)):

@@ -30,7 +30,7 @@ from minilora.evaluation import sum_nats
 from minilora.keep import Plan
 from minilora.network import Net, loss_and_grads
 from minilora.optim import adamw, adamw_init, clip_by_global_norm, warmup_cosine
-from minilora.settings import DERIVED, Settings
+from minilora.settings import DERIVED, LARGEST_COUNT, Settings, check_sizes
 from minilora.training.checkpoint import (
     History,
     State,
@@ -99,17 +99,17 @@ class TrainConfig(Settings):
             object.__setattr__(self, "lr", RATES[self.method])
         if self.warmup is None:
             object.__setattr__(self, "warmup", self.steps // 10)
-        for name in ("steps", "batch", "context", "log_every", "eval_every", "eval_tokens",
-                     "checkpoint_every"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise MiniloraError(f"{name} {getattr(self, name)} is too small; it is at least 1")
-            if getattr(self, name) >= 2**31:
-                raise MiniloraError(f"{name} {getattr(self, name)} is too large; it is below 2^31")
+        check_sizes(
+            self, "steps", "batch", "context",
+            "log_every", "eval_every", "eval_tokens", "checkpoint_every", largest=LARGEST_COUNT,
+        )  # fmt: skip
         for name in ("warmup", "weight_decay", "seed", "threads", "short_steps"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise MiniloraError(f"{name} {getattr(self, name)} is not a number of at least 0")
         if self.short_steps and self.short_context < 1:
-            raise MiniloraError(f"short_context {self.short_context} is too small")
+            raise MiniloraError(
+                f"short_context {self.short_context} is too small; the minimum is 1"
+            )
         for name in ("lr", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise MiniloraError(f"{name} {getattr(self, name)} is not a positive number")
