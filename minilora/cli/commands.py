@@ -99,7 +99,7 @@ def adapt_command(args: argparse.Namespace) -> int:
 
 
 def training_data(args: argparse.Namespace, model: Any) -> Any:
-    """What `adapt` trains on, text or records; what is left out of it, and what counts, is said."""
+    """The text or records that `adapt` trains on; prints what is left out and what counts."""
     from minilora.data import load_corpus
     from minilora.records.corpus import are_records, load_records
     from minilora.training.runs import date_of_run
@@ -123,17 +123,18 @@ def training_data(args: argparse.Namespace, model: Any) -> Any:
 def report_page(
     args: argparse.Namespace, model: Any, lora_config: Any, settings: Any
 ) -> RunReport | None:
-    """The page that --report asks for, with what is known before the run."""
+    """The page of --report, with the facts that are known before the run."""
     import dataclasses
 
     from minilora import tree
     from minilora.cli.run_report import RunReport
+    from minilora.formats.card import lora_facts
 
     if args.report is None:
         return None
     facts = {"base": model.base_name, "data": " ".join(args.data)}
     if args.method == "lora":
-        facts |= {n: v for n, v in dataclasses.asdict(lora_config).items() if v}
+        facts |= lora_facts(lora_config)
     facts |= dataclasses.asdict(settings)
     title = f"{model.base_name} adapted to {Path(args.data[0]).name or args.data[0]}"
     count = tree.count(model.base)
@@ -141,7 +142,7 @@ def report_page(
 
 
 def sampled(model: Any, net: Any, prompt: str, seed: int) -> str:
-    """The text with which a network, as far as it is trained, continues a prompt: 100 tokens."""
+    """The text, 100 tokens, with which the network so far trained continues a prompt."""
     from dataclasses import replace
 
     seen = replace(model, base=net.base, lora=net.lora, lora_config=net.lora_config)
@@ -291,14 +292,14 @@ def play_command(args: argparse.Namespace) -> int:
 
 
 def write_faint(text: str) -> None:
-    """Write a text that is not the result: faint, where a terminal shows it."""
+    """Write a text that is not part of the result: on a terminal in faint letters."""
     write = getattr(sys.stdout, "write_faint", sys.stdout.write)
     write(text)
     sys.stdout.flush()
 
 
 def typed_line() -> str:
-    """A line from standard input, with an editor's keys on a terminal; EOFError after the last."""
+    """A line from standard input, with line editing on a terminal; EOFError after the last."""
     if sys.stdin.isatty() and sys.stdout.isatty():
         with suppress(ImportError):  # none on Windows, whose terminal has such keys itself
             import readline  # noqa: F401

@@ -375,7 +375,7 @@ COMMANDS = (
             METHOD,
             option(
                 "--loss",
-                "of records, count the loss on the answers or on all tokens (default: answer)",
+                "for records: count the loss on the answers or on all tokens (default: answer)",
                 choices=("answer", "all"),
             ),
             LORA,
@@ -391,8 +391,8 @@ COMMANDS = (
             ),
             option(
                 "--report",
-                "write a page of the run there, anew at each evaluation: losses, samples, "
-                "settings, gradients and updates of each adapter",
+                "write a page about the run to this file, again at each evaluation: losses, "
+                "samples, settings, gradients and updates of each adapter",
                 type=Path,
                 metavar="FILE.html",
             ),
@@ -430,7 +430,7 @@ COMMANDS = (
     Command(
         "evaluate",
         commands.evaluate_command,
-        "measure the loss of a model on text, or its answers to records",
+        "measure the loss of a model on text or records, and its answers to records",
         examples=(
             "minilora evaluate notes.txt",
             "minilora evaluate questions.jsonl --adapter my-adapter",
@@ -483,7 +483,7 @@ COMMANDS = (
     Command(
         "play",
         commands.play_command,
-        "type prompts, or chat, with a model that stays loaded",
+        "prompt a model, or chat with it, line by line; it stays loaded",
         examples=("minilora play", "minilora play --adapter my-adapter --temperature 0"),
         options=(BASE, ADAPTER, WEIGHT, *DRAWS),
         figures=(),

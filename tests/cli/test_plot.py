@@ -133,7 +133,7 @@ def test_a_short_history_can_be_drawn(tmp_path, history):
 
 @pytest.mark.parametrize("name", ["losses", "losses.txt", "losses.png.bak", ".png"])
 def test_a_name_that_says_no_kind_is_refused(tmp_path, name):
-    with pytest.raises(MiniloraError, match="--plot .* ends in .png, .svg, .pdf"):
+    with pytest.raises(MiniloraError, match="--plot .* ends in .png or .svg or .pdf"):
         check_plot(tmp_path / name)
 
 
