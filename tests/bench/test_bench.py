@@ -223,7 +223,7 @@ def test_a_process_is_ended_when_it_is_left():
 
 
 def is_alive(pid):
-    """Whether a process runs; one that has ended may wait for an init to take note of it."""
+    """Whether a process runs; one that has ended may still wait to be reaped."""
     try:
         os.kill(pid, 0)
         status = Path(f"/proc/{pid}/stat")

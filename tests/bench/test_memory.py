@@ -60,7 +60,7 @@ def arrays_in(cache):
 
 
 def numbers_in(cache, *, net):
-    """How many numbers they hold, each array counted once and parameters left out."""
+    """How many numbers caches hold, each array counted once and parameters not at all."""
     owned = {id(a): a.size for a in arrays_in(cache)}
     for parameter in flatten({"base": net.base, "lora": net.lora or {}}).values():
         owned.pop(id(parameter), None)
@@ -68,7 +68,7 @@ def numbers_in(cache, *, net):
 
 
 def caches_of(step):
-    """Those of the net below its head, and of the head with the loss."""
+    """The caches of the net below its head, and of the head with the loss."""
     net, options = inputs_of(step)
     targets = options.pop("targets")
     x, trunk = trunk_forward(net, **options)

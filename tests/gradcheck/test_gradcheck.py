@@ -38,7 +38,7 @@ def check(backward, forward=affine_forward, **options):
 
 
 def spoiled(name, change):
-    """The right backward with one gradient replaced by change(gradient)."""
+    """The correct backward pass with one gradient replaced by change(gradient)."""
 
     def backward(dy, cache):
         gradients = dict(zip(("x", "w"), affine_backward(dy, cache), strict=True))

@@ -156,7 +156,7 @@ def test_the_handler_of_ctrl_c_is_put_back():
 
 
 def test_a_handler_that_python_did_not_set_is_left_alone(monkeypatch):
-    """For one that a program set from C, Python says None, and cannot put it back."""
+    """Python shows a handler that was set from C as None, and cannot restore it."""
     set_handler = signal.signal
     calls = []
 
@@ -367,7 +367,7 @@ def test_one_bit_anywhere_is_noticed_or_means_nothing(tmp_path):
 
 
 def test_numbers_that_are_not_finite_leave_the_last_good_checkpoint(tmp_path, monkeypatch):
-    """The rate becomes absurd at step 5: the checkpoint of step 4 stays, and it goes on from it."""
+    """At step 5 the rate becomes absurd: the checkpoint of step 4 stays, and the run resumes."""
     from minilora.optim import warmup_cosine
 
     def absurd(step, **schedule):

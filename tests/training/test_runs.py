@@ -234,7 +234,7 @@ def test_a_finished_run_without_its_files_is_not_finished(tmp_path, model, metho
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("damage", ["cut off", "from elsewhere", "one bit"])
 def test_a_finished_result_is_what_was_saved_or_it_is_said(tmp_path, model, method, damage):
-    """And where a checkpoint is still there, the run goes on from it."""
+    """If a checkpoint is still there, the run resumes from it."""
     folder = tmp_path / "out"
     with pytest.raises(Killed):
         run(model, folder, method=method, report=killed_at(4))
@@ -330,7 +330,7 @@ def test_a_run_that_fails_later_keeps_its_checkpoint(tmp_path, model):
 
 @pytest.mark.parametrize("finished", [False, True])
 def test_another_device_is_another_run(tmp_path, model, monkeypatch, finished):
-    """Its rounding is another. The arrays stay on the host here, whatever the device is called."""
+    """Another device rounds differently. Here the arrays stay on the host, whatever its name."""
     for module in ("network", "training.loop", "training.checkpoint", "evaluation"):
         monkeypatch.setattr(f"minilora.{module}.to_device", lambda arrays, device: arrays)
 
