@@ -45,7 +45,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """mypy over the package; mypy and pyright, strict, over a user's program beside the wheel."""
-    session.install(".[plot]", pinned("mypy"), pinned("pyright"))
+    session.install(".[plot]", "jinja2>=3.1.6", pinned("mypy"), pinned("pyright"))
     session.run("mypy")
     folder = Path(session.create_tmp()).resolve()
     shutil.copy("tests/typing/user.py", folder)

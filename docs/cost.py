@@ -70,7 +70,7 @@ def formulas(case: Case) -> dict[str, int]:
     return {
         "flops": budget.flops(step).total,
         "numbers": kept + weights + case.tokens * config.vocab_size,
-        "predicted_bytes": budget.figures(replace(step, threads=case.threads))["peak_bytes"],
+        "predicted_bytes": budget.figures_of(replace(step, threads=case.threads))["peak_bytes"],
     }
 
 

@@ -21,7 +21,7 @@ from minilora.adapters import LoRAConfig, adapters, weight_of
 from minilora.data import Corpus
 from minilora.evaluation import evaluate_tokens
 from minilora.lora import merge, unmerge
-from minilora.mix import mix
+from minilora.mixing import mix
 from minilora.tree import Tree, flatten, map_leaves
 
 LORA = LoRAConfig(rank=2, targets=("qkv", "o", "up", "down"))

@@ -19,7 +19,7 @@ from minilora.formats.gguf import convert
 from minilora.gpt2 import GPTConfig
 from minilora.keep import Plan
 from minilora.lora import merge, unmerge
-from minilora.mix import mix
+from minilora.mixing import mix
 from minilora.model import Model, complete, evaluate, load_model
 from minilora.network import Net, loss_and_grads
 from minilora.records.corpus import corpus_from_records, load_records

@@ -22,7 +22,7 @@ import numpy as np
 
 from minilora.backend import Array, namespace
 from minilora.errors import MiniloraError
-from minilora.settings import Settings
+from minilora.settings import DERIVED, Settings
 from minilora.tree import Tree, flatten, unflatten
 
 ATTENTION_TARGETS = ("qkv", "q", "k", "v", "o")
@@ -52,7 +52,7 @@ class LoRAConfig(Settings):
     }
 
     rank: int = 8
-    alpha: float = None  # type: ignore[assignment]  # the rank: __post_init__
+    alpha: float = DERIVED  # the rank
     targets: tuple[str, ...] = ("qkv", "o", "up", "down")
     dropout: float = 0.0
     rslora: bool = False
@@ -69,7 +69,7 @@ class LoRAConfig(Settings):
             if not isinstance(rank, int) or rank < 1:
                 raise MiniloraError(f"{name} {rank} is not a whole number of at least 1")
             if rank >= 2**31:
-                raise MiniloraError(f"{name} {rank} is too large; it is below 2^31")
+                raise MiniloraError(f"{name} {rank} is too large; the limit is 2^31")
         if self.alpha is None:
             object.__setattr__(self, "alpha", self.rank)
         for name, alpha in named(self.alpha, self.alpha_pattern, "alpha"):

@@ -1,7 +1,7 @@
 """NumPy or CuPy: which library an array belongs to, and the one place where arrays change device.
 
-Everything that is random or small is made on the host and sent to the device; nothing else in the
-package copies between the two.
+Random numbers and small arrays are made on the host and sent to the device. No other module copies
+between the two.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from minilora import tree
 from minilora.errors import MiniloraError
 
 Array: TypeAlias = np.ndarray[Any, Any]
-"""An array of either library; CuPy's has the same methods as NumPy's."""
+"""An array of either library; CuPy's arrays have the methods of NumPy's."""
 
 DEVICES = ("cpu", "cuda", "auto")
 HOST = (np.ndarray, np.generic)  # NumPy's arrays and scalars
 
 
 def namespace(x: Array) -> Any:
-    """The module whose functions take `x`: numpy, or cupy for an array on a GPU."""
+    """The module whose functions accept `x`: numpy, or cupy for an array on a GPU."""
     if isinstance(x, HOST):
         return np
     array = x.array if isinstance(x, Half) else x
@@ -32,33 +32,32 @@ def namespace(x: Array) -> Any:
 
 
 def load_cupy() -> ModuleType:
-    """CuPy, imported and proven by one small matrix product.
+    """CuPy, imported and tested with one small matrix product.
 
-    Raises MiniloraError saying which is missing: the package, a usable GPU, or CUDA's libraries.
+    Raises MiniloraError saying what is missing: the package, a usable GPU, or CUDA's libraries.
     """
     try:
         import cupy
     except ModuleNotFoundError as error:
         raise MiniloraError(
-            "the device cuda needs CuPy: pip install 'minilora[cuda13]' (or [cuda12], "
-            "as nvidia-smi names your driver's CUDA version)"
+            "device cuda needs CuPy: pip install 'minilora[cuda13]', or 'minilora[cuda12]' if "
+            "nvidia-smi shows CUDA 12"
         ) from error
     except ImportError as error:
         raise MiniloraError(f"CuPy is installed but does not import: {error}") from error
-    _prove(cupy)
+    _check_gpu(cupy)
     return cupy
 
 
 @functools.cache
-def _prove(cupy: ModuleType) -> None:
-    """See, once, that there is a GPU and that CUDA's libraries compile and multiply on it."""
+def _check_gpu(cupy: ModuleType) -> None:
+    """Check, once, that there is a GPU and that CUDA's libraries compile and multiply on it."""
     try:
         cupy.cuda.runtime.getDeviceCount()
     except RuntimeError as error:
         raise MiniloraError(
             f"CuPy is installed but finds no usable GPU or driver ({error}); nvidia-smi must list "
-            "a GPU and name a CUDA version that is not older than CuPy's, 13 for minilora[cuda13] "
-            "or 12 for minilora[cuda12]"
+            "a GPU and show CUDA 13 or later for minilora[cuda13], 12 or later for minilora[cuda12]"
         ) from error
     try:
         probe = cupy.ones((2, 2), dtype=cupy.float32)
@@ -66,14 +65,14 @@ def _prove(cupy: ModuleType) -> None:
     except (ImportError, OSError, RuntimeError) as error:
         raise MiniloraError(
             f"the GPU is there but CUDA's libraries do not load ({error}); "
-            "pip install 'cupy-cuda13x[ctk]' (or cupy-cuda12x[ctk]) brings them"
+            "pip install 'cupy-cuda13x[ctk]' or 'cupy-cuda12x[ctk]' provides them"
         ) from error
 
 
 def resolve_device(device: str) -> str:
     """`cpu` or `cuda` for `cpu`, `cuda` or `auto` (a GPU if one works, else the CPU).
 
-    Raises MiniloraError for another name, or for `cuda` where it does not work.
+    Raises MiniloraError for another name, and for `cuda` if it does not work.
     """
     if device not in DEVICES:
         raise MiniloraError(f"device {device!r} is not one of {', '.join(DEVICES)}")
@@ -89,7 +88,7 @@ def resolve_device(device: str) -> str:
 
 
 def to_device(arrays: Any, device: str) -> Any:
-    """An array or tree on a device; what lies there already is not copied.
+    """An array or tree on a device; arrays that are there already are not copied.
 
     Raises MiniloraError as `resolve_device` does.
     """
@@ -100,16 +99,16 @@ def to_device(arrays: Any, device: str) -> Any:
 
 
 def to_host(arrays: Any) -> Any:
-    """An array or tree as NumPy arrays; what is NumPy already is not copied."""
+    """An array or tree as NumPy arrays; arrays of NumPy are not copied."""
     return tree.map_leaves(lambda x: x if namespace(x) is np else x.get(), arrays)
 
 
 def check_ids(
     ids: Array, vocab_size: int, *, name: str = "token id", ignored: int | None = None
 ) -> None:
-    """Raise MiniloraError unless every id is in [0, vocab_size) or is the one that is `ignored`.
+    """Raise MiniloraError unless every id is in [0, vocab_size) or equal to `ignored`.
 
-    Ids on a GPU are not checked: the answer would have to be waited for and copied.
+    Ids on a GPU are not checked: that would mean waiting for the device.
     """
     if not isinstance(ids, HOST):
         return
@@ -129,11 +128,11 @@ SMALLEST = 1e-37  # a row of zeros is divided by it
 
 
 class Half:
-    """A frozen matrix of float16 on a GPU that float32 arrays meet as if it were of float32.
+    """A frozen float16 matrix on a GPU, with which float32 arrays compute as if it were float32.
 
-    y = x W is a product in float16, which a GPU has tensor cores for. float16 ends at 65504 and
-    loses what is below 6e-8, so each row of x is divided by its largest entry before and y is
-    multiplied by it after: gradients, which are small, keep their three digits.
+    y = x W is a product in float16, for which a GPU has tensor cores. float16 reaches from 6e-8 to
+    65504, so each row of x is divided by its largest entry before the product and y is multiplied
+    by it afterwards: gradients, which are small, keep their three digits.
     """
 
     __array_ufunc__ = None  # both libraries then leave `x @ w` to __rmatmul__
@@ -154,7 +153,7 @@ class Half:
         return y.astype(x.dtype) * largest
 
     def __getitem__(self, key: Any) -> Half | Array:
-        """A part of the matrix for slices, as Half; the rows of an index array, as float32."""
+        """For slices, that part of the matrix as Half; for an index array, its rows as float32."""
         part = self.array[key]
         is_view = isinstance(key, slice | tuple)
         return Half(part) if is_view else part.astype(self.dtype)
@@ -166,9 +165,9 @@ class Half:
 
 
 def to_device_in_half(base: tree.Tree, device: str) -> tree.Tree:
-    """`to_device` of a base that stays frozen: its matrices as float16, half the memory.
+    """`to_device` of a base that stays frozen, with its matrices in float16: half the memory.
 
-    Biases, layer norms and positions, which are small, stay as they are. Raises MiniloraError as
+    Biases, layer norms and positions, which are small, keep their dtype. Raises MiniloraError as
     `resolve_device` does, and for a device that is not a GPU.
     """
     if resolve_device(device) == "cpu":

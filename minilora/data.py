@@ -7,12 +7,14 @@ comes from the generator that the caller passes in.
 from __future__ import annotations
 
 import os
+import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from minilora.described import Described
 from minilora.errors import MiniloraError
 from minilora.texts import Document, LeftOut, Source, read_documents
 from minilora.tokenizer import Tokenizer
@@ -79,8 +81,8 @@ def end_with_blank_line(text: str) -> str:
 # --- Corpora -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Corpus:
+@dataclass(frozen=True, repr=False)
+class Corpus(Described):
     """Text to train on and held-out text, each one stream of tokens."""
 
     train: np.ndarray  # 1-D int32
@@ -92,11 +94,14 @@ class Corpus:
     left_out: tuple[LeftOut, ...] = ()  # the files in folders that were not read
     today: str | None = None
 
-    def __repr__(self) -> str:
-        return (
-            f"Corpus({self.name!r}: {len(self.train):,} tokens to train on, "
-            f"{len(self.held_out):,} held out)"
-        )
+    def _described(self) -> dict[str, str]:
+        left_out = f", {len(self.left_out):,} left out" if self.left_out else ""
+        return {
+            "Corpus": reprlib.repr(self.name),
+            "files": f"{self.files:,} read{left_out}",
+            "training": f"{len(self.train):,} tokens, {self.train_bytes:,} bytes",
+            "held-out": f"{len(self.held_out):,} tokens, {self.held_out_bytes:,} bytes",
+        }
 
     def check(self, *, context: int) -> None:
         """Raise MiniloraError for text that is too short to train on, or to hold out."""

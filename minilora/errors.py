@@ -1,4 +1,4 @@
-"""The one exception that stands for a mistake of the user's, not of the program's."""
+"""The one exception for mistakes of the user's, as opposed to the program's."""
 
 
 class MiniloraError(ValueError):

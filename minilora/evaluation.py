@@ -1,4 +1,4 @@
-"""The loss on text: of a whole stream, or of windows spread evenly over the held-out text."""
+"""The loss on text: on a whole stream, or on windows spread evenly over the held-out text."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from minilora.backend import Array, check_ids, namespace, to_device
 from minilora.data import IGNORED, Batch, windows
+from minilora.described import Described
 from minilora.errors import MiniloraError
 from minilora.loss import head_loss_forward
 from minilora.network import Net, trunk_forward
@@ -18,13 +19,19 @@ from minilora.workers import SHARD_TOKENS, Workers
 WINDOW = 1024  # tokens; the attention of all 8,192 of a long context would take most of the time
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Loss in nats per token, the same in bits per byte of text, and the tokens predicted."""
+@dataclass(frozen=True, repr=False)
+class Evaluation(Described):
+    """The loss in nats per token and in bits per byte of text, and how many tokens it averages."""
 
     loss: float
     bits_per_byte: float
     tokens: int
+
+    def _described(self) -> dict[str, str]:
+        return {
+            "Evaluation": f"{self.loss:.4f} nats per token, {self.bits_per_byte:.4f} bits per byte",
+            "tokens": f"{self.tokens:,} predicted",
+        }
 
 
 def evaluate_tokens(
@@ -35,14 +42,14 @@ def evaluate_tokens(
     threads: int = 0,
     device: str = "cpu",
 ) -> Evaluation:
-    """The model's loss on a stream of tokens that stands for `text_bytes` bytes of text.
+    """The model's loss on a stream of tokens, 1-D, that encodes `text_bytes` bytes of text.
 
     Consecutive windows of the base's whole context, or of WINDOW tokens where that is longer, so
-    that every token but the very first is predicted exactly once. Raises MiniloraError below two
-    tokens, for token ids outside the vocabulary, and for a loss that is not finite.
+    that every token but the first is predicted exactly once. Raises MiniloraError for fewer than
+    two tokens, for ids outside the vocabulary, and for a loss that is not finite.
     """
     if len(tokens) < 2:
-        raise MiniloraError(f"a text of {len(tokens)} tokens is too short: an evaluation needs two")
+        raise MiniloraError(f"tokens in the text: {len(tokens)}; an evaluation needs at least two")
     check_ids(tokens, net.config.vocab_size)
     context = min(net.config.n_positions, WINDOW)
     batches = windows(tokens, context=context, batch=max(1, SHARD_TOKENS // context))
@@ -60,7 +67,7 @@ def sum_nats(
     batches: Iterable[Batch],
     device: str,
 ) -> tuple[float, int]:
-    """The summed loss of batches (inputs, targets) in nats, and how many targets count."""
+    """The loss in nats summed over batches (inputs, targets), and the number of targets counted."""
 
     def nats(batch: Batch) -> tuple[Array, int]:
         tokens, targets = (to_device(part, device) for part in batch)

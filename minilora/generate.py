@@ -55,11 +55,11 @@ def generate(
         )
     check_ids(prompt, net.config.vocab_size)
     if max_tokens < 0:
-        raise MiniloraError(f"max_tokens {max_tokens} is negative; it is at least 0")
+        raise MiniloraError(f"max_tokens {max_tokens} is negative; the minimum is 0")
     if not temperature >= 0:
         raise MiniloraError(f"temperature {temperature} is not a number of at least 0")
     if top_k is not None and top_k < 1:
-        raise MiniloraError(f"top_k {top_k} is too small; it is at least 1")
+        raise MiniloraError(f"top_k {top_k} is too small; the minimum is 1")
     if top_p is not None and not 0 < top_p <= 1:
         raise MiniloraError(f"top_p {top_p} is not in (0, 1]")
 

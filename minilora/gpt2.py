@@ -51,7 +51,7 @@ class GPTConfig:
         if not 0.0 < self.layer_norm_epsilon < math.inf:
             raise MiniloraError(f"layer_norm_epsilon {self.layer_norm_epsilon} is not positive")
         if self.inner < 1:
-            raise MiniloraError(f"n_inner {self.n_inner} is too small; it is at least 1")
+            raise MiniloraError(f"n_inner {self.n_inner} is too small; the minimum is 1")
         if self.n_embd % self.n_head:
             raise MiniloraError(
                 f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}: "

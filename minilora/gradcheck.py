@@ -3,15 +3,15 @@
 This module imports nothing of the package, so an error there cannot hide here. A gradient is
 compared with central differences of the forward pass in float64, in two ways:
 
-- entry by entry: one number per entry of an argument, which says *where* a gradient is wrong;
-- along one random direction through all arguments at once, which sees every entry in one number.
+- entry by entry: one number per entry of an argument, which shows *where* a gradient is wrong;
+- along one random direction through all arguments at once: one number that depends on every entry.
 
 The output gradient dy is always random. With dy = 1 many wrong gradients look right: the softmax's
 true gradient is then zero, and a layer norm without its third term passes.
 
-Two kinds of right gradients are refused nevertheless: those of a function that bends within the
-step of the differences, as softmax(300 x) does, and those of one that rounds numbers much larger
-than its outputs on the way, as a layer norm of entries near 100,000 does.
+Two kinds of correct gradients fail the check: those of a function that curves strongly within the
+difference step, such as softmax(300 x), and those of a function whose intermediate values are much
+larger than its outputs, so that rounding dominates: a layer norm of entries near 100,000, say.
 """
 
 import inspect
@@ -21,19 +21,20 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 Output: TypeAlias = Callable[[Mapping[str, np.ndarray]], np.ndarray]
-"""y as a function of the arguments that differ from those given, by name."""
+"""Computes y from the arguments that are changed, by name; the others keep their values."""
 
 DIRECTION = "(direction)"  # the name of the check along a random direction
-# Truncation, h⁴, and rounding, ε / h, meet near h = ε^(1/5); where a function bends more, below it.
-# x ± h is nearly always exact for a power of two, so that h need not grow with x.
+# The truncation error, h⁴, equals the rounding error, ε / h, near h = ε^(1/5), and at a smaller h
+# for a function of stronger curvature. With a power of two x ± h is nearly always exact, so h need
+# not grow with x.
 STEP = 2.0**-12
-ROUNDING = 4.0 * float(np.finfo(np.float64).eps)  # of an output of size 1, by a few operations
-PAIR_TOLERANCE = 1e-8  # for one pair: a backward pass that computes in float32 is above it
-TOLERANCE = 1e-6  # for a whole model, whose loss is rounded in every layer
+ROUNDING = 4.0 * float(np.finfo(np.float64).eps)  # error of an output of size 1, a few operations
+PAIR_TOLERANCE = 1e-8  # for one pair; a backward pass computed in float32 exceeds it
+TOLERANCE = 1e-6  # for a whole model: every layer adds to the rounding error of its loss
 
 
 class GradientError(AssertionError):
-    """A gradient that is wrong, or a pair that breaks the law of the pairs."""
+    """A wrong gradient, or a pair that breaks the law of the pairs (see CONTRIBUTING.md)."""
 
 
 class Check(NamedTuple):
@@ -41,10 +42,10 @@ class Check(NamedTuple):
 
     name: str  # the argument, the path of a tree's leaf, or DIRECTION
     error: float  # the largest relative error of the entries compared
-    tolerance: float  # how large it may be: PAIR_TOLERANCE, or TOLERANCE for a tree
+    tolerance: float  # the largest error allowed: PAIR_TOLERANCE, or TOLERANCE for a tree
     entries: int  # how many entries were compared
     worst: tuple[int, ...]  # the index of the entry with the largest error
-    analytic: float  # the backward pass' value there
+    analytic: float  # the gradient there, as the backward pass gives it
     numeric: float  # the central difference there
 
 
@@ -61,12 +62,12 @@ def check_pair(
 ) -> list[Check]:
     """Compares every gradient of a forward/backward pair with central differences.
 
-    `entries` limits the entries compared per argument (a seeded sample; None: all of them), and
-    `frozen` names the arguments whose gradient must be None. `thin` makes, of the cache that the
-    forward pass returns, the one that the backward pass is given: with None in place of what only
-    a frozen argument's gradient needs. Raises `GradientError` when the pair breaks its law (a
-    gradient missing, of another shape or dtype than its argument, or a pass that changes what it
-    was given) and when an argument or the output is not float64.
+    Arguments are float64. `entries` limits the entries compared per argument (a random sample;
+    None: all), `frozen` names the arguments whose gradient must be None, and `thin` turns the cache
+    of the forward pass into that given to the backward pass, with None for what only frozen
+    arguments need. Raises `GradientError` if the pair breaks the law of the pairs (a gradient is
+    missing or has another shape or dtype than its argument, or a pass changes its inputs) and if an
+    argument or the output is not float64; errors above a tolerance are left to `assert_close`.
     """
     constants = dict(constants or {})
     rng = np.random.default_rng(seed)
@@ -76,7 +77,7 @@ def check_pair(
 
     before = _snapshot((arguments, constants))
     y, cache = forward(*arguments, **constants)
-    _require(_same(before, (arguments, constants)), "the forward changed an argument")
+    _require(_same(before, (arguments, constants)), "the forward pass changed an argument")
     _require_float64({"the output": y})
     dy = np.asarray(rng.standard_normal(np.shape(y)))
     if thin is not None:
@@ -88,11 +89,11 @@ def check_pair(
     again = backward(dy, cache)
     _require(
         _same(before, (arguments, constants, dy, cache)),
-        "the backward changed dy, an argument or its cache",
+        "the backward pass changed dy, an argument or its cache",
     )
-    _require(_same(gradients_before, again), "the backward gave another result the second time")
+    _require(_same(gradients_before, again), "the backward pass gave another result when repeated")
 
-    _require(isinstance(gradients, tuple), "the backward must return a tuple")
+    _require(isinstance(gradients, tuple), "the backward pass must return a tuple")
     _require(
         len(gradients) == len(names),
         f"{len(gradients)} gradients for {len(names)} arguments {names}",
@@ -120,9 +121,9 @@ def check_tree(
 ) -> list[Check]:
     """Compares the gradients of a scalar loss in every leaf of a flat tree (path to array).
 
-    `entries` limits the entries compared per leaf. Raises `GradientError` when the paths of tree
-    and gradients differ, when a gradient has another shape or dtype than its leaf, and when a leaf
-    or the loss is not float64.
+    `entries` limits the entries compared per leaf. Raises `GradientError` if the paths of tree and
+    gradients differ, if a gradient has another shape or dtype than its leaf, and if a leaf or the
+    loss is not float64.
     """
     difference = sorted(set(tree) ^ set(gradients))
     _require(not difference, f"leaves and gradients differ in {difference}")
@@ -137,9 +138,9 @@ def check_tree(
 
 
 def assert_close(checks: Sequence[Check], tolerance: float | None = None) -> None:
-    """Raises `GradientError` that shows the worst entry of each argument above the tolerance.
+    """Raises `GradientError` that shows the worst entry of each check above its tolerance.
 
-    The tolerance is each check's own unless one is given.
+    A `tolerance` replaces those of the checks.
     """
     wrong = []
     for c in checks:
@@ -197,7 +198,7 @@ def _along_a_direction(
     rng: np.random.Generator,
     tolerance: float,
 ) -> Check:
-    """Checks all gradients by one number, the derivative along a random direction of length 1."""
+    """Checks all gradients with one number, the derivative along a random direction of length 1."""
     direction = {name: rng.standard_normal(given[name].shape) for name in gradients}
     length = np.sqrt(sum(np.sum(v * v) for v in direction.values()))
     direction = {name: v / length for name, v in direction.items()}
@@ -212,7 +213,7 @@ def _along_a_direction(
 
 
 def _chosen(x: np.ndarray, rng: np.random.Generator, entries: int | None) -> list[tuple[int, ...]]:
-    """The indices of the entries to compare: all of them, or a random sample of so many."""
+    """The indices of the entries to compare: all of them, or a random sample."""
     chosen = np.arange(x.size)
     if entries is not None and entries < x.size:
         chosen = np.sort(rng.choice(x.size, entries, replace=False))
@@ -222,12 +223,12 @@ def _chosen(x: np.ndarray, rng: np.random.Generator, entries: int | None) -> lis
 def relative_error(
     analytic: np.ndarray, numeric: np.ndarray, rounding: np.ndarray | float, floor: float = 0.0
 ) -> np.ndarray:
-    """|analytic - numeric| over the larger of both, entry by entry; infinite where not finite.
+    """|analytic - numeric| over the larger of the two, entry by entry; infinite if not finite.
 
-    The divisor is at least a hundredth of the largest numeric entry (and at least `floor`), so that
-    a small entry still counts: at a tolerance of 1e-8, an error of 1e-10 of the argument's largest
-    gradient. It is also so large that an error of the size of `rounding`, which no difference can
-    resolve, is a relative error of PAIR_TOLERANCE, whatever the gradient.
+    The divisor is at least `floor`, and at least a hundredth of the largest numeric entry: at a
+    tolerance of 1e-8 an entry of any size may be wrong by 1e-10 of the largest. It is also at least
+    rounding / PAIR_TOLERANCE, so that an error no larger than `rounding`, which a difference cannot
+    resolve, counts as PAIR_TOLERANCE at most.
     """
     floor = max(floor, 1e-2 * float(np.max(np.abs(numeric))))
     scale = np.maximum(np.abs(analytic), np.abs(numeric))
@@ -244,7 +245,7 @@ def _derivative(
     x: np.ndarray,
     index: tuple[int, ...],
 ) -> tuple[float, float]:
-    """The derivative of <dy, y> in one entry of the argument `name`, and its rounding error."""
+    """d<dy, y>/dx for one entry of the argument x called `name`, and its rounding error."""
 
     def moved(t: float) -> np.ndarray:
         changed = x.copy()
@@ -257,11 +258,11 @@ def _derivative(
 def _central(f: Callable[[float], np.ndarray], dy: np.ndarray) -> tuple[float, float]:
     """d<dy, f(t)>/dt at 0 by the fourth-order central difference, and its rounding error.
 
-    Truncation is O(h⁴). The outputs are subtracted before they are weighted with dy and summed, so
-    those which do not depend on t cancel exactly. The others are each rounded to about ε|y|, which
-    the division by h magnifies; as dy is random, the squares of these errors add. One output of
-    size 4 is counted besides, for what is rounded on the way to a small output: the logits of a
-    loss near 0, say.
+    The truncation error is O(h⁴). The outputs are subtracted before they are multiplied by dy and
+    summed, so outputs that do not depend on t cancel exactly. Each of the others has a rounding
+    error of about ε|y|, which the division by h magnifies; as dy is random, the squares of these
+    errors add. One output of size 4 is added for the rounding of intermediate values when the
+    output itself is small: of the logits when the loss is near 0, say.
     """
     h, y = STEP, f(STEP)
     change = 8.0 * (y - f(-h)) - (f(2 * h) - f(-2 * h))

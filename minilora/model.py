@@ -1,6 +1,6 @@
-"""A model ready for use: base, sizes, tokenizer and perhaps an adapter, in one value.
+"""A model ready for use: base, sizes, tokenizer and, optionally, an adapter, in one value.
 
-The functions here are what the command line calls, and what most programs need.
+The command line calls these functions, and most programs need no others.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,12 @@ from minilora import tree
 from minilora.adapters import LoRAConfig
 from minilora.backend import Half, namespace, to_device, to_device_in_half, to_host
 from minilora.data import load_text
+from minilora.described import Described
 from minilora.errors import MiniloraError
 from minilora.evaluation import Evaluation, evaluate_tokens
 from minilora.formats.tokenizer import load_tokenizer
 from minilora.generate import generate
-from minilora.mix import check_weights, mix
+from minilora.mixing import check_weights, mix
 from minilora.network import Net, net_logits
 from minilora.texts import Source
 from minilora.tokenizer import Tokenizer
@@ -33,30 +33,17 @@ BUILT_IN = Path(__file__).parent / "base"
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Model(Net):
+class Model(Described, Net):
     """A network with its tokenizer and the folder of its base.
 
-    `hub_id` is the base's name on the Hugging Face hub, where it came from there.
+    `hub_id` is the base's name on the Hugging Face hub, if it comes from there.
     """
 
     tokenizer: Tokenizer
     folder: Path
     hub_id: str | None = None
 
-    def __repr__(self) -> str:
-        return "\n".join(f"{name:<10} {value}" for name, value in self._described().items())
-
-    def _repr_html_(self) -> str:
-        """What a notebook shows: the lines of `repr` as a table."""
-        cells = (
-            f"<tr><th style='text-align: left'>{escape(name)}</th>"
-            f"<td style='text-align: left'>{escape(value)}</td></tr>"
-            for name, value in self._described().items()
-        )
-        return f"<table>{''.join(cells)}</table>"
-
     def _described(self) -> dict[str, str]:
-        """What there is to know at a glance, by name."""
         c, parameters = self.config, tree.count(self.base)
         wte = self.base["wte"]
         dtype = "float16" if isinstance(wte, Half) else str(wte.dtype)
@@ -82,7 +69,7 @@ class Model(Net):
 
     @property
     def base_name(self) -> str:
-        """What the file of an adapter says of its base: a name on the hub, or a folder."""
+        """What an adapter's files call the base: "minilora", a name on the hub, or a folder."""
         return "minilora" if self.is_built_in else self.hub_id or str(self.folder)
 
     @property
@@ -99,9 +86,9 @@ class Model(Net):
     ) -> Model:
         """The same base with the adapter in a folder, or with the weighted sum of several.
 
-        The sum is exact (see `mix`); without `weights` each adapter counts once. Raises
-        MiniloraError for files that are missing, damaged, or of another base, and for weights that
-        are not finite or not one for each adapter.
+        The sum is exact (see `mix`); without `weights` every weight is 1. Raises MiniloraError for
+        files that are missing, damaged, or made for another base, and unless there is a finite
+        weight for each adapter.
         """
         from minilora.formats import load_adapter
 
@@ -120,28 +107,32 @@ class Model(Net):
         return self.with_adapter(to_device(lora, self.device), lora_config)
 
     def merged(self) -> Model:
-        """A model without an adapter that computes the same, its weights being W + s A B."""
+        """A model without an adapter that computes the same: its weights are W + s A B.
+
+        Raises MiniloraError if there is no adapter, or if the base is in float16.
+        """
         if self.lora is None or self.lora_config is None:
             raise MiniloraError("there is no adapter to merge")
         if isinstance(self.base["wte"], Half):
-            raise MiniloraError("a base in float16 is frozen; merge it before it is moved")
+            raise MiniloraError("a base in float16 is frozen; merge it before it goes to the GPU")
         merged = lora_math.merge(self.base, self.lora, self.lora_config)
         return replace(self, base=merged, lora=None, lora_config=None)
 
     def on(self, device: str, *, half: bool = False) -> Model:
         """The same model with its arrays on a device, "cpu" or "cuda".
 
-        With `half`, which needs a GPU, the base's matrices are float16 there and stay frozen.
+        With `half`, which needs a GPU, the base's matrices become float16 and stay frozen. Raises
+        MiniloraError for a device that cannot be used.
         """
         base = to_device_in_half(self.base, device) if half else self.base
         return super(Model, replace(self, base=base)).on(device)
 
     def generate(self, prompt: str, **options: Any) -> str:
-        """The text that continues a prompt; the options are those of `complete`."""
+        """The text that continues a prompt; options and errors are those of `complete`."""
         return self.tokenizer.decode(complete(self, prompt, **options))
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
-        """Logits of every next token, (B, T) token ids -> (B, T, V), both on the host."""
+        """The logits of every next token: ids (B, T) -> (B, T, V), both on the host."""
         return np.asarray(to_host(net_logits(self, tokens=to_device(tokens, self.device))))
 
 
@@ -150,9 +141,10 @@ def load_model(
 ) -> Model:
     """The base in a folder (None: the one that comes with minilora), with an adapter if given.
 
-    The base is in Hugging Face's GPT-2 layout, the adapter in PEFT's. A text `owner/model` that is
-    no folder is a model on the hub. Raises MiniloraError for files that are missing, damaged, or do
-    not belong together, and for a model that cannot be fetched.
+    The base is in Hugging Face's GPT-2 layout, the adapter in PEFT's; arrays become `dtype`. A
+    string `owner/model` that is not a folder names a model on the hub. Raises MiniloraError for
+    files that are missing, damaged, or do not belong together, and for a model that cannot be
+    downloaded.
     """
     from minilora.formats import load_base
     from minilora.formats.hub import check_folder, fetch_base, is_hub_id
@@ -168,11 +160,11 @@ def load_model(
 def evaluate(
     model: Model, sources: Source | Sequence[Source], *, threads: int = 0, device: str = "cpu"
 ) -> Evaluation:
-    """The loss on all the text of the sources (see `texts.read_documents`), nats and bits per byte.
+    """The loss on all the text of the sources (see `texts.read_documents`).
 
-    Windows of the base's whole context, of 1,024 tokens at most, follow each other, so that every
-    token but the very first is predicted exactly once. Raises MiniloraError for a bad source or
-    fewer than two tokens.
+    Consecutive windows of the base's whole context, of 1,024 tokens at most, so that every token
+    but the first is predicted exactly once. `threads` 0: one for each core. Raises MiniloraError as
+    `read_documents` and `evaluate_tokens` do.
     """
     text = load_text(sources, model.tokenizer)
     return evaluate_tokens(
@@ -190,10 +182,10 @@ def complete(
     top_p: float | None = None,
     seed: int = 0,
 ) -> Iterator[int]:
-    """The token ids that continue a prompt, as they are drawn; `generate` says what it raises.
+    """The token ids that continue a prompt, as they are drawn; options and errors as `generate`'s.
 
-    Ends before `max_tokens` at a token that ends a text, where the base's files name one.
-    `model.tokenizer.stream` turns ids into text as they come, `model.tokenizer.decode` at once.
+    Stops before `max_tokens` at an end-of-text token, if the base's files name one.
+    `model.tokenizer.stream` decodes ids as they come, `model.tokenizer.decode` all at once.
     """
     drawn = generate(
         model,

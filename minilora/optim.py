@@ -13,14 +13,14 @@ from minilora.tree import Tree
 
 
 class Moments(NamedTuple):
-    """AdamW's state: running means of the gradient (m) and of its square (v), as the parameters."""
+    """AdamW's state: running means of the gradient (m) and of its square (v), trees as `params`."""
 
     m: Tree
     v: Tree
 
 
 def adamw_init(params: Tree) -> Moments:
-    """Moments of zero for `params`, of their shapes and dtypes."""
+    """Zero moments with the shapes and dtypes of `params`."""
 
     def zeros(p: Array) -> Array:
         return namespace(p).zeros_like(p)
@@ -43,8 +43,8 @@ def adamw(
     """One AdamW step (Loshchilov & Hutter 2019, alg. 2): new parameters and moments.
 
     `step` counts from 1, for the bias correction (Kingma & Ba 2015, alg. 1). The decay is decoupled
-    from the gradient, multiplied by `lr` as in PyTorch, and acts on matrices only, not on biases
-    and layer norms. The arguments stay as they are.
+    from the gradient, multiplied by `lr` as in PyTorch, and applied to matrices only, not to biases
+    and layer norms. The arguments are not changed.
     """
     new = tree.map_leaves(
         lambda p, g, m, v: _adamw_leaf(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay),
@@ -80,15 +80,15 @@ def _adamw_leaf(
 
 
 def global_norm(grads: Tree) -> Array:
-    """The Euclidean norm of all gradients taken as one vector; 0-d, on their device."""
+    """The Euclidean norm of all gradients as one vector: an array (), on their device."""
     squares = [(g * g).sum() for g in tree.flatten(grads).values()]
     return namespace(squares[0]).sqrt(sum(squares))
 
 
 def clip_by_global_norm(grads: Tree, max_norm: float) -> tuple[Tree, Array]:
-    """Gradients scaled down so that their global norm is at most `max_norm`, and the norm before.
+    """Gradients scaled down to a global norm of at most `max_norm`, and the norm before, ().
 
-    (Pascanu et al. 2013, alg. 1.) The scale is min(1, max_norm / (norm + 1e-6)), PyTorch's.
+    Pascanu et al. 2013, alg. 1; the scale is min(1, max_norm / (norm + 1e-6)), as in PyTorch.
     """
     norm = global_norm(grads)
     scale = namespace(norm).minimum(1.0, max_norm / (norm + 1e-6))  # [CLIP.1]
@@ -96,9 +96,9 @@ def clip_by_global_norm(grads: Tree, max_norm: float) -> tuple[Tree, Array]:
 
 
 def warmup_cosine(step: int, *, steps: int, peak: float, warmup: int, floor: float = 0.1) -> float:
-    """The learning rate of step 1, 2, …, `steps`: up to `peak` in a line, then down in a cosine.
+    """The learning rate of a step from 1 to `steps`: a linear rise to `peak`, then a cosine decay.
 
-    `warmup` is a number of steps; `floor` is the last rate's share of the peak
+    `warmup` is the number of steps of the rise; `floor` is the last rate as a fraction of the peak
     (Loshchilov & Hutter 2017, eq. 5, without restarts).
     """
     if step <= warmup:

@@ -1,8 +1,8 @@
 """The register of every forward/backward pair, and the table that `minilora gradcheck` prints.
 
-Each pair comes with a function that makes its arguments from a random generator and a set of sizes,
-so that the same register feeds the table and the property tests: whoever adds a pair adds one line
-here. Everything is float64.
+A row gives the shapes of a pair's arguments and makes its constants from a random generator, so the
+table and the property tests share one register: a new pair needs one line here. Everything is
+float64.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from minilora.tree import Tree, flatten, map_leaves
 
 
 class Sizes(NamedTuple):
-    """The sizes that a pair's arguments are made of; `lead` are the leading dimensions."""
+    """Sizes for the shapes of a pair's arguments; `lead` holds the leading dimensions."""
 
     lead: tuple[int, ...] = (2, 3)
     C: int = 4
@@ -45,12 +45,12 @@ class Sizes(NamedTuple):
     H: int = 2
 
     def shape(self, letters: str) -> tuple[int, ...]:
-        """The sides that a signature such as "...C" names: `...` is lead, a letter its size."""
+        """The shape that a signature such as "...C" means: `...` is lead, letters are sizes."""
         sizes = {
             **self._asdict(),
             "B": math.prod(self.lead[:-1]),
             "T": self.lead[-1],
-            "P": self.lead[-1] + 2,  # positions: more than are used
+            "P": self.lead[-1] + 2,  # more positions than are used
             "Q": 3 * self.H * self.C,  # fused projections: q, k and v of H heads of width C
             "U": 4 * self.H * self.C,  # of 2 H heads of q, and H of k and of v
             "D": 6 * self.H * self.C,  # q, k and v of H heads of the even width 2C
@@ -65,10 +65,10 @@ Constants = Callable[[np.random.Generator, Sizes], dict[str, Any]]
 class Pair(NamedTuple):
     """A forward/backward pair and how to call it.
 
-    `arguments` holds the shape of each (see `Sizes.shape`) and `constants` makes the keyword
-    arguments. `dropped` are fields of the cache that are None in the backward pass (see `keep`),
-    and `frozen` the arguments that then have no gradient. A row of its own `sizes`, beyond a tile
-    or chunk, compares some `entries` of each argument.
+    `arguments` gives the shape of each argument (see `Sizes.shape`), and `constants` makes the
+    keyword arguments. `dropped` names the fields of the cache that are None in the backward pass
+    (see `keep`), `frozen` the arguments that then have no gradient. Rows with larger `sizes`, which
+    exceed a tile or a chunk, compare only `entries` entries of each argument.
     """
 
     forward: Callable[..., Any]
@@ -89,7 +89,7 @@ class Pair(NamedTuple):
         return arguments, self.constants(rng, sizes)
 
     def thin(self, cache: Any) -> Any:
-        """The cache without what is dropped."""
+        """The cache without its dropped fields."""
         return keep.without(cache, self.dropped)
 
 
@@ -132,7 +132,7 @@ LINEAR = (ops.linear_forward, ops.linear_backward, ("...C", "CO", "O"))
 EMBEDDING = (ops.embedding_forward, ops.embedding_backward, ("VC",), _index)
 POSITION = (ops.position_forward, ops.position_backward, ("...C", "PC"), _constant(offset=1))
 AFFINE = (ops.affine_forward, ops.affine_backward, ("...C", "C", "C"))
-# A large ε: its place in the equation then matters, and rows of equal entries stay smooth.
+# A large ε, so that its place in the equation matters and rows of nearly equal entries stay smooth.
 NORMALISE = (ops.normalise_forward, ops.normalise_backward, ("...C",), _constant(eps=0.1))
 LAYER_NORM = (
     ops.layer_norm_forward, ops.layer_norm_backward, ("...C", "C", "C"), _constant(eps=0.1)
@@ -221,7 +221,7 @@ PAIRS: dict[str, Pair] = {
 }
 
 
-# The pages whose names are not those of the pairs.
+# Derivation pages that are not named after the pair.
 PAGES = {
     "matmul": "linear",
     "position": "embedding",
@@ -238,13 +238,13 @@ PAGES = {
 
 
 def page_of(name: str) -> str:
-    """The page that derives a pair of the register, or another row of the table, by its name."""
+    """The derivation page of a pair, or of another row of the table, by its name."""
     first = name.split(",")[0]
     return f"docs/derivations/{PAGES.get(first, first.replace(' ', '_'))}.md"
 
 
 class Batch(NamedTuple):
-    """What `loss_and_grads` takes beside a net and a plan, in its names."""
+    """The arguments of `loss_and_grads` other than the net and the plan: ids (B, T), and masks."""
 
     tokens: Array
     targets: Array
@@ -252,7 +252,7 @@ class Batch(NamedTuple):
 
 
 def tiny_model(*, seed: int = 0) -> tuple[Net, Batch]:
-    """Two small blocks of GPT-2 with an adapter on every target, B not being 0."""
+    """Two small blocks of GPT-2, an adapter on every target with B not zero, and a batch for it."""
     config = GPTConfig(7, 5, n_embd=4, n_layer=2, n_head=2, n_inner=6, layer_norm_epsilon=0.1)
     base = gpt_init(config, seed=seed, dtype=np.float64)
     return _with_adapters(config, base, TARGETS, seed)
@@ -300,8 +300,8 @@ def check_model(
 ) -> list[Check]:
     """Compares the gradients of a whole model with central differences of its loss, leaf by leaf.
 
-    The arrays are on the host, the trees float64; the model computes on the device. `entries`
-    limits the entries compared per leaf.
+    Arrays are given on the host, trees in float64; the model computes on `device`. `entries` limits
+    the entries compared per leaf. Raises `GradientError` as `check_tree` does.
     """
     net, batch = net.on(device), Batch(*_moved(list(batch), device))
     _, *gradients = loss_and_grads(net, **batch._asdict(), plan=plan)
@@ -329,10 +329,11 @@ class Row(NamedTuple):
 
 
 def table(*, seed: int = 0, device: str = "cpu") -> Iterator[Row]:
-    """The rows of `minilora gradcheck`, each as soon as it is known.
+    """The rows of `minilora gradcheck`, each as soon as it is computed.
 
     Every pair, the whole model of each architecture (base and adapters on every target, with
-    dropout), and the LoRA factors alone, over a frozen base; all computed on the device.
+    dropout), and the LoRA factors alone, over a frozen base; all computed on `device`. Raises
+    `GradientError` for a pair that breaks the law of the pairs.
     """
     options: dict[str, Any] = {"seed": seed, "device": device}
     model = tiny_model(seed=seed)
@@ -357,7 +358,7 @@ def _check(pair: Pair, seed: int, device: str) -> list[Check]:
 
 
 def _computing_on(device: str, pair: Pair) -> Pair:
-    """The pair for arrays of the host, which gradcheck works with; its cache is on the device."""
+    """A pair that computes on the device but takes and returns host arrays, as gradcheck needs."""
 
     @functools.wraps(pair.forward)
     def forward(*arguments: Array, **constants: Any) -> tuple[Array, Any]:
@@ -372,7 +373,7 @@ def _computing_on(device: str, pair: Pair) -> Pair:
 
 
 def _moved(tree: Tree, device: str) -> Tree:
-    """The tree with its NumPy arrays on the device; any other leaf, a number say, as it is."""
+    """The tree with its NumPy arrays on the device; other leaves, such as numbers, unchanged."""
     return map_leaves(
         lambda leaf: to_device(leaf, device) if isinstance(leaf, np.ndarray) else leaf, tree
     )

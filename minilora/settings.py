@@ -11,13 +11,16 @@ import numpy as np
 from minilora.errors import MiniloraError
 
 LARGEST_SIZE = 2**24  # a product of two such sizes still counts bytes in 64 bits
+LARGEST_COUNT = 2**31 - 1  # of steps, sequences and tokens
+DERIVED: Any = None
+"""The default of a field whose value then follows from other fields: `__post_init__` sets it."""
 
 
 class Settings:
-    """The base of a dataclass of settings: NumPy's scalars become Python's numbers in its fields.
+    """The base of a dataclass of settings: its fields hold Python's numbers, never NumPy's scalars.
 
-    An unknown argument raises TypeError, as it always does, and the message names the field that
-    was meant: the one that another library calls so (`foreign`), or the one spelt most like it.
+    An unknown argument raises TypeError as in any dataclass; the message suggests a field: the one
+    that goes by this name in another library (`foreign`), or the one with the closest spelling.
     """
 
     foreign: ClassVar[Mapping[str, str]] = {}
@@ -38,22 +41,22 @@ class Settings:
             object.__setattr__(self, field.name, plain(value))
 
 
-def check_sizes(config: Any, *names: str) -> None:
-    """Raises MiniloraError for a field that is below 1 or above LARGEST_SIZE."""
+def check_sizes(config: object, *names: str, largest: int = LARGEST_SIZE) -> None:
+    """Raise MiniloraError for a field that is below 1 or above `largest`."""
     for name in names:
         if (size := getattr(config, name)) < 1:
-            raise MiniloraError(f"{name} {size} is too small; it is at least 1")
-        if size > LARGEST_SIZE:
-            raise MiniloraError(f"{name} {size} is above {LARGEST_SIZE:,}")
+            raise MiniloraError(f"{name} {size} is too small; the minimum is 1")
+        if size > largest:
+            raise MiniloraError(f"{name} {size} is too large; the maximum is {largest:,}")
 
 
 def plain(value: Any) -> Any:
-    """A NumPy scalar as the Python number that it is; anything else as it stands."""
+    """A NumPy scalar as a Python number; anything else unchanged."""
     return value.item() if isinstance(value, np.generic) else value
 
 
 def closest(word: str, words: list[str]) -> str | None:
-    """The one of the words that is spelt most like a mistyped one, if any is."""
+    """The word whose spelling is closest to that of a mistyped one; None if none is close."""
     import difflib
 
     return next(iter(difflib.get_close_matches(word, words, n=1)), None)

@@ -1,6 +1,6 @@
-"""Text from files, folders, standard input and Python's own library, and what was left out of it.
+"""Text from files, folders, standard input and Python's standard library, and what was left out.
 
-A folder is read as far as it is text; each file that is not is named, with the reason.
+In a folder only text is read; every other file is listed, with the reason.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import NamedTuple, TypeAlias
 from minilora.errors import MiniloraError
 
 PYTHON_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-NAMED = 3  # files that a report names for each reason
+NAMED = 3  # files that a summary names for each reason
 
 NOT_TEXT, NOT_REGULAR, JSON_LINES = "not text", "not a regular file", "in JSON Lines"
-READ_ALREADY, OF_A_MODEL = "read by another path", "with a model or a training run"
-# The files of a folder that holds all of one of these sets are a model's or a run's.
+READ_ALREADY, OF_A_MODEL = "read under another path", "of a model or a training run"
+# A folder that holds all files of one of these sets is a model's or a training run's.
 OF_MODELS = (
     {"adapter_config.json"},
     {"adapter_model.safetensors"},
@@ -32,7 +32,7 @@ OF_MODELS = (
     {"config.json", "model.safetensors"},
     {"config.json", "model.safetensors.index.json"},
 )
-MARKS = {  # UTF-32's first: UTF-16's is the beginning of it
+MARKS = {  # UTF-32's first: its little-endian mark begins with UTF-16's
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
@@ -44,7 +44,7 @@ Source: TypeAlias = str | os.PathLike[str]
 
 
 class LeftOut(NamedTuple):
-    """A file that was not read, or a folder whose files were not, and why."""
+    """A file, or a folder with its files, that was not read, and the reason."""
 
     name: str
     reason: str
@@ -52,20 +52,20 @@ class LeftOut(NamedTuple):
 
 @dataclass(frozen=True)
 class Document:
-    """One text and where it came from: a path, or a path within the standard library."""
+    """One text and its origin: a path, or a path within a folder or the standard library."""
 
     name: str
     text: str
 
 
 def read_documents(source: Source) -> tuple[list[Document], list[LeftOut]]:
-    """The documents of one source, in an order that no machine changes, and what was left out.
+    """The documents of one source, in the same order on every machine, and what was left out.
 
     A source is a file, a folder (every text file below it), `python` (the standard library of this
     interpreter, without its tests; a file or folder of that name is `./python` or a Path) or `-`
     (standard input). Newlines become `\\n` and a byte-order mark is dropped. Raises MiniloraError
-    for a source that is missing or empty or, unless a folder led to it, not UTF-8 text or JSON
-    Lines, which only standard input takes as text.
+    for a source that is missing, empty, or not UTF-8 text, and for a file of JSON Lines, which only
+    standard input accepts; in a folder such files are left out.
     """
     if source == "python":
         return read_python()
@@ -91,7 +91,7 @@ def read_documents(source: Source) -> tuple[list[Document], list[LeftOut]]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The contents of a file; MiniloraError where the system refuses."""
+    """The contents of a file; MiniloraError if it cannot be read."""
     try:
         return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
@@ -102,7 +102,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def check_text(data: bytes, name: str) -> str:
-    """`decode_text` of a source that must be text; MiniloraError where it is none or is empty."""
+    """`decode_text` of a source; MiniloraError if it is not text or is empty."""
     text = decode_text(data)
     if text is None:
         encoding = encoding_of(data)
@@ -125,7 +125,7 @@ def decode_text(data: bytes) -> str | None:
 
 
 def encoding_of(data: bytes) -> str:
-    """The encoding of what is not UTF-8, by its byte-order mark or as a guess; else NOT_TEXT."""
+    """The encoding of data that is not UTF-8, by its byte-order mark or guessed, or NOT_TEXT."""
     for mark, encoding in MARKS.items():
         if data.startswith(mark):
             return f"in {encoding}"
@@ -137,7 +137,7 @@ def encoding_of(data: bytes) -> str:
 
 
 def is_json_lines(name: str, text: str) -> bool:
-    """Whether a text is JSON Lines: by its name, or as every line is a JSON object."""
+    """Whether a text is JSON Lines: by its file's name, or because each line is a JSON object."""
     if name.lower().endswith((".jsonl", ".ndjson")):
         return True
     lines = [line for line in text.split("\n") if line.strip()] if text.lstrip()[:1] == "{" else []
@@ -159,7 +159,7 @@ def read_folder(
 ) -> tuple[list[Document], list[LeftOut]]:
     """Every text file below a folder, sorted, by its path within the folder; and what is left out.
 
-    Hidden files, `skipped` names, those without the suffix, and empty files are nobody's loss.
+    Hidden files, `skipped` names, files without the suffix, and empty files are not listed.
     """
     documents: list[Document] = []
     left_out: list[LeftOut] = []
@@ -176,10 +176,10 @@ def read_folder(
 
 
 def read_file(path: Path) -> tuple[str, str]:
-    """The text of a file in a folder; or none, and the reason why it is left out."""
+    """The text of a file in a folder and no reason, or no text and why the file is left out."""
     try:
         data = path.read_bytes()
-    except OSError as error:  # it may not be read, or was deleted since it was listed
+    except OSError as error:  # not readable, or deleted since it was listed
         return "", unreadable(error)
     text = decode_text(data)
     if text is None:
@@ -192,10 +192,10 @@ def unreadable(error: OSError) -> str:
 
 
 def walk(folder: Path, skipped: Collection[str]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Every file below a folder, by the parts of its path, and the reason if it is left out.
+    """Every file below a folder: the parts of its path, and the reason if it is left out, or "".
 
-    Links come last, so that a file or folder goes by its own path; each is visited once, so that
-    none leads round in a circle.
+    Links are followed last, so that a file or folder is found by its own path first. Each place is
+    visited once, so links cannot form an endless loop.
     """
     visited: set[str] = set()
     waiting: list[tuple[str, ...]] = [()]
@@ -224,7 +224,7 @@ def walk(folder: Path, skipped: Collection[str]) -> Iterator[tuple[tuple[str, ..
 
 
 def read_python() -> tuple[list[Document], list[LeftOut]]:
-    """The .py files of this interpreter's standard library but for tests and packages."""
+    """The .py files of this interpreter's standard library, without tests and packages."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     documents, left_out = read_folder(folder, ".py", PYTHON_SKIPPED)
     if not documents:
@@ -233,7 +233,7 @@ def read_python() -> tuple[list[Document], list[LeftOut]]:
 
 
 def summary(left_out: Iterable[LeftOut]) -> str:
-    """One line that says how many files were left out for each reason, and names the first."""
+    """One line: how many files were left out for each reason, and the names of the first."""
     by_reason: dict[str, list[str]] = {}
     for name, reason in left_out:
         shown = "".join(c if c.isprintable() else "?" for c in name)

@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 Tree: TypeAlias = Any
-"""A dict or list of trees, or an array; Python's types cannot say "nested" more exactly."""
+"""A dict or list of trees, or an array; for a type checker, anything."""
 
 
 def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
-    """Every leaf by its path, in the order in which the tree holds them."""
+    """Every leaf by its path, in the tree's order."""
     if isinstance(tree, dict):
         branches = tree.items()
     elif isinstance(tree, list):
@@ -28,9 +28,9 @@ def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> Tree:
-    """The tree of the given paths: the inverse of `flatten`.
+    """The tree with these leaves, by path: the inverse of `flatten`.
 
-    Keys that are whole numbers make a list; an index that is missing becomes an empty dict.
+    A dict whose keys are all whole numbers becomes a list; a missing index becomes an empty dict.
     """
     if "" in flat:
         return flat[""]
@@ -45,7 +45,7 @@ def unflatten(flat: Mapping[str, Any]) -> Tree:
 
 
 def map_leaves(f: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
-    """The tree of `f(leaf, *leaves)`, the leaves of `others` taken from the same places."""
+    """The tree of `f(leaf, *leaves)`, where `leaves` are those of `others` at the same place."""
     if isinstance(tree, dict):
         return {
             key: map_leaves(f, branch, *(other[key] for other in others))

@@ -29,8 +29,8 @@ def cores() -> int:
 def keep_freed_memory() -> None:
     """Tell glibc to reuse freed memory rather than return it to the system at once.
 
-    Otherwise every large array is new memory, which the system zeroes page by page as it is first
-    written: half of the time of a small model's step. Other C libraries are left as they are.
+    Otherwise every large array is new memory, which the system zeroes page by page on first use:
+    half the time of a small model's step. Other C libraries are not changed.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not in musl
@@ -42,7 +42,7 @@ def keep_freed_memory() -> None:
 
 
 class Workers:
-    """So many threads in all (0: one for each core): they share a batch, and BLAS has one in each.
+    """Threads that share a batch, each with single-threaded BLAS; `threads` 0: one for each core.
 
     The shards' gradients are added in the order of the shards, so results do not depend on timing.
     """
@@ -65,9 +65,9 @@ class Workers:
         self._limits.restore_original_limits()
 
     def shards(self, batch: int, context: int) -> list[slice]:
-        """The batch's rows, split evenly: a multiple of the threads, of some SHARD_TOKENS each.
+        """The batch's rows, split evenly into a multiple of the threads, about SHARD_TOKENS each.
 
-        A GPU, which has cores for them all, takes the whole batch at once.
+        On a GPU, which has cores for all of them, the whole batch is one shard.
         """
         if self.on_gpu:
             return [slice(0, batch)]
@@ -76,5 +76,5 @@ class Workers:
         return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
 
     def map(self, f: Callable[..., Any], *items: Any) -> Iterator[Any]:
-        """`f` of every item, in their order."""
+        """`f` of every item, in the order of the items."""
         return self._pool.map(f, *items)

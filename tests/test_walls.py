@@ -108,6 +108,14 @@ def test_a_module_imports_only_what_it_stands_on(module):
     assert not foreign, f"minilora/{module}.py imports {sorted(foreign)}"
 
 
+def test_no_public_name_hides_a_module():
+    """The package has one attribute of a name: a module, or what it exports."""
+    modules = {path.stem for path in PACKAGE.iterdir()}
+    assert {"lora", "mixing", "training"} <= modules
+    hidden = modules & set(minilora.__all__)
+    assert not hidden, f"import minilora.{hidden} would give something else"
+
+
 def loaded_by(statement: str) -> set[str]:
     """The modules that a fresh interpreter loads for one statement."""
     code = f"import sys; before = set(sys.modules); {statement}; print(*set(sys.modules) - before)"

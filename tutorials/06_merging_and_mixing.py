@@ -21,7 +21,7 @@ import minilora
 from minilora.adapters import adapters
 from minilora.data import draw_batch
 from minilora.loss import cross_entropy_forward
-from minilora.mix import mix
+from minilora.mixing import mix
 from minilora.tree import flatten, map_leaves, nbytes
 
 SMALL = os.environ.get("MINILORA_SMALL") == "1"  # a quick run, for the tests
@@ -205,7 +205,7 @@ for dtype, (share, worst) in unmerged.items():
 # $$\begin{pmatrix} A_1 & A_2 \end{pmatrix}
 # \begin{pmatrix} w_1 s B_1 \\ w_2 s B_2 \end{pmatrix} = w_1 s A_1 B_1 + w_2 s A_2 B_2 .$$
 #
-# That is one adapter, of rank $2R$. `minilora.mix.mix` does it, for any number of adapters
+# That is one adapter, of rank $2R$. `minilora.mixing.mix` does it, for any number of adapters
 # (`docs/mixing.md`).
 
 

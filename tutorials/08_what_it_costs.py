@@ -18,7 +18,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from minilora.adapters import LoRAConfig, lora_init
-from minilora.bench.budget import SHAPES, Step, figures, flops, ledger, peaks
+from minilora.bench.budget import SHAPES, Step, figures_of, flops, ledger, peaks
 from minilora.bench.profile import profiling
 from minilora.gpt2 import gpt_init
 from minilora.keep import Plan
@@ -85,7 +85,7 @@ _ = axes.legend(loc="lower right")
 # GB with LoRA? In float16 a number takes 2 bytes.
 
 # %%
-gpt3 = figures(Step(SHAPES["gpt3"], PAPER, batch=1, context=2048, dtype="float16"))
+gpt3 = figures_of(Step(SHAPES["gpt3"], PAPER, batch=1, context=2048, dtype="float16"))
 weights, trained = gpt3["weights_bytes"], gpt3["adapter_bytes"]
 RECIPES = {
     "weights": weights,
@@ -156,7 +156,7 @@ totals = {}
 for axes, (name, adapted) in zip(
     panels, {"LoRA": GPT2["LoRA"].lora_config, "full": None}.items(), strict=True
 ):
-    rows = [figures(Step(SHAPES["gpt2"], adapted, batch=b, context=512)) for b in BATCHES]
+    rows = [figures_of(Step(SHAPES["gpt2"], adapted, batch=b, context=512)) for b in BATCHES]
     parts = {label: [row[key] / 1e9 for row in rows] for label, key in LASTING.items()}
     parts["activations"] = [row["activations_bytes"] / 1e9 for row in rows]
     totals[name] = np.sum(list(parts.values()), axis=0)
@@ -348,7 +348,7 @@ print(f"a bare matrix product runs at {speed / 1e9:.0f} GFLOP/s")
 # %%
 for name, adapted in {"LoRA": PAPER, "full": None}.items():
     step = Step(SHAPES["gpt3"], adapted, batch=1, context=2048, dtype="float16")
-    need = figures(step)
+    need = figures_of(step)
     hours = flops(step).total / speed / 3600
     print(
         f"GPT-3, {name}: {flops(step).total / 1e15:.2f} PFLOP, {hours:.1f} hours a step on this "
@@ -371,7 +371,7 @@ for name, adapted in {"LoRA": PAPER, "full": None}.items():
 #
 # 1. For which batch does LoRA save less than half of the memory of GPT-2 XL?
 # 2. Put adapters into the upper half of the blocks only. What happens to the activations and to the
-#    FLOPs? Calculate it first, then ask `figures` and `flops`.
+#    FLOPs? Calculate it first, then ask `figures_of` and `flops`.
 # 3. If the activations were not kept but recomputed in the backward pass (*checkpointing*),
 #    what would a step cost in FLOPs, full and with LoRA?
 

@@ -38,7 +38,7 @@ from minilora.data import draw_batch
 from minilora.keep import Kept, Plan
 from minilora.lora import adapted_linear_forward, lora_backward, lora_forward, merge
 from minilora.loss import cross_entropy_forward
-from minilora.mix import mix
+from minilora.mixing import mix
 from minilora.network import Net, loss_and_grads, net_logits, trunk_forward
 from minilora.ops import dropout_forward
 from minilora.optim import adamw, adamw_init
@@ -499,7 +499,7 @@ print(f"adapter {after:.3f}, loaded again {SEEN['14 saved while merged']:.3f}")
 # `tutorials/06_merging_and_mixing.py` looks at this at leisure.
 #
 # Caught by `test_the_mixture_of_any_adapters_is_the_weighted_sum_of_their_updates`
-# (`tests/mix/test_mix.py`).
+# (`tests/mixing/test_mixing.py`).
 
 # %%
 twin, _ = train(lora_init(base, CONFIG, seed=1), CONFIG)

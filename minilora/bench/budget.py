@@ -1,9 +1,9 @@
-"""What a training step will need, by formula: parameters, bytes and FLOPs, for LoRA and in full.
+"""What a training step needs, by formula: parameters, bytes and FLOPs, for LoRA and in full.
 
 Nothing is allocated here, so the sizes may be GPT-3's. A formula is a text such as "3 N C + N" over
 the letters of docs/notation.md, and the same text is evaluated and printed. The functions named
-`kept_…` say what each pair's cache keeps beside parameters, which are there anyway; token ids, some
-bytes a row, are left out.
+`kept_…` list what each pair's cache keeps, other than parameters, which are there anyway, and token
+ids, a few bytes a row.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from minilora.errors import MiniloraError
 from minilora.gpt2 import GPTConfig
 from minilora.loss import VOCAB_CHUNK
 from minilora.ops import QUERY_TILE, query_tiles
+from minilora.settings import LARGEST_COUNT, check_sizes
 from minilora.tiles import TILE
 from minilora.workers import Workers, cores
 
@@ -40,7 +41,7 @@ SHAPES = {
 ITEMSIZE = {"float16": 2, "float32": 4, "float64": 8}
 
 
-def evaluate(formula: str, sizes: Mapping[str, int]) -> int:
+def value_of(formula: str, sizes: Mapping[str, int]) -> int:
     """The value of a sum of products of sizes and whole numbers, such as "3 N C + N"."""
     return sum(
         math.prod(sizes[factor] if factor in sizes else int(factor) for factor in term.split())
@@ -58,18 +59,18 @@ def weight_shapes(config: GPTConfig) -> dict[str, tuple[int, int]]:
 
 
 def base_parameters(config: GPTConfig, *, tied: bool = True) -> int:
-    """How many numbers a base holds; `tied` without a table of its own for the head."""
+    """The number of parameters of a base; `tied`: its head has no table of its own."""
     tables = "V C + n_positions C" if tied else "2 V C + n_positions C"
     block = "4 C C + 4 C + 2 C F + F + C + 4 C"  # attention, MLP, two layer norms
     sizes = {
         "V": config.vocab_size, "C": config.n_embd, "F": config.inner,
         "n_positions": config.n_positions,
     }  # fmt: skip
-    return evaluate(f"{tables} + 2 C", sizes) + config.n_layer * evaluate(block, sizes)
+    return value_of(f"{tables} + 2 C", sizes) + config.n_layer * value_of(block, sizes)
 
 
 def adapters_on(linear: str) -> tuple[str, ...]:
-    """The LoRA paths of a linear map, given as `blocks.0.attn.qkv`; q, k and v lie on qkv."""
+    """The LoRA paths on a linear map such as `blocks.0.attn.qkv`; q, k and v lie on qkv."""
     parent, _, name = linear.rpartition(".")
     return (linear, *(f"{parent}.{third}" for third in "qkv" if name == "qkv"))
 
@@ -77,7 +78,8 @@ def adapters_on(linear: str) -> tuple[str, ...]:
 def adapter_shapes(config: GPTConfig, lora_config: LoRAConfig) -> dict[str, tuple[int, int, int]]:
     """(in, R, out) of every adapter by LoRA path: A is (in, R), B (R, out).
 
-    Raises MiniloraError for a target that names nothing and a rank above its weight's smaller side.
+    Raises MiniloraError for a target that names nothing, and for a rank above the smaller side of
+    its weight.
     """
     shapes = {}
     for path in adapted_paths(lora_config, config.n_layer):
@@ -99,11 +101,11 @@ def adapter_shapes(config: GPTConfig, lora_config: LoRAConfig) -> dict[str, tupl
 
 @dataclass(frozen=True)
 class Step:
-    """A training step of adapters (`lora_config`) or, without them, of the whole base.
+    """A training step of adapters or, without `lora_config`, of the whole base.
 
-    With `threads` the batch is shared as `train` shares it; without, it is one call of
-    `loss_and_grads`. `recompute` is that of `loss_and_grads`. On another device than "cpu" the
-    formulas are those of a GPU. Raises MiniloraError for what cannot be run.
+    With `threads` the batch is shared as in `train`; without, it is one call of `loss_and_grads`.
+    `tied`: the base's head is its embedding. `recompute` is that of `Plan`. For any device but
+    "cpu" the formulas are a GPU's. Raises MiniloraError for sizes that cannot be run.
     """
 
     config: GPTConfig
@@ -117,22 +119,20 @@ class Step:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name in ("batch", "context"):
-            if getattr(self, name) < 1:
-                raise MiniloraError(f"{name} {getattr(self, name)} is too small; it is at least 1")
-            if getattr(self, name) >= 2**31:
-                raise MiniloraError(f"{name} {getattr(self, name)} is too large; it is below 2^31")
+        check_sizes(self, "batch", "context", largest=LARGEST_COUNT)
         if self.context > self.config.n_positions:
             raise MiniloraError(
-                f"{self.context} tokens exceed the model's context of {self.config.n_positions}"
+                f"context {self.context} exceeds the model's context of {self.config.n_positions}"
             )
 
     @property
     def trains_base(self) -> bool:
+        """Whether the whole base is trained, without adapters."""
         return self.lora_config is None
 
     @property
     def dropout(self) -> float:
+        """The probability of dropping an entry of an adapter's input."""
         return 0.0 if self.lora_config is None else self.lora_config.dropout
 
     @cached_property
@@ -142,19 +142,22 @@ class Step:
 
     @cached_property
     def base_parameters(self) -> int:
+        """The number of parameters of the base."""
         return base_parameters(self.config, tied=self.tied)
 
     @property
     def adapter_parameters(self) -> int:
+        """The number of parameters of the adapters."""
         return sum(rank * (n_in + n_out) for n_in, rank, n_out in self.adapters.values())
 
     @property
     def trainable_parameters(self) -> int:
+        """The number of parameters that the step trains."""
         return self.base_parameters if self.trains_base else self.adapter_parameters
 
     @cached_property
     def lowest(self) -> int:
-        """The lowest block that a gradient has to reach; n_layer if none."""
+        """The lowest block that a gradient has to reach; n_layer if there is none."""
         if self.trains_base or "embedding" in self.adapters:
             return 0
         return min(int(path.split(".")[1]) for path in self.adapters)
@@ -165,7 +168,7 @@ class Step:
         return block == self.lowest and not reaches_embedding
 
     def reaches_attention(self, block: int) -> bool:
-        """Whether it comes down to the attention of a block that it reaches."""
+        """Whether the backward pass reaches the attention of a block that it reaches."""
         attention = (f"blocks.{block}.attn.{target}" for target in ATTENTION_TARGETS)
         return not self.ends_in(block) or any(path in self.adapters for path in attention)
 
@@ -175,7 +178,7 @@ class Step:
 
     @property
     def shards(self) -> list[int]:
-        """The sequences of each pass: of one over the whole batch, or of the threads' shares."""
+        """The number of sequences in each pass: the whole batch, or the shards of the threads."""
         if self.threads is None:
             return [self.batch]
         shards = Workers(self.threads, self.device).shards(self.batch, self.context)
@@ -183,23 +186,23 @@ class Step:
 
     @property
     def queries(self) -> int:
-        """How many queries an attention has at a time."""
+        """How many queries an attention computes at a time."""
         return min(QUERY_TILE, self.context) if self.device == "cpu" else self.context
 
     @property
     def pairs(self) -> int:
-        """How many entries P_ts a head computes for a sequence: somewhat more than have s ≤ t."""
+        """How many entries P_ts a head computes per sequence: somewhat more than those of s ≤ t."""
         blocks = query_tiles(self.context, self.queries)
         return sum((t.stop - t.start) * s.stop for t, s in blocks)
 
     @property
     def passes(self) -> int:
-        """How many of them run at once."""
+        """How many passes run at once."""
         return 1 if self.threads is None else min(len(self.shards), self.threads or cores())
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The shape key, for the largest of the passes."""
+        """The sizes of the largest pass, by the letters of docs/notation.md."""
         config, batch = self.config, max(self.shards)
         return {
             "B": batch, "T": self.context, "N": batch * self.context, "C": config.n_embd,
@@ -211,7 +214,7 @@ class Step:
 
 
 class Stored(NamedTuple):
-    """One array, or a few, that the cache of a pair keeps, and the formula of how many numbers."""
+    """One array, or a few, that the cache of a pair keeps, and the formula for their size."""
 
     pair: str
     keeps: str
@@ -219,15 +222,15 @@ class Stored(NamedTuple):
 
 
 def kept_layer_norm() -> Iterator[Stored]:
-    """The normalised input, frozen or not: dx is made of it [LN.6]."""
+    """The normalised input, frozen or not: dx is computed from it [LN.6]."""
     yield Stored("layer norm", "x̂, 1/√(σ² + ε)", "N C + N")
 
 
 def kept_lora(
     name: str, n_in: str, rank: int, *, dropout: float, recomputed: bool
 ) -> Iterator[Stored]:
-    """h, for dB [LORA.3], the mask [DROP.2] where there is dropout, and what it leaves of the
-    input, for dA [LORA.5], unless the input is recomputed."""
+    """h, for dB [LORA.3]; with dropout, the mask [DROP.2]; and the input after it, for dA [LORA.5],
+    unless the input is recomputed."""
     if dropout:
         yield Stored(f"dropout {name}", "mask", f"N {n_in}")
     if not recomputed:
@@ -246,8 +249,8 @@ def kept_gelu() -> Iterator[Stored]:
 
 
 def kept_head_loss(*, frozen: bool) -> Iterator[Stored]:
-    """Each row's weight in the mean, and what dx is made of: Σ p E where the table is frozen
-    [HL.3], else x and log Σ exp z, of which the logits are recomputed [HL.4]."""
+    """Each row's weight in the mean, and what dx is computed from: Σ p E if the table is frozen
+    [HL.3], else x and log Σ exp z, from which the logits are recomputed [HL.4]."""
     if frozen:
         yield Stored("head and loss", "Σ p E, weights", "N C + N")
     else:
@@ -257,8 +260,8 @@ def kept_head_loss(*, frozen: bool) -> Iterator[Stored]:
 def kept_adapted_linear(
     step: Step, path: str, n_in: str, *, recomputed: bool = True
 ) -> Iterator[Stored]:
-    """The linear map at a path such as `blocks.0.attn.qkv`, and the adapters on it: the input, for
-    dW [LIN.3], unless W is frozen or the input is recomputed, and what the adapters keep."""
+    """For a linear map such as `blocks.0.attn.qkv` and its adapters: the input, for dW [LIN.3],
+    unless W is frozen or the input is recomputed, and what the adapters keep."""
     name = path.rpartition(".")[2]
     if step.trains_base and not recomputed:
         yield Stored(f"linear {name}", "x", f"N {n_in}")
@@ -269,10 +272,10 @@ def kept_adapted_linear(
 
 
 def kept_block(step: Step, block: int) -> Iterator[Stored]:
-    """The parts of a block in the order of its forward pass; what it keeps without recompute.
+    """What the parts of a block keep without recompute, in the order of the forward pass.
 
-    Where the backward pass ends in this block, what lies below its lowest adapter keeps nothing,
-    but for the layer norm that the adapter's input is recomputed from.
+    If the backward pass ends in this block, the parts below its lowest adapter keep nothing, except
+    for the layer norm from which the adapter's input is recomputed.
     """
     if block < step.lowest:
         return
@@ -292,7 +295,7 @@ def kept_block(step: Step, block: int) -> Iterator[Stored]:
 
 def kept_with_recompute(step: Step, block: int) -> Iterator[Stored]:
     """With recompute: the block's input, its dropout masks, and the h of an adapter on `down`,
-    whose product is not computed a second time."""
+    whose product is not recomputed."""
     lines = list(kept_block(step, block))
     if lines:
         yield Stored("block", "x", "N C")
@@ -310,7 +313,7 @@ class LedgerLine(NamedTuple):
 
 
 def ledger(step: Step) -> list[LedgerLine]:
-    """Everything that the caches of one pass keep when its forward pass is done."""
+    """Everything that the caches of one pass keep at the end of its forward pass."""
     kept: list[tuple[str, Stored]] = []
     if "embedding" in step.adapters:
         rank = step.adapters["embedding"][1]
@@ -320,16 +323,16 @@ def ledger(step: Step) -> list[LedgerLine]:
         kept += [(f"blocks.{block}", line) for line in lines(step, block)]
     kept += [("ln_f", line) for line in kept_layer_norm()]
     kept += [("head", line) for line in kept_head_loss(frozen=not step.trains_base)]
-    return [LedgerLine(place, *line, evaluate(line.formula, step.sizes)) for place, line in kept]
+    return [LedgerLine(place, *line, value_of(line.formula, step.sizes)) for place, line in kept]
 
 
 def is_mask(line: Stored | LedgerLine) -> bool:
-    """Whether it is a dropout mask, which is made before the step, for the whole batch."""
+    """Whether a line is a dropout mask, which is made before the step, for the whole batch."""
     return line.keeps == "mask"
 
 
 def activation_bytes(step: Step, lines: list[LedgerLine]) -> int:
-    """What these lines of the ledger take in all passes that run at once."""
+    """The bytes of these lines of the ledger, in all passes that run at once."""
     largest = max(step.shards)
     return ITEMSIZE[step.dtype] * sum(
         line.numbers * step.batch // largest if is_mask(line)
@@ -342,27 +345,28 @@ def activation_bytes(step: Step, lines: list[LedgerLine]) -> int:
 
 
 def peaks_of_pass(step: Step) -> dict[str, int]:
-    """What is allocated beside parameters and the trunk's caches at the peaks of one pass.
+    """How many numbers are allocated at the peaks of one pass, by the name of the peak.
 
-    Numbers by where the peak is. The gradients of the base come one after the other, from the
-    head to the first block, so that most of them are there in the last block of the way back.
+    Parameters and the trunk's caches are not counted. The gradients of the base appear one after
+    another, from the head to the first block, so most of them exist when the backward pass is in
+    the first block.
     """
     full, blocks_above = step.trains_base, step.config.n_layer - 1
     sizes = step.sizes
-    sizes["Y"] = min(sizes["V"], VOCAB_CHUNK)  # logits at a time; those before are still there
+    sizes["Y"] = min(sizes["V"], VOCAB_CHUNK)  # logits at a time; the last chunk still exists
     sizes["Z"] = min(sizes["V"], 2 * VOCAB_CHUNK)
     sizes["E"] = min(TILE, sizes["N"] * sizes["F"])  # entries of a GELU at a time
     sizes["Q"] = step.queries
-    sizes["S"] = sizes["B"] * max(0, step.context - step.queries)  # what the last tile but one sees
+    sizes["S"] = sizes["B"] * max(0, step.context - step.queries)  # keys of the last tile but one
 
     def count(formula: str, gradients: str = "0") -> int:
-        return evaluate(f"{formula} + {gradients}" if full else formula, sizes)
+        return value_of(f"{formula} + {gradients}" if full else formula, sizes)
 
     above = f"V C + 2 C + {blocks_above} 4 C C + {blocks_above} 2 C F"
     recomputed = 0
     if step.recompute:
         recomputed = max(recomputed_cache(step, block) for block in range(step.config.n_layer))
-    there = recomputed + step.adapter_parameters  # whose gradients these are
+    there = recomputed + step.adapter_parameters  # the adapters' gradients
     found = {
         "the loss": max(count("N Z"), count("N Y + N C")) + count("2 N C + N", "N C + N + V C"),
         "a GELU's backward": count("2 N C + 2 N F + 2 E", f"{above} + F C") + there,
@@ -379,27 +383,28 @@ def peaks_of_pass(step: Step) -> dict[str, int]:
 
 
 def recomputed_cache(step: Step, block: int) -> int:
-    """With recompute, the numbers in a block's cache that are there for its backward pass only."""
+    """With recompute, how many numbers a block's cache holds only during its backward pass."""
     kept = list(kept_with_recompute(step, block))
     lines = (line for line in kept_block(step, block) if line not in kept)
-    return sum(evaluate(line.formula, step.sizes) for line in lines)
+    return sum(value_of(line.formula, step.sizes) for line in lines)
 
 
 def peaks(step: Step) -> dict[str, int]:
-    """Bytes beside weights, adapters and AdamW's moments at each of the peaks of a step.
+    """The bytes allocated at the peaks of a step, by the name of the peak.
 
-    Threads are taken to reach the same peak together, which is the worst that can happen.
+    Weights, adapters and AdamW's moments are not counted. Threads are assumed to reach the same
+    peak together, which is the worst case.
     """
     itemsize, trained = ITEMSIZE[step.dtype], step.trainable_parameters
     kept = activation_bytes(step, [line for line in ledger(step) if line.place != "head"])
-    if len(step.shards) > 1:  # the sum so far, and what was added last
+    if len(step.shards) > 1:  # the sum of the gradients, and the last ones added to it
         kept += 2 * itemsize * trained
     found = {
         place: kept + itemsize * step.passes * numbers
         for place, numbers in peaks_of_pass(step).items()
     }
     table = step.config.vocab_size * step.config.n_embd if step.trains_base else 0
-    # gradients; new parameters, m and v, and at first the table's alone with what they are made of
+    # The gradients, and the new parameters, m and v; or, at first, the table's and its temporaries.
     found["the update"] = itemsize * (trained + max(3 * trained, 4 * table))
     return found
 
@@ -415,15 +420,16 @@ class Flops(NamedTuple):
 
     @property
     def total(self) -> int:
+        """Of both passes."""
         return self.forward + self.backward
 
 
 def flops(step: Step) -> Flops:
-    """Those of the whole batch. A product y = x W of N rows takes 2 N I O.
+    """The FLOPs of the whole batch. A product y = x W of N rows takes 2 N I O.
 
-    Backwards dx takes as many, and so does dW where W is trained. Where the head is frozen its dx
-    is made beside the loss, in the forward pass; otherwise the logits are made a second time.
-    Element-wise work is left out.
+    In the backward pass dx takes as many, and so does dW if W is trained. If the head is frozen its
+    dx is computed with the loss, in the forward pass; otherwise the logits are recomputed.
+    Element-wise work is not counted.
     """
     config, N = step.config, step.batch * step.context
     head = 2 * N * config.n_embd * config.vocab_size
@@ -440,7 +446,7 @@ def flops(step: Step) -> Flops:
 
 
 def block_flops(step: Step, block: int) -> Flops:
-    """Those of one block. Below the lowest adapter there is no backward pass."""
+    """The FLOPs of one block; below the lowest adapter there is no backward pass."""
     config, N = step.config, step.batch * step.context
     shapes = weight_shapes(config)
     weights = {name: 2 * N * n_in * n_out for name, (n_in, n_out) in shapes.items()}
@@ -455,11 +461,11 @@ def block_flops(step: Step, block: int) -> Flops:
         return Flops(forward, 0)
     backward = (2 if step.trains_base else 1) * sum(weights.values())  # dx, dW
     backward += 5 * attention + 2 * sum(map(sum, adapters.values()))
-    if step.recompute:  # of its last map a single column, and without the adapter there
+    if step.recompute:  # of its last map one column, and not the adapter on it
         backward += forward - weights["down"] + 2 * N * config.inner
         backward -= sum(adapters.get("down", ()))
     if step.ends_in(block):
-        backward -= weights["qkv"]  # its dx, which nothing below it would need
+        backward -= weights["qkv"]  # its dx, which nothing below needs
         if step.reaches_attention(block):
             backward -= sum(products[0] for name, products in adapters.items() if name in "qkv")
         else:
@@ -471,8 +477,8 @@ def block_flops(step: Step, block: int) -> Flops:
 # --- figures -----------------------------------------------------------------------------------
 
 
-def figures(step: Step) -> dict[str, int]:
-    """What --json writes; `peak_bytes` is all that is there at the largest of the peaks."""
+def figures_of(step: Step) -> dict[str, int]:
+    """The figures that --json writes; `peak_bytes` is everything allocated at the largest peak."""
     itemsize = ITEMSIZE[step.dtype]
     weights, adapters = itemsize * step.base_parameters, itemsize * step.adapter_parameters
     trained = itemsize * step.trainable_parameters
@@ -504,7 +510,7 @@ def scaled(value: float, unit: str) -> str:
     return f"{value:.{digits}f} {prefix}{unit}"
 
 
-def line(label: str, *cells: str) -> str:
+def aligned(label: str, *cells: str) -> str:
     """A line of the table: a label and right-aligned cells."""
     return f"{label:<38}" + "".join(f" {cell:>18}" for cell in cells)
 
@@ -520,7 +526,7 @@ BYTES = {
 }
 
 
-def report(name: str, lora: Step, full: Step) -> Iterator[str]:
+def budget_lines(name: str, lora: Step, full: Step) -> Iterator[str]:
     """The lines of the table: LoRA beside full fine-tuning, then the ledger."""
     config, lora_config = lora.config, lora.lora_config
     assert lora_config is not None
@@ -537,34 +543,34 @@ def report(name: str, lora: Step, full: Step) -> Iterator[str]:
             f"shared: {len(lora.shards)} passes of up to {max(lora.shards)} sequences, "
             f"{lora.passes} of them at once"
         )
-    steps, found = (lora, full), (figures(lora), figures(full))
-    yield "\n" + line("", *HEADER)
+    steps, found = (lora, full), (figures_of(lora), figures_of(full))
+    yield "\n" + aligned("", *HEADER)
     for key in ("base_parameters", "trainable_parameters"):
-        yield line(key.replace("_", " "), *(f"{x[key]:,}" for x in found))
-    yield line(
+        yield aligned(key.replace("_", " "), *(f"{x[key]:,}" for x in found))
+    yield aligned(
         "  of the base", *(f"{x['trainable_parameters'] / x['base_parameters']:.3%}" for x in found)
     )
     for label, key in BYTES.items():
-        yield line(label, *(scaled(x[key], "B") for x in found))
-    yield line("  during", *(largest_peak(step) for step in steps))
+        yield aligned(label, *(scaled(x[key], "B") for x in found))
+    yield aligned("  during", *(largest_peak(step) for step in steps))
     for key in ("forward_flops", "backward_flops"):
-        yield line(key.replace("_flops", ""), *(scaled(x[key], "FLOP") for x in found))
-    yield line("  in all", *(scaled(flops(step).total, "FLOP") for step in steps))
+        yield aligned(key.replace("_flops", ""), *(scaled(x[key], "FLOP") for x in found))
+    yield aligned("  in all", *(scaled(flops(step).total, "FLOP") for step in steps))
 
-    yield "\n" + line("what caches keep, N = B T", "formula", *HEADER)
+    yield "\n" + aligned("what caches keep, N = B T", "formula", *HEADER)
     for (what, formula), amounts in compared(steps, lambda e: (f"{e.pair}: {e.keeps}", e.formula)):
-        yield line(what, formula, *amounts)
-    yield "\n" + line("the same by layer", *HEADER)
+        yield aligned(what, formula, *amounts)
+    yield "\n" + aligned("the same by layer", *HEADER)
     by_layer = compared(steps, lambda e: e.place)
     for amounts, places in itertools.groupby(by_layer, key=lambda found: found[1]):
         first, *others = (place for place, _ in places)
-        yield line(f"each of {first} to {others[-1]}" if others else first, *amounts)
+        yield aligned(f"each of {first} to {others[-1]}" if others else first, *amounts)
 
 
 def compared(
     steps: tuple[Step, Step], key: Callable[[LedgerLine], Any]
 ) -> Iterator[tuple[Any, tuple[str, ...]]]:
-    """Bytes of LoRA and full by a key of the ledger's entries: full's in order, then LoRA's own."""
+    """The bytes of LoRA and of full by a key of the ledger's lines; full's order, then LoRA's."""
     lora, full = (ledger(step) for step in steps)
     for value in dict.fromkeys(map(key, full + lora)):
         yield (
@@ -577,7 +583,7 @@ def compared(
 
 
 def largest_peak(step: Step) -> str:
-    """Where in a step the largest of its peaks is."""
+    """The name of the largest peak of a step."""
     found = peaks(step)
     return max(found, key=lambda place: found[place])
 
@@ -592,7 +598,7 @@ def resized(
     heads: int | None = None,
     vocabulary: int | None = None,
 ) -> GPTConfig:
-    """The same configuration but for the sizes that are given."""
+    """The configuration with the given sizes in place of its own."""
     sizes = {"n_layer": layers, "n_embd": width, "n_head": heads, "vocab_size": vocabulary}
     return replace(config, **{name: size for name, size in sizes.items() if size is not None})
 
@@ -600,8 +606,8 @@ def resized(
 def read_shape(folder: str | Path) -> tuple[GPTConfig, bool]:
     """The sizes in a folder's config.json, and whether its head is the embedding table.
 
-    Raises MiniloraError as `load_base` does, and for another architecture than GPT-2; the weights
-    are not read and need not be there.
+    Raises MiniloraError as `load_base` does, and for another architecture than GPT-2; weights are
+    not read and need not exist.
     """
     from minilora.formats.base import CONFIG, is_tied, read_config
     from minilora.formats.files import read_json

@@ -1,4 +1,4 @@
-"""What a benchmark runs: a model of random weights, and a step, an evaluation or a generation."""
+"""What a benchmark times: a training step, an evaluation or a generation, with random weights."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from minilora.adapters import LoRAConfig
 from minilora.errors import MiniloraError
 from minilora.formats.files import json_number
 from minilora.gpt2 import GPTConfig
+from minilora.settings import LARGEST_COUNT, check_sizes
 
-PROMPT = 8  # tokens that a generation starts from
+PROMPT = 8  # tokens of the prompt that a generation continues
 CLIP = 1.0
 LEARNING_RATE = 1e-5
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to time.
+    """One thing to time, and its sizes.
 
-    A `step` is one of training by `method`, an `evaluate` the loss on as large a batch, each timed
-    `steps` times; a `generate` continues a prompt by `context` tokens. `threads` is the number of
-    threads in all, BLAS's included; `recompute` is that of `loss_and_grads`. Raises MiniloraError
-    for what cannot be run.
+    `what` is a training step by `method`, the loss on a batch of that size (`evaluate`), or the
+    continuation of a prompt by `context` tokens (`generate`); it is timed `steps` times. `threads`
+    counts all threads, BLAS's included; `recompute` is that of `Plan`. Raises MiniloraError for
+    sizes that cannot be run.
     """
 
     config: GPTConfig
@@ -42,36 +43,37 @@ class Case:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name in ("batch", "context", "rank", "threads", "steps"):
-            if getattr(self, name) < 1:
-                raise MiniloraError(f"{name} {getattr(self, name)} is too small; it is at least 1")
-            if getattr(self, name) >= 2**31:
-                raise MiniloraError(f"{name} {getattr(self, name)} is too large; it is below 2^31")
-        length = self.context + (PROMPT if self.what == "generate" else 0)
-        if length > self.config.n_positions:
+        check_sizes(self, "batch", "context", "rank", "threads", "steps", largest=LARGEST_COUNT)
+        prompt = PROMPT if self.what == "generate" else 0
+        if self.context + prompt > self.config.n_positions:
+            after = f" after a prompt of {prompt} tokens" if prompt else ""
             raise MiniloraError(
-                f"{length} tokens exceed the model's context of {self.config.n_positions}"
+                f"context {self.context}{after} exceeds the model's context of "
+                f"{self.config.n_positions}"
             )
 
     @property
     def tokens(self) -> int:
-        """Tokens that one timed run reads or, generating, writes."""
+        """The number of tokens that one timed run reads or, in a generation, writes."""
         return self.context if self.what == "generate" else self.batch * self.context
 
     @property
     def lora_config(self) -> LoRAConfig:
+        """The adapters of a step; s = 1."""
         return LoRAConfig(rank=self.rank, alpha=self.rank, targets=self.targets)
 
     def text(self) -> np.ndarray:
-        """Random tokens, some batches of them."""
+        """Random tokens, 1-D int32, enough for eight batches."""
         size = 8 * self.batch * self.context + 1
         return np.random.default_rng(0).integers(self.config.vocab_size, size=size, dtype=np.int32)
 
     def to_json(self) -> str:
+        """The case as text, for another process."""
         return json.dumps(dataclasses.asdict(self), default=json_number)
 
     @classmethod
     def from_json(cls, text: str) -> Case:
+        """The case that `to_json` wrote."""
         fields: dict[str, Any] = json.loads(text)
         fields["config"] = GPTConfig(**fields["config"])
         fields["targets"] = tuple(fields["targets"])

@@ -40,25 +40,24 @@ else:
 """
 
 Ways: TypeAlias = dict[str, tuple[str, Case, str]]
-"""By name, a program, the case that it runs, and how."""
+"""Several ways to run a case, by name: a program, its case, and its argument `how`."""
 
 
 def bench(case: Case, *, versus: str | None = None, rounds: int = 3) -> dict[str, Any]:
-    """Measure, print, and return the figures.
+    """Measure a case, print its figures and return them, by the names that `--json` writes.
 
     `versus` names another way to run the case, timed in turn with it `rounds` times: `peft`, `1`
-    for one thread, or `recompute`. Raises MiniloraError where that cannot be done, or when a
-    process fails.
+    (one thread) or `recompute`. Raises MiniloraError if that cannot be done, or if a process fails.
     """
     if rounds < 1:
-        raise MiniloraError(f"rounds {rounds} is too small; it is at least 1")
+        raise MiniloraError(f"rounds {rounds} is too small; the minimum is 1")
     adapter_shapes(case.config, case.lora_config)  # raises for an unknown target or a rank too high
     if versus == "peft":
         peft.check(case)
     with Process(OURS, case, "floor") as process:
         found = process.answer()
     figures = describe(case, found)
-    report(case, figures)
+    print_measurement(case, figures)
     if versus == "peft":
         figures["versus_peft"] = versus_peft(case, rounds)
     elif versus == "1":
@@ -94,18 +93,21 @@ class Process:
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         for stream in (self.process.stdin, self.process.stdout, self.errors):
-            with suppress(OSError):  # what was written to it may not have been read
+            with suppress(OSError):  # it may not have read what was written
                 stream.close()  # type: ignore[union-attr]
         self.process.wait()
 
     def end(self) -> Any:
-        """What it says when nothing more will be asked."""
+        """Its last answer, given when no more questions can come."""
         with suppress(OSError):
             self.process.stdin.close()  # type: ignore[union-attr]
         return self.answer()
 
     def answer(self, question: str | None = None) -> Any:
-        """What it says to a line or, with none, of its own accord."""
+        """Its answer, JSON on one line, to a question or, without one, what it prints next.
+
+        Raises MiniloraError with the last line of its standard error if it has ended.
+        """
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
             if question is not None:
@@ -153,18 +155,18 @@ def describe(case: Case, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def versus_peft(case: Case, rounds: int) -> dict[str, Any]:
-    """Ours and PEFT with either attention in turn; the better one counts, for each figure.
+    """Time minilora and PEFT, with each of its attentions, in turn; figures and ratios.
 
-    Ours over theirs is a product of three ratios: our step over its matrix products, these over the
-    same products in PyTorch, and those over PEFT's step.
+    Every ratio is to the better of PEFT's two figures. That of the times is a product of three: our
+    step to its matrix products, these to the same products in PyTorch, and those to PEFT's step.
     """
     ways: Ways = {"minilora": (OURS, case, "alone")}
     for attention in peft.ATTENTIONS:
         ways[f"peft, {attention}"] = (THEIRS, case, attention)
     ways["products"] = OURS, case, "products"
     ways["products, torch"] = THEIRS, case, "products"
-    figures = side_by_side(case, ways, rounds)
-    ours, *theirs, products, products_in_torch = figures.values()
+    by_way = side_by_side(case, ways, rounds)
+    ours, *theirs, products, products_in_torch = by_way.values()
     ratios = {
         "step_seconds": max(ratio(ours, their) for their in theirs),
         "step_to_products": ratio(ours, products),
@@ -174,42 +176,42 @@ def versus_peft(case: Case, rounds: int) -> dict[str, Any]:
            for name in ("peak_rss_bytes", "start_seconds")},
     }  # fmt: skip
     print(f"""
-time           {ratios["step_seconds"]:.3f} of PEFT's, which is about
-               {ratios["step_to_products"]:.2f}   ours over its matrix products alone
-             × {ratios["products"]:.2f}   these over the same products in PyTorch
-             × {ratios["products_to_step"]:.2f}   those over PEFT's
+time           {ratios["step_seconds"]:.3f} of PEFT's, about the product of
+               {ratios["step_to_products"]:.2f}   our step to our matrix products
+             × {ratios["products"]:.2f}   our matrix products to PyTorch's
+             × {ratios["products_to_step"]:.2f}   PyTorch's matrix products to PEFT's step
 peak memory    {ratios["peak_rss_bytes"]:.3f} of PEFT's
 start          {ratios["start_seconds"]:.3f} of PEFT's (import and first run)""")
-    return {**figures, "ratios": ratios}
+    return {**by_way, "ratios": ratios}
 
 
 def versus_ours(case: Case, other: Case, names: tuple[str, str], rounds: int) -> dict[str, Any]:
-    """The case and another of our own in turn: the other's time and memory over the case's."""
+    """Time the case and another of ours in turn; figures, and the other's ratios to the case's."""
     ways: Ways = {name: (OURS, c, "alone") for name, c in zip(names, (case, other), strict=True)}
-    figures = side_by_side(case, ways, rounds)
-    ours, theirs = (figures[name] for name in names)
+    by_way = side_by_side(case, ways, rounds)
+    ours, theirs = (by_way[name] for name in names)
     ratios = {
         "step_seconds": ratio(theirs, ours),
         "peak_rss_bytes": theirs["peak_rss_bytes"] / ours["peak_rss_bytes"],
     }
     print(f"\n{names[1]}: {ratios['step_seconds']:.2f} times the time of {names[0]}, "
           f"{ratios['peak_rss_bytes']:.2f} times the peak memory")  # fmt: skip
-    return {**figures, "ratios": ratios}
+    return {**by_way, "ratios": ratios}
 
 
 def ratio(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
-    """Our time over theirs, the median over the turns."""
+    """The ratio of our time to theirs, the median over the turns."""
     return median(a / b for a, b in zip(ours["turns"], theirs["turns"], strict=True))
 
 
 def side_by_side(case: Case, ways: Ways, rounds: int) -> dict[str, dict[str, Any]]:
-    """Run the case in each of several ways in turn; print and return what each took."""
+    """Time the case in several ways in turn; print and return the figures of each, by its name."""
     seconds: dict[str, list[list[float]]] = {name: [] for name in ways}
     with ExitStack() as stack:
         processes: dict[str, Process] = {}
         for name, way in ways.items():
             processes[name] = stack.enter_context(Process(*way))
-            processes[name].answer("0")  # it is ready when it answers: one starts at a time
+            processes[name].answer("0")  # answered when it is ready: they start one at a time
         for _ in range(rounds):
             for name, process in processes.items():
                 seconds[name].append(process.answer(str(case.steps)))
@@ -217,11 +219,11 @@ def side_by_side(case: Case, ways: Ways, rounds: int) -> dict[str, dict[str, Any
 
     print(f"\n{'':<15}{'median':>12}{'minimum':>12}{'tokens/s':>10}{'peak':>12}{'import':>9}"
           f"{'first run':>11}")  # fmt: skip
-    figures: dict[str, dict[str, Any]] = {}
+    by_way: dict[str, dict[str, Any]] = {}
     for name in ways:
         every = [s for turn in seconds[name] for s in turn]
         start = found[name]["import_seconds"] + found[name]["first_step_seconds"]
-        figures[name] = {
+        by_way[name] = {
             "step_seconds_median": median(every),
             "step_seconds_minimum": min(every),
             "turns": [median(turn) for turn in seconds[name]],
@@ -234,13 +236,13 @@ def side_by_side(case: Case, ways: Ways, rounds: int) -> dict[str, dict[str, Any
               f"{found[name]['peak_rss_bytes'] / 2**20:>8,.0f} MiB"
               f"{found[name]['import_seconds']:>7.2f} s"
               f"{found[name]['first_step_seconds']:>9.2f} s")  # fmt: skip
-    return figures
+    return by_way
 
 
-# --- the report ----------------------------------------------------------------------------------
+# --- what is printed -----------------------------------------------------------------------------
 
 
-def report(case: Case, figures: dict[str, Any]) -> None:
+def print_measurement(case: Case, figures: dict[str, Any]) -> None:
     """Print the figures of one measurement."""
     c = case.config
     what = {
@@ -264,8 +266,8 @@ floor          {1e3 * figures["floor_seconds"]:.1f} ms, the matrix products alon
 {figures["floor_gflop"]:.1f} GFLOP, {gflops:.0f} GFLOP/s
 time / floor   {figures["step_to_floor"]:.2f}
 tokens/s       {figures["tokens_per_second"]:,.0f}
-peak memory    {peak:,.0f} MiB resident, {idle:.0f} MiB of it before there was a model
-page faults    {figures["page_faults"]:,} in a run
+peak memory    {peak:,.0f} MiB resident, of which {idle:.0f} MiB before the model was made
+page faults    {figures["page_faults"]:,} in one run
 start          import {figures["import_seconds"]:.2f} s, \
 first run {figures["first_step_seconds"]:.2f} s
 

@@ -1,4 +1,7 @@
-"""Times one case in a process of its own, so that the process's peak memory is the case's."""
+"""Times one case in a process of its own, so that the process's peak memory is the case's.
+
+A job is a function without arguments that runs what is timed, once.
+"""
 
 from __future__ import annotations
 
@@ -42,12 +45,12 @@ from minilora.training.loop import batch_loss_and_grads
 from minilora.tree import Tree
 from minilora.workers import Workers
 
-PROFILED = 3  # runs
-TO_ANSWER = 3.0
+PROFILED = 3  # runs of the job that are profiled
+TO_ANSWER = 3.0  # seconds
 
 
 def random_model(case: Case) -> dict[str, Tree]:
-    """The case's trees by their names: base, and lora where it is trained."""
+    """The case's trees with random weights: base, and lora if it is trained."""
     base = gpt_init(case.config, seed=0)
     if case.what != "step" or case.method != "lora":
         return {"base": base}
@@ -61,9 +64,9 @@ def measure(
     started: float,
     how: Literal["floor", "alone", "products"],
 ) -> None:
-    """Run the case beside its products, or either of them when asked to (see `serve`).
+    """Time the case and its matrix products in turn, or one of the two on request (see `serve`).
 
-    `started` is the time.perf_counter() when this process began to import.
+    `started` is the time.perf_counter() at which this process began to import.
     """
     from threadpoolctl import threadpool_limits
 
@@ -72,32 +75,33 @@ def measure(
         "idle_rss_bytes": peak_rss(),  # Python and its libraries, before there is a model
     }
     model = random_model(case)
-    # A text is generated row by row, so its threads are BLAS's; a batch is shared by its rows.
+    # A batch is shared among threads by rows; a generation has one row, so its threads are BLAS's.
     sharing, in_blas = (1, case.threads) if case.what == "generate" else (case.threads, 1)
     with Workers(sharing, case.device) as workers, threadpool_limits(in_blas, user_api="blas"):
-        run: Callable[[], Any]
+        job: Callable[[], Any]
         if how == "products":
-            run = products_alone(products_of(case, model), workers, case.device)
+            job = products_alone(products_of(case, model), workers, case.device)
         else:
-            run = RUNS[case.what](case, to_device(model, case.device), workers)
-        figures["first_step_seconds"] = seconds_of(run)
+            job = JOBS[case.what](case, to_device(model, case.device), workers)
+        figures["first_step_seconds"] = seconds_of(job)
         figures |= blas()
-        run()
+        job()
         if how != "floor":
-            serve(run, figures, asked)
+            serve(job, figures, asked)
             return
         figures["peak_rss_bytes"] = peak_rss()  # of the runs alone
         faults = page_faults()
-        run()
+        job()
         figures["page_faults"] = page_faults() - faults
-        figures |= floor_and_breakdown(case, model, workers, run)
+        figures |= floor_and_breakdown(case, model, workers, job)
         print(json.dumps(figures))
 
 
 def questions() -> Iterator[bytes]:
     """The lines of standard input, read by a thread, so that this process ends with its parent.
 
-    However the parent ends, its side of the pipe is closed; a last answer gets TO_ANSWER seconds.
+    However the parent ends, its side of the pipe is closed; this process then has TO_ANSWER seconds
+    for its last answer.
     """
     lines: SimpleQueue[bytes] = SimpleQueue()
 
@@ -113,31 +117,31 @@ def questions() -> Iterator[bytes]:
     return iter(lines.get, b"")
 
 
-def serve(run: Callable[[], Any], figures: dict[str, Any], asked: Iterable[bytes]) -> None:
-    """Answer every number that is asked with the seconds of so many runs, the end with figures.
+def serve(job: Callable[[], Any], figures: dict[str, Any], asked: Iterable[bytes]) -> None:
+    """Answer each number with the seconds of that many runs, and the end of input with the figures.
 
-    So the processes that are compared can take turns, each waiting while the other runs.
+    This lets the processes that are compared take turns, each waiting while another runs.
     """
     for times in asked:
-        print(json.dumps([seconds_of(run) for _ in range(int(times))]), flush=True)
+        print(json.dumps([seconds_of(job) for _ in range(int(times))]), flush=True)
     print(json.dumps(figures | {"peak_rss_bytes": peak_rss()}))
 
 
 def floor_and_breakdown(
-    case: Case, model: Tree, workers: Workers, run: Callable[[], Any]
+    case: Case, model: Tree, workers: Workers, job: Callable[[], Any]
 ) -> dict[str, Any]:
-    """Runs and their products alone, in turn; then where the time of a run goes."""
+    """The job and its products alone, timed in turn; then the job's time by operation."""
     items = products_of(case, model)
     all_products = products_alone(items, workers, case.device)
     all_products()
-    pairs = [(seconds_of(all_products), seconds_of(run)) for _ in range(case.steps)]
+    pairs = [(seconds_of(all_products), seconds_of(job)) for _ in range(case.steps)]
     floor_seconds, seconds = zip(*pairs, strict=True)
 
     profiled, alone = 0.0, Counter[str]()
     wait = partial(synchronize, case.device)
     with profiling(wait) as profile:
         for _ in range(PROFILED):
-            profiled += seconds_of(run)
+            profiled += seconds_of(job)
             for by_operation in all_products(partial(repeat_timed, wait=wait)):
                 alone.update(by_operation)
     rows = [
@@ -154,25 +158,25 @@ def floor_and_breakdown(
 
 
 def products_of(case: Case, model: Tree) -> list[list[Product]]:
-    """The matrix products of one run of the case, for each of the parts that threads share."""
+    """The matrix products of one run of the case: a list for each item that threads share."""
     with profiling() as names, recording(model, names.operation) as log:
         record = RecordingWorkers(case.threads, "cpu")
-        RUNS[case.what](replace(case, device="cpu"), recorded(model), record)()
+        JOBS[case.what](replace(case, device="cpu"), recorded(model), record)()
     return log.items
 
 
 def products_alone(
     items: list[list[Product]], workers: Workers, device: str
 ) -> Callable[..., list[Any]]:
-    """What runs all the products and nothing else, shared as in the run that they are of."""
+    """A job that runs all the products and nothing else, shared among threads as in the case."""
     ready = prepare(items, device)
 
-    def run(each: Callable[..., Any] = repeat) -> list[Any]:
+    def job(each: Callable[..., Any] = repeat) -> list[Any]:
         done = list(workers.map(each, ready))
         synchronize(device)
         return done
 
-    return run
+    return job
 
 
 def row(operation: str, seconds: float, products: float, calls: int) -> dict[str, Any]:
@@ -185,11 +189,11 @@ def row(operation: str, seconds: float, products: float, calls: int) -> dict[str
     }
 
 
-# --- what is run ---------------------------------------------------------------------------------
+# --- jobs ----------------------------------------------------------------------------------------
 
 
-def step(case: Case, model: Tree, workers: Workers) -> Callable[[], None]:
-    """A training step, made of the same parts as that of `train`."""
+def training_step(case: Case, model: Tree, workers: Workers) -> Callable[[], None]:
+    """A training step, of the same parts as in `train`."""
     text, rng = case.text(), np.random.default_rng(0)
     trees = {"base": model["base"], "lora": model.get("lora")}
     lora = case.method == "lora"
@@ -197,7 +201,7 @@ def step(case: Case, model: Tree, workers: Workers) -> Callable[[], None]:
     trained = "lora" if lora else "base"
     moments = adamw_init(trees[trained])
 
-    def run() -> None:
+    def job() -> None:
         nonlocal moments
         net = Net(config=case.config, lora_config=case.lora_config, **trees)
         tokens, targets = draw_batch(text, batch=case.batch, context=case.context, rng=rng)
@@ -206,44 +210,45 @@ def step(case: Case, model: Tree, workers: Workers) -> Callable[[], None]:
         )
         grads, norm = clip_by_global_norm(grads, CLIP)
         trees[trained], moments = adamw(trees[trained], grads, moments, step=1, lr=LEARNING_RATE)
-        to_host(norm)  # a GPU is done only then
+        to_host(norm)  # waits for a GPU
 
-    return run
+    return job
 
 
-def evaluate(case: Case, model: Tree, workers: Workers) -> Callable[[], None]:
-    """The loss on a batch, shared as that of a step."""
+def evaluation(case: Case, model: Tree, workers: Workers) -> Callable[[], None]:
+    """The loss on a batch, shared among threads as in a step."""
     tokens = case.text()[: case.tokens + 1]
     inputs, targets = (x.reshape(case.batch, case.context) for x in (tokens[:-1], tokens[1:]))
     shards = workers.shards(case.batch, case.context)
     batches = [(inputs[rows], targets[rows]) for rows in shards]
 
-    def run() -> None:
+    def job() -> None:
         sum_nats(workers, Net(model["base"], case.config), batches, case.device)
 
-    return run
+    return job
 
 
 def generation(case: Case, model: Tree, workers: Workers) -> Callable[[], None]:
-    """The likeliest continuation of a prompt."""
+    """The greedy continuation of a prompt."""
     net, prompt = Net(model["base"], case.config), case.text()[:PROMPT]
 
-    def run() -> None:
+    def job() -> None:
         for _ in generate(net, prompt_ids=prompt, max_tokens=case.context, temperature=0.0):
             pass
 
-    return run
+    return job
 
 
-RUNS = {"step": step, "evaluate": evaluate, "generate": generation}
+JOBS = {"step": training_step, "evaluate": evaluation, "generate": generation}
 
 
 # --- clocks and machines -------------------------------------------------------------------------
 
 
-def seconds_of(run: Callable[[], Any]) -> float:
+def seconds_of(job: Callable[[], Any]) -> float:
+    """The seconds that one run of a job takes."""
     start = time.perf_counter()
-    run()
+    job()
     return time.perf_counter() - start
 
 
@@ -256,7 +261,7 @@ def synchronize(device: str) -> None:
 
 
 def peak_rss() -> int:
-    """The largest resident memory that this process had, in bytes."""
+    """The peak resident memory of this process, in bytes."""
     status = Path("/proc/self/status")  # Linux's getrusage would count the parent's before exec
     if status.exists():
         high_water = re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"))
@@ -308,7 +313,7 @@ def _peak_on_windows() -> int:
 
 
 def blas() -> dict[str, Any]:
-    """NumPy's BLAS as it is set now: name and version, kernel, threads."""
+    """NumPy's BLAS as it is now: name and version, kernel, number of threads."""
     from threadpoolctl import threadpool_info
 
     for library in threadpool_info():

@@ -1,8 +1,8 @@
-"""The same case in PyTorch, with transformers and PEFT: their best way that we know of.
+"""The same case in PyTorch, with transformers and PEFT, in the fastest way that we know of.
 
-No dropout, no cache of keys where nothing is generated, the loss from the logits directly, AdamW on
-the adapters alone, and both of transformers' attentions: the caller takes the better one. Beside it
-our own matrix products in PyTorch: how much of a difference is due to the BLAS libraries.
+No dropout, no key/value cache unless text is generated, the loss from the logits directly, AdamW on
+the adapters alone, and both of transformers' attentions, of which the caller takes the better. Also
+our matrix products in PyTorch, to see how much of a difference is due to the BLAS libraries.
 """
 
 from __future__ import annotations
@@ -33,21 +33,19 @@ MODULES = {
 
 
 def check(case: Case) -> None:
-    """Raise MiniloraError where the comparison cannot be made."""
+    """Raise MiniloraError if the comparison cannot be made."""
     for name in ("torch", "transformers", "peft"):
         if importlib.util.find_spec(name) is None:
-            raise MiniloraError(
-                f"--versus peft needs {name}: pip install 'minilora[oracle]' brings it"
-            )
+            raise MiniloraError(f"--versus peft needs {name}: pip install 'minilora[oracle]'")
     for target in case.targets:
         if target not in MODULES:
             raise MiniloraError(
-                f"PEFT has no target {target!r} in GPT-2; --versus peft knows {', '.join(MODULES)}"
+                f"PEFT has no target {target!r} in GPT-2; --versus peft has {', '.join(MODULES)}"
             )
 
 
 def measure_peft(case: Case, asked: Iterable[bytes], *, attention: str) -> None:
-    """Run the case when asked to, as `measure` does."""
+    """Time PEFT's step, or another case, on request (see `serve`)."""
     started = time.perf_counter()
     warnings.simplefilter("ignore")
     import peft  # noqa: F401
@@ -57,14 +55,14 @@ def measure_peft(case: Case, asked: Iterable[bytes], *, attention: str) -> None:
     figures: dict[str, Any] = {"import_seconds": time.perf_counter() - started}
     torch.set_num_threads(case.threads)
     model = make_model(case, attention)
-    run = RUNS[case.what](case, model.to(case.device))
-    figures["first_step_seconds"] = seconds_of(run)
-    run()
-    serve(run, figures, asked)
+    job = JOBS[case.what](case, model.to(case.device))
+    figures["first_step_seconds"] = seconds_of(job)
+    job()
+    serve(job, figures, asked)
 
 
 def measure_products(case: Case, asked: Iterable[bytes]) -> None:
-    """Run the case's matrix products alone when asked to, each for the whole batch."""
+    """Time the case's matrix products alone, each for the whole batch, on request (see `serve`)."""
     started = time.perf_counter()
     import torch
 
@@ -72,19 +70,19 @@ def measure_products(case: Case, asked: Iterable[bytes]) -> None:
     torch.set_num_threads(case.threads)
     products = products_in_torch(case)
 
-    def run() -> None:
+    def job() -> None:
         for a, b, out in products:
             torch.matmul(a, b, out=out)
         if case.device != "cpu":
             torch.cuda.synchronize()
 
-    figures["first_step_seconds"] = seconds_of(run)
-    run()
-    serve(run, figures, asked)
+    figures["first_step_seconds"] = seconds_of(job)
+    job()
+    serve(job, figures, asked)
 
 
 def products_in_torch(case: Case) -> list[list[Any]]:
-    """Both operands and the result of every product of our own run, with the same layout."""
+    """Both operands and the result of every product of our run, in the same memory layout."""
     import torch
 
     items = products_of(replace(case, threads=1), random_model(case))
@@ -96,7 +94,7 @@ def products_in_torch(case: Case) -> list[list[Any]]:
 
 
 def make_model(case: Case, attention: str) -> Any:
-    """The case's model with random weights, its adapters where they are trained."""
+    """The case's model with random weights, and with adapters if they are trained."""
     import peft
     import transformers
 
@@ -118,7 +116,8 @@ def make_model(case: Case, attention: str) -> Any:
     return peft.get_peft_model(model, adapters)
 
 
-def step(case: Case, model: Any) -> Callable[[], None]:
+def training_step(case: Case, model: Any) -> Callable[[], None]:
+    """The job of `measure.training_step`."""
     import torch
 
     model.train()
@@ -126,43 +125,45 @@ def step(case: Case, model: Any) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
     text, rng = case.text(), np.random.default_rng(0)
 
-    def run() -> None:
+    def job() -> None:
         batch = draw_batch(text, batch=case.batch, context=case.context, rng=rng)
         tokens, targets = (torch.from_numpy(x).long().to(case.device) for x in batch)
         logits = model(input_ids=tokens, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        del logits  # else they are kept through the backward pass
+        del logits  # else they exist throughout the backward pass
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss.item()
 
-    return run
+    return job
 
 
-def evaluate(case: Case, model: Any) -> Callable[[], None]:
+def evaluation(case: Case, model: Any) -> Callable[[], None]:
+    """The job of `measure.evaluation`."""
     import torch
 
     model.eval()
     tokens = torch.from_numpy(case.text()[: case.tokens + 1]).long().to(case.device)
     inputs = tokens[:-1].reshape(case.batch, case.context)
 
-    def run() -> None:
+    def job() -> None:
         with torch.inference_mode():
             logits = model(input_ids=inputs, use_cache=False).logits
             torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[1:]).item()
 
-    return run
+    return job
 
 
 def generation(case: Case, model: Any) -> Callable[[], None]:
+    """The job of `measure.generation`."""
     import torch
 
     model.eval()
     prompt = torch.from_numpy(case.text()[None, :PROMPT]).long().to(case.device)
 
-    def run() -> None:
+    def job() -> None:
         with torch.inference_mode():
             text = model.generate(
                 input_ids=prompt,
@@ -174,7 +175,7 @@ def generation(case: Case, model: Any) -> Callable[[], None]:
             )
         assert text.shape == (1, PROMPT + case.context)
 
-    return run
+    return job
 
 
-RUNS = {"step": step, "evaluate": evaluate, "generate": generation}
+JOBS = {"step": training_step, "evaluate": evaluation, "generate": generation}

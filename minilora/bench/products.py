@@ -2,8 +2,8 @@
 
 Their time is a lower bound on that of the computation. The products are recorded, not listed by
 hand: the computation runs once on arrays that log every matmul. Each is then repeated with operands
-and an output allocated beforehand: weights are the model's own, and everything else lies contiguous
-in buffers that products of equal shapes share, so that only products are timed.
+and an output allocated beforehand, so that only products are timed: weights are the model's own,
+everything else is contiguous, in buffers that products of equal shapes share.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from minilora.workers import Workers
 
 
 class Operand(NamedTuple):
-    """A matrix, or a stack of them; `array` only if it is a weight, or a view of one."""
+    """A matrix or a stack of matrices; `array` is None unless it is a weight or a view of one."""
 
     shape: tuple[int, ...]
     transposed: bool  # its columns are contiguous
@@ -30,7 +30,7 @@ class Operand(NamedTuple):
 
 
 class Product(NamedTuple):
-    """One call of matmul, and the operation that made it."""
+    """One call of matmul, and the name of the operation that made it."""
 
     operation: str
     a: Operand
@@ -38,7 +38,7 @@ class Product(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the result."""
+        """The result's shape."""
         stack = np.broadcast_shapes(self.a.shape[:-2], self.b.shape[:-2])
         return (*stack, self.a.shape[-2], self.b.shape[-1])
 
@@ -52,7 +52,7 @@ class Product(NamedTuple):
 
 
 class Log:
-    """The products of each item that `map` was given, in order."""
+    """The products of each item of `map`, in order."""
 
     def __init__(self, weights: Tree, operation: Callable[[], str]) -> None:
         self.items: list[list[Product]] = []
@@ -76,7 +76,7 @@ def owner(x: Any) -> Any:
 
 
 class Recorded(np.ndarray):
-    """An array that computes as any other, and logs what is multiplied."""
+    """An array that computes like any other and logs its matrix products."""
 
     log: ClassVar[Log | None] = None
 
@@ -96,7 +96,7 @@ class Recorded(np.ndarray):
         products = [np.dot, np.tensordot, np.inner, np.vdot]
         if func is np.einsum:
             operands = args[0].partition("->")[0].split(",")
-            products += [func] if len(set(operands)) > 1 else []  # rows by rows are no product
+            products += [func] if len(set(operands)) > 1 else []  # else it is entry by entry
         if func in products:
             raise TypeError(f"np.{func.__name__} is a product that is not recorded; use matmul")
         return super().__array_function__(func, types, args, kwargs)
@@ -118,9 +118,9 @@ class RecordingWorkers(Workers):
 
 @contextmanager
 def recording(weights: Tree, operation: Callable[[], str] = lambda: "") -> Iterator[Log]:
-    """The log of all products of Recorded arrays within; the first item is what no `map` runs.
+    """In the block, the log of all products of Recorded arrays; its first item is outside `map`.
 
-    `weights` are the arrays that Recorded ones are views of; `operation` says what is being done.
+    `weights` are the arrays that Recorded ones are views of; `operation` names the current one.
     """
     Recorded.log = log = Log(weights, operation)
     log.items.append([])
@@ -148,7 +148,7 @@ class Ready(NamedTuple):
 
 
 def prepare(items: list[list[Product]], device: str) -> list[list[Ready]]:
-    """The items' products, ready to be repeated: buffers are shared within an item."""
+    """The items' products with their memory on a device; buffers are shared within an item."""
     rng = np.random.default_rng(0)
     on_device: dict[int, Array] = {}
 
@@ -192,7 +192,7 @@ def repeat(products: list[Ready]) -> None:
 
 
 def repeat_timed(products: list[Ready], wait: Callable[[], None]) -> dict[str, float]:
-    """Every product once: the seconds by operation, each until a `wait` after it is over."""
+    """Every product once: the seconds by operation, a `wait` after each product included."""
     seconds: dict[str, float] = {}
     for operation, a, b, out in products:
         start = time.perf_counter()

@@ -23,7 +23,7 @@ OTHERS = {
 
 
 class Profile:
-    """Seconds by operation and thread, each without those of the operations that it calls."""
+    """Seconds by operation and by kind of thread, without those of the operations it calls."""
 
     def __init__(self, wait: Callable[[], None]) -> None:
         self.wait = wait
@@ -33,11 +33,12 @@ class Profile:
         self.calls: dict[str, int] = defaultdict(int)
 
     def operation(self) -> str:
-        """The one that this thread is in."""
+        """The operation that this thread is running, or ""."""
         stack = getattr(self.local, "stack", [])
         return stack[-1][0] if stack else ""
 
     def timed(self, f: Callable[..., Any]) -> Callable[..., Any]:
+        """The operation `f`, timed under its name."""
         name = f.__name__
 
         @functools.wraps(f)
@@ -64,19 +65,20 @@ class Profile:
         return wrapper
 
     def by_operation(self, threads: int) -> dict[str, float]:
-        """Seconds of the clock: what the sharing threads did counts by its mean over them."""
+        """Wall-clock seconds by operation: of the worker threads' seconds, the mean per thread."""
         seconds: dict[str, float] = defaultdict(float)
         for (name, on_main), taken in self.seconds.items():
             seconds[name] += taken if on_main else taken / threads
         return dict(seconds)
 
     def total(self, threads: int) -> float:
+        """Wall-clock seconds of all operations."""
         return sum(self.by_operation(threads).values())
 
 
 @contextmanager
 def profiling(wait: Callable[[], None] = lambda: None) -> Iterator[Profile]:
-    """Within, every operation that the package calls is timed, `wait` after it included."""
+    """In the block every operation that the package calls is timed, with a `wait` after it."""
     profile = Profile(wait)
     wrappers: dict[Callable[..., Any], Callable[..., Any]] = {}
     undo: list[Callable[[], None]] = []

@@ -1,8 +1,8 @@
-"""What each command does: options in, files and figures out, the exit status returned.
+"""What each command does: options in, files and figures out, and the exit status.
 
-A command is one function here and one row of `table`, which names its options and its figures.
-Imports are inside the functions, so that `minilora --help` and a mistake in the options are
-answered at once.
+A command is one function here and one row of `register`, which lists its options and its figures.
+Imports are inside the functions, so that `minilora --help` and mistyped options are answered at
+once.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ def adapt_command(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from minilora.adapters import LoRAConfig, adapted_paths
-    from minilora.formats.card import write_card
     from minilora.formats.peft import rewritten
     from minilora.model import load_model
     from minilora.training.progress import ProgressBar
@@ -51,7 +50,7 @@ def adapt_command(args: argparse.Namespace) -> int:
     check_run(args)
     ranks = find_ranks()
     if args.method == "full" and args.dropout:
-        raise MiniloraError("--dropout acts on the input of adapters; --method full has none")
+        raise MiniloraError("--dropout is for adapters; --method full trains none")
     if args.method == "full" and args.half:
         raise MiniloraError("--half is for a frozen base; --method full trains it")
     given = lora_options(args)
@@ -61,7 +60,10 @@ def adapt_command(args: argparse.Namespace) -> int:
     model = load_model(args.base)
     if args.adapter:
         if len(args.adapter) > 1:
-            raise MiniloraError("--adapter: expected one to train further; mix adds several to one")
+            raise MiniloraError(
+                f"--adapter: expected one to train further, not {len(args.adapter)}; "
+                "`minilora mix` makes one of several"
+            )
         model = model.with_adapters_from(*args.adapter)
         lora_config = replace(model.lora_config or lora_config, **given)
     if args.half:
@@ -86,9 +88,7 @@ def adapt_command(args: argparse.Namespace) -> int:
     if page and ranks.rank == 0:
         page.finish()
     if ranks.rank > 0:
-        return 0  # the first tells
-    if args.method == "lora":
-        write_card(args.out, card_facts(lora_config, settings, run.figures))
+        return 0  # rank 0 reports
     finish_training(args, run)
     if args.adapter:
         print(f"trained further from {args.adapter[0]}, with a fresh optimiser")
@@ -102,7 +102,7 @@ def adapt_command(args: argparse.Namespace) -> int:
 
 
 def training_data(args: argparse.Namespace, model: Any) -> Any:
-    """What `adapt` trains on, text or records; what is left out of it, and what counts, is said."""
+    """The text or records that `adapt` trains on; prints what is left out and what counts."""
     from minilora.data import load_corpus
     from minilora.records.corpus import are_records, load_records
     from minilora.training.runs import date_of_run
@@ -126,17 +126,18 @@ def training_data(args: argparse.Namespace, model: Any) -> Any:
 def report_page(
     args: argparse.Namespace, model: Any, lora_config: Any, settings: Any
 ) -> RunReport | None:
-    """The page that --report asks for, with what is known before the run."""
+    """The page of --report, with the facts that are known before the run."""
     import dataclasses
 
     from minilora import tree
     from minilora.cli.run_report import RunReport
+    from minilora.formats.card import lora_facts
 
     if args.report is None:
         return None
     facts = {"base": model.base_name, "data": " ".join(args.data)}
     if args.method == "lora":
-        facts |= {n: v for n, v in dataclasses.asdict(lora_config).items() if v}
+        facts |= lora_facts(lora_config)
     facts |= dataclasses.asdict(settings)
     title = f"{model.base_name} adapted to {Path(args.data[0]).name or args.data[0]}"
     count = tree.count(model.base)
@@ -144,7 +145,7 @@ def report_page(
 
 
 def sampled(model: Any, net: Any, prompt: str, seed: int) -> str:
-    """The text with which a network, as far as it is trained, continues a prompt: 100 tokens."""
+    """The text, 100 tokens, with which the network so far trained continues a prompt."""
     from dataclasses import replace
 
     seen = replace(model, base=net.base, lora=net.lora, lora_config=net.lora_config)
@@ -152,7 +153,7 @@ def sampled(model: Any, net: Any, prompt: str, seed: int) -> str:
 
 
 def lora_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of LoRAConfig that the options of `adapt` give."""
+    """The fields of LoRAConfig that the options of `adapt` set."""
     found = {
         "rank": args.rank,
         "alpha": args.alpha,
@@ -165,12 +166,6 @@ def lora_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def card_facts(lora_config: Any, settings: Any, figures: dict[str, Any]) -> dict[str, Any]:
-    """What the card of an adapter tells: nothing of the machine, so that a run repeats it."""
-    facts = {name: getattr(lora_config, name) for name in ("rank", "alpha", "targets", "dropout")}
-    facts |= {name: getattr(settings, name) for name in ("steps", "batch", "context", "lr", "seed")}
-    names = ("trainable_parameters", "base_parameters", "loss_before", "loss_after")
-    return facts | {name.replace("_", " "): figures[name] for name in names}
 
 
 def pretrain_command(args: argparse.Namespace) -> int:
@@ -195,7 +190,7 @@ def pretrain_command(args: argparse.Namespace) -> int:
             dtype=args.dtype, resume=args.resume, device=device, report=report, ranks=ranks,
         )  # fmt: skip
     if ranks.rank > 0:
-        return 0  # the first tells
+        return 0  # rank 0 reports
     finish_training(args, run)
     print_next("generate", "--base", args.out)
     return 0
@@ -259,7 +254,7 @@ def generate_command(args: argparse.Namespace) -> int:
     device = chosen_device(args)
     model = chosen_model(args).on(device, half=args.half)
     if args.text is not None and args.prompt is not None:
-        raise MiniloraError("TEXT and --prompt are both given; they mean the same")
+        raise MiniloraError("TEXT and --prompt mean the same; expected one of them, not both")
     prompt = next((text for text in (args.text, args.prompt) if text is not None), "\n")
     if prompt == "-":
         prompt = read_documents("-")[0][0].text
@@ -280,7 +275,7 @@ def generate_command(args: argparse.Namespace) -> int:
         print(piece, end="", flush=True)
         text += piece
         if args.json is None and getattr(sys.stdout, "is_gone", False):
-            break  # nobody reads it
+            break  # nobody is reading
     print()
     write_figures(args, {"text": text, "token_ids": token_ids})
     return 0
@@ -297,14 +292,14 @@ def play_command(args: argparse.Namespace) -> int:
 
 
 def write_faint(text: str) -> None:
-    """Write a text that is not the result: faint, where a terminal shows it."""
+    """Write a text that is not part of the result: on a terminal in faint letters."""
     write = getattr(sys.stdout, "write_faint", sys.stdout.write)
     write(text)
     sys.stdout.flush()
 
 
 def typed_line() -> str:
-    """A line from standard input, with an editor's keys on a terminal; EOFError after the last."""
+    """A line from standard input, with line editing on a terminal; EOFError after the last."""
     if sys.stdin.isatty() and sys.stdout.isatty():
         with suppress(ImportError):  # none on Windows, whose terminal has such keys itself
             import readline  # noqa: F401
@@ -345,7 +340,7 @@ def merge_command(args: argparse.Namespace) -> int:
 
 def mix_command(args: argparse.Namespace) -> int:
     from minilora import tree
-    from minilora.formats.card import CARD, card
+    from minilora.formats.card import card_file
     from minilora.formats.output import new_folder
     from minilora.formats.peft import adapter_files
     from minilora.training.runs import ADAPTER_WEIGHTS
@@ -356,9 +351,8 @@ def mix_command(args: argparse.Namespace) -> int:
         lora, lora_config, base_name = model.lora, model.lora_config, model.base_name
         weights = args.weight or [1.0] * len(args.adapter)
         parts = [f"{w:g} × {name}" for w, name in zip(weights, args.adapter, strict=True)]
-        text = card(args.out.resolve().name, base_name, {"the sum of": parts})
         files = adapter_files(lora, lora_config, model.config, base_name=base_name)
-        write({CARD: [text.encode()], **files})
+        write(card_file(args.out, base_name, {"the sum of": parts}) | files)
         saved = model.with_adapters_from(args.out)
         figures = {
             "mix_max_abs_difference": largest_difference(before, probe_logits(saved)),
@@ -403,15 +397,15 @@ def gradcheck_command(args: argparse.Namespace) -> int:
             right = row.error <= (PAIR_TOLERANCE if row.name in PAIRS else TOLERANCE)
             verdict = "" if right else f"   ABOVE: see {page_of(row.name)}"
             wrong = wrong or not right
-            figures = f"{row.error:>18.1e} {row.entries:>8} {row.seconds:>8.3f}"
-            print(f"{row.name:<33} {figures}{verdict}")
-    except GradientError as error:  # a gradient of the wrong shape or dtype, or one missing
+            cells = f"{row.error:>18.1e} {row.entries:>8} {row.seconds:>8.3f}"
+            print(f"{row.name:<33} {cells}{verdict}")
+    except GradientError as error:  # a gradient is missing, or has the wrong shape or dtype
         print(f"minilora: {error}", file=sys.stderr)
         return 1
     worst = max(errors, key=lambda name: errors[name])
     print(
-        f"\nlargest: {errors[worst]:.1e} ({worst}); a pair's must be at most {PAIR_TOLERANCE:.0e}, "
-        f"a model's {TOLERANCE:.0e}"
+        f"\nlargest: {errors[worst]:.1e} ({worst}); allowed: {PAIR_TOLERANCE:.0e} for a pair, "
+        f"{TOLERANCE:.0e} for a model"
     )
     known = {name: error if math.isfinite(error) else None for name, error in errors.items()}
     write_figures(args, {"max_relative_error": known[worst], "pairs": known})
@@ -446,7 +440,7 @@ def budget_command(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from minilora.adapters import LoRAConfig
-    from minilora.bench.budget import SHAPES, Step, figures, read_shape, report, resized
+    from minilora.bench.budget import SHAPES, Step, budget_lines, figures_of, read_shape, resized
 
     name, config, tied = args.model, SHAPES[args.model], True
     if args.base is not None:
@@ -458,8 +452,8 @@ def budget_command(args: argparse.Namespace) -> int:
         args.recompute, args.device,
     )  # fmt: skip
     full = replace(lora, lora_config=None)
-    print(*report(name, lora, full), sep="\n")
-    write_figures(args, figures(lora if args.method == "lora" else full))
+    print(*budget_lines(name, lora, full), sep="\n")
+    write_figures(args, figures_of(lora if args.method == "lora" else full))
     return 0
 
 
@@ -467,7 +461,7 @@ def budget_command(args: argparse.Namespace) -> int:
 
 
 def settings_of(args: argparse.Namespace, *, method: str) -> Any:
-    """The TrainConfig that the training options ask for."""
+    """The TrainConfig of the training options."""
     import dataclasses
 
     from minilora.training.loop import TrainConfig
@@ -478,23 +472,25 @@ def settings_of(args: argparse.Namespace, *, method: str) -> Any:
 
 
 def chosen_device(args: argparse.Namespace) -> str:
-    """The device to use; says so where it was a choice."""
+    """The device to use; prints which it is for --device auto."""
     from minilora.backend import resolve_device
 
     device = resolve_device(args.device)
     if args.device == "auto":
         print(f"device: {device}", file=sys.stderr)
+    if device == "cpu" and getattr(args, "half", False):
+        raise MiniloraError("--half needs --device cuda: NumPy multiplies float16 far more slowly")
     return device
 
 
 def chosen_model(args: argparse.Namespace) -> Any:
-    """The Model that --base names, with the sum that --adapter and --weight ask for."""
+    """The Model of --base, with the weighted sum of --adapter and --weight."""
     from minilora.model import load_model
 
     if args.weight is not None and len(args.weight) != len(args.adapter):
         raise MiniloraError(
-            f"--adapter: given {len(args.adapter)} times, --weight: {len(args.weight)}; "
-            "expected a weight for each adapter"
+            f"adapters: {len(args.adapter)}, weights: {len(args.weight)}; "
+            "expected a --weight for each --adapter"
         )
     model = load_model(args.base)
     if args.adapter:
@@ -503,14 +499,14 @@ def chosen_model(args: argparse.Namespace) -> Any:
 
 
 def probe_logits(model: Any) -> Any:
-    """The logits of a model on some random tokens; MiniloraError unless they are finite."""
+    """The logits of a model on random tokens, (1, T, V); MiniloraError unless they are finite."""
     import numpy as np
 
     length = min(64, model.config.n_positions)
     tokens = np.random.default_rng(0).integers(model.config.vocab_size, size=(1, length))
     logits = model.logits(tokens)
     if not np.isfinite(logits).all():
-        raise MiniloraError("the logits are not finite: the numbers of the model overflow")
+        raise MiniloraError("the logits are not finite: the model's numbers overflow")
     return logits
 
 
@@ -523,12 +519,12 @@ def largest_difference(ours: Any, theirs: Any) -> float:
 
 
 def base_option(args: argparse.Namespace) -> list[str]:
-    """The words of --base, to be given to the next command."""
+    """The option --base as typed, for the command that comes next."""
     return [] if args.base is None else ["--base", args.base]
 
 
 def targets_of(text: str) -> tuple[str, ...]:
-    """The names and patterns between the commas, but for commas in braces: {1,3} is one repeat."""
+    """The names and patterns between commas; a comma in braces, as in {1,3}, separates nothing."""
     names = re.split(r",(?![^{}]*\})", text)
     return tuple(name.strip() for name in names if name.strip())
 
@@ -548,7 +544,7 @@ def pairs_of(entries: list[str], kind: Callable[[str], Any], option: str) -> dic
 
 
 def print_left_out(left_out: Sequence[Any]) -> None:
-    """Say, beside the results, which files in folders were not read, and why."""
+    """Print to standard error which files in folders were not read, and why."""
     from minilora.texts import summary
 
     if left_out:
@@ -561,7 +557,7 @@ def check_run(args: argparse.Namespace) -> None:
     from minilora.training.runs import RECORD
 
     if args.plot is not None:
-        from minilora.cli.report import check_plot
+        from minilora.cli.plot import check_plot
 
         check_plot(args.plot)
     if not args.resume and (args.out / RECORD).exists():
@@ -570,16 +566,16 @@ def check_run(args: argparse.Namespace) -> None:
         )
     if not args.resume and (args.out / CHECKPOINT).exists():
         raise MiniloraError(
-            f"--out {args.out} holds an unfinished run; go on with it by --resume, "
+            f"--out {args.out} holds an unfinished run; continue it with --resume, "
             "or name another folder with --out"
         )
 
 
 def finish_training(args: argparse.Namespace, run: Any) -> None:
-    """Print, draw and write what a training run gave."""
+    """Write, draw and print the result of a training run."""
     write_figures(args, run.figures)
     if args.plot is not None:
-        from minilora.cli.report import plot_losses
+        from minilora.cli.plot import plot_losses
 
         more = f" and {len(args.data) - 1} more" if args.data[1:] else ""
         name = (Path(args.data[0]).name or args.data[0]).encode("utf-8", "replace").decode("utf-8")
@@ -589,20 +585,20 @@ def finish_training(args: argparse.Namespace, run: Any) -> None:
 
         print(f"{'training loss':<26} {sparkline([loss for _, loss in run.history.train])}")
     if run.was_finished:
-        print(f"{args.out} holds this run, finished; nothing was left to do")
+        print(f"{args.out} holds this run, which is finished; nothing was left to do")
     print_figures(run.figures)
     print(f"saved in {args.out}")
 
 
 def print_figures(figures: dict[str, Any]) -> None:
-    """Print named figures, one to a line."""
+    """Print figures, one a line."""
     for name, value in figures.items():
         shown = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
         print(f"{name.replace('_', ' '):<26} {shown}")
 
 
 def print_next(*words: object) -> None:
-    """Say which command comes next."""
+    """Print the command that comes next."""
     print("next:", command_line(*words))
 
 
@@ -613,10 +609,10 @@ def command_line(*words: object) -> str:
 
 
 def check_outputs(args: argparse.Namespace) -> None:
-    """Raise MiniloraError, before any work, when --json, --plot or --report may not be written.
+    """Raise MiniloraError, before any work, if --json, --plot or --report cannot be written.
 
-    They may not replace what the command reads, nor each other, nor lie among the results of --out.
-    A link is followed: the file behind it counts, and is the one that is written.
+    They may not replace what the command reads, or each other, or be in the folder of --out. Links
+    are followed: what counts, and is written, is the file behind them.
     """
     taken: dict[Path, str] = {}
     for option in ("json", "plot", "report"):
@@ -627,7 +623,7 @@ def check_outputs(args: argparse.Namespace) -> None:
         if file is None:
             raise MiniloraError(f"{name}: expected a file name in an existing folder")
         if file in taken:
-            raise MiniloraError(f"{name} is the file of --{taken[file]}, too; expected another")
+            raise MiniloraError(f"{name} is also the file of --{taken[file]}; expected another")
         if "out" in args and lies_in(file, args.out):
             raise MiniloraError(f"{name} is in the folder of --out; expected a file elsewhere")
         for source in sources_of(file, args):
@@ -637,17 +633,17 @@ def check_outputs(args: argparse.Namespace) -> None:
 
 
 def plain_file(path: Path) -> Path | None:
-    """The file behind a name, there or not yet there; None for a folder, a device, our output."""
+    """The file behind a path, existing or not; None for a folder, a device, or our own output."""
     try:
         file = path.resolve()
         is_plain = file.is_file() and not is_output(file) or not path.exists()
         return file if is_plain and file.parent.is_dir() else None
-    except (OSError, RuntimeError):  # a name that the system refuses, a ring of links
+    except (OSError, RuntimeError):  # a name that the system refuses, a loop of links
         return None
 
 
 def sources_of(file: Path, args: argparse.Namespace) -> list[str]:
-    """What a command reads that a file may be part of: data, and models where it is named so."""
+    """What a command reads: its data and, for a file named like a model's, its models."""
     from minilora.formats.companions import COMPANIONS
 
     data = [source for source in getattr(args, "data", []) if source not in ("python", "-")]
@@ -659,12 +655,12 @@ def sources_of(file: Path, args: argparse.Namespace) -> list[str]:
 
 
 def lies_in(file: Path, folder: str | Path) -> bool:
-    """Whether a resolved path is this file or folder, or lies in it."""
+    """Whether a resolved path is this file or folder, or is in it."""
     return Path(folder).resolve() in (file, *file.parents)
 
 
 def is_output(file: Path) -> bool:
-    """Whether standard output or error goes to this file, as /dev/stdout says."""
+    """Whether standard output or standard error goes to this file, such as /dev/stdout."""
     for descriptor in (1, 2):
         with suppress(OSError):
             if os.path.samestat(file.stat(), os.fstat(descriptor)):
@@ -673,7 +669,7 @@ def is_output(file: Path) -> bool:
 
 
 def write_figures(args: argparse.Namespace, figures: dict[str, Any]) -> None:
-    """Write the figures, where --json asks for it: those that the table names, and no others."""
+    """Write the figures to the file of --json, if given: those that the register lists."""
     if args.json is not None:
         from minilora.formats.files import write_json
 

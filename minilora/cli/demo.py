@@ -1,4 +1,4 @@
-"""The demonstration: the built-in model learns Python through adapters, and shows that it did."""
+"""The demonstration: the built-in model learns Python through adapters, and the result is shown."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from minilora.training.progress import ProgressBar
 from minilora.training.runs import adapt_in_folder
 
 PROMPT = "def __init__(self, "
-# Chosen by docs/sweep.py, whose table is in the model card of the built-in base: less than 1 % of
-# its parameters.
+# Chosen by docs/sweep.py, whose table is in the built-in base's model card; with rank 2 less than
+# 1 % of the base's parameters.
 LORA = LoRAConfig(rank=2)
 STEPS, LEARNING_RATE = 120, 2e-2
 
 
 def demo(*, seed: int = 0, threads: int = 0, device: str = "cpu") -> dict[str, Any]:
-    """Adapt the built-in base to the standard library's source and print what changed.
+    """Adapt the built-in base to the standard library's source, print what changed, and return the
+    figures by the names that `--json` writes.
 
-    Returns the figures by the names that `--json` writes.
+    Raises MiniloraError as `adapt_in_folder` does.
     """
     started = time.perf_counter()
     model = load_model()
@@ -69,21 +70,21 @@ def demo(*, seed: int = 0, threads: int = 0, device: str = "cpu") -> dict[str, A
 
 
 def continuation(model: Model) -> str:
-    """What the model writes after the prompt, prompt included."""
+    """The prompt and the model's continuation."""
     ids = complete(model, PROMPT, max_tokens=240, temperature=1.0, top_p=0.9)
     return PROMPT + model.tokenizer.decode(ids)
 
 
 def merge_difference(adapted: Model) -> float:
-    """The largest difference between the logits of the merged and the unmerged model."""
+    """The largest absolute difference between the logits of the merged and the unmerged model."""
     tokens = adapted.tokenizer.encode(PROMPT * 10)[None]
     return float(np.abs(adapted.merged().logits(tokens) - adapted.logits(tokens)).max())
 
 
 def check_factors(adapted: Model, *, seed: int, device: str = "cpu") -> float:
-    """The largest relative error of the factors' gradients, two entries each, all in float64.
+    """The largest relative error of the gradients of A and B, two entries of each, in float64.
 
-    The gradients written by hand are compared with central differences of the loss.
+    They are compared with central differences of the loss.
     """
     from minilora.keep import Plan
     from minilora.network import Net
@@ -101,7 +102,7 @@ def check_factors(adapted: Model, *, seed: int, device: str = "cpu") -> float:
 
 
 def indented(text: str) -> str:
-    """The text, set off from what surrounds it."""
+    """The text, with its lines indented."""
     return "\n".join(f"    {line}".rstrip() for line in text.splitlines())
 
 
@@ -123,16 +124,16 @@ time                        {figures["seconds"]:.0f} s, training at \
 
 
 def try_next(**options: Any) -> str:
-    """What to type next; the first command trains the demonstration's own adapter, bit for bit."""
+    """Commands to type next; the first trains the demonstration's adapter again, bit for bit."""
     usual = {"seed": 0, "threads": 0, "device": "cpu"}
     given = {"rank": LORA.rank, "lr": LEARNING_RATE, "steps": STEPS}
     given |= {name: value for name, value in options.items() if value != usual[name]}
     words = " ".join(f"--{name} {value}" for name, value in given.items())
     rows = (
-        (f"adapt python {words} --out python-adapter", "the same, kept"),
+        (f"adapt python {words} --out python-adapter", "the same, saved"),
         ('generate "class " --adapter python-adapter', ""),
         ("adapt YOUR_TEXT.txt --out my-adapter", "your own text, 100 kB or more"),
-        ("gradcheck", "every gradient against finite differences"),
+        ("gradcheck", "every gradient compared with finite differences"),
         ("help adapt", "every option"),
     )
     width = max(len(command) for command, _ in rows)

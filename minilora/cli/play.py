@@ -1,7 +1,7 @@
 """`minilora play`: a prompt line that keeps the model loaded.
 
-Where the base has a chat template, what is typed are the user's turns of a chat; else each line is
-a text to be continued. A line that begins with a slash is a command.
+If the base has a chat template, each line is a turn of the user's in a chat; otherwise it is a text
+to be continued. A line that begins with a slash is a command.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from minilora.settings import closest
 
 HELP = """\
 /adapter DIR ...   use this adapter, or the sum of several; alone: the base
-/compare           show the base's answer beside the adapted one, or no longer
+/compare           show the base's answer beside the adapted one; again: stop
 /temp X            temperature of the draws; 0 always takes the likeliest token
 /tokens N          how many tokens an answer may have
 /seed N            seed of the draws
-/new               forget the chat so far
-/help              these lines
+/new               start a new chat
+/help              show these lines
 /quit              leave, as Ctrl-D does; Ctrl-C stops an answer"""
 
 
@@ -60,7 +60,7 @@ class Player:
         return replace(self.model, lora=None, lora_config=None)
 
     def answer(self, line: str) -> Iterator[str]:
-        """What to show for a line; MiniloraError where it is a mistake, and nothing has changed."""
+        """What to show for a line; MiniloraError for a mistake, which changes nothing."""
         if line.startswith("/"):
             yield self.obey(line)
             return
@@ -79,16 +79,16 @@ class Player:
                     said += piece
                     yield piece
             yield "\n"
-        finally:  # an answer that is stopped belongs to the chat as far as it came
+        finally:  # of an answer that is stopped, the chat keeps what was shown
             if said.strip():
                 self.chat = [*chat, Message("assistant", said.strip())]
 
     # --- the prompt ----------------------------------------------------------------------------
 
     def prompt_of(self, line: str) -> tuple[np.ndarray, list[Message]]:
-        """The tokens to continue, and the chat that they are; without a template, the line's.
+        """The tokens to continue and the chat they come from; without a template, the line's.
 
-        The oldest exchanges of a chat go where an answer would have no place after them.
+        The oldest exchanges of a chat are dropped if they leave no room for an answer.
         """
         if self.template is None:
             return self.fitting(self.model.tokenizer.encode(line)), []
@@ -103,18 +103,19 @@ class Player:
 
     @property
     def context(self) -> int:
+        """How many tokens the base reads at most."""
         return self.model.config.n_positions
 
     def fitting(self, ids: np.ndarray) -> np.ndarray:
-        """The ids; MiniloraError if the context has no place for a token after them."""
+        """The ids; MiniloraError if the context has no room for another token."""
         if len(ids) >= self.context:
             raise MiniloraError(
-                f"this has {len(ids)} tokens; the base reads {self.context} with what it adds"
+                f"this has {len(ids)} tokens, which leaves no room in a context of {self.context}"
             )
         return ids
 
     def continued(self, model: Model, prompt: np.ndarray) -> Iterator[str]:
-        """The pieces of a model's text, up to what ends it."""
+        """The pieces of a model's continuation, up to the end of its answer."""
         ends = model.tokenizer.ends
         ids = generate(model, prompt_ids=prompt, **self.draws._asdict())
         pieces = model.tokenizer.stream(itertools.takewhile(lambda token: token not in ends, ids))
@@ -123,7 +124,7 @@ class Player:
     # --- commands ------------------------------------------------------------------------------
 
     def obey(self, line: str) -> str:
-        """Do what a command says, and say so."""
+        """Do what a command says; the text to show."""
         name, *words = line[1:].split() or [""]
         commands: dict[str, Callable[[list[str]], str]] = {
             "adapter": self.use_adapters,
@@ -168,7 +169,7 @@ class Player:
 
 
 def until_mark(pieces: Iterable[str], mark: str) -> Iterator[str]:
-    """The pieces of a text up to a mark, which may come in parts; what may be its start waits."""
+    """The pieces of a text up to a mark, even one split between pieces."""
     text = ""
     for piece in pieces:
         text += piece
@@ -184,10 +185,10 @@ def until_mark(pieces: Iterable[str], mark: str) -> Iterator[str]:
 def play(
     model: Model, draws: Draws, *, read: Callable[[], str], show: Callable[[str], None]
 ) -> None:
-    """Lines in, answers out, until there are no more lines or one says /quit.
+    """Read lines and show answers, until there are no more lines or one is /quit.
 
-    `read` gives a line and raises EOFError after the last; a KeyboardInterrupt during an answer
-    stops that answer, and one before it the line. A mistake is told in a sentence.
+    `read` returns a line and raises EOFError after the last; a KeyboardInterrupt stops the answer,
+    or drops the line. Mistakes are answered in a sentence.
     """
     with ExitStack() as stack:
         template = None

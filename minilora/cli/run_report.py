@@ -1,6 +1,6 @@
-"""`--report`: a page of one run, rewritten at each evaluation, that needs nothing but itself.
+"""`--report`: a page about one run, rewritten at each evaluation, in a single file.
 
-No script, no file beside it, no request: it can be sent by mail and opened anywhere.
+It has no script, needs no other file and loads nothing, so it can be mailed and opened anywhere.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ WIDTH, HEIGHT, EDGE = 720, 260, 44  # of the curve, in pixels
 
 @dataclass
 class RunReport:
-    """Collects what a run shows and writes its page; give `watch` to the training.
+    """Collects the progress of a run and writes its page; `watch` is an argument of `adapt`.
 
-    `facts` are what is known before it starts, by their names; `prompt` is what is sampled.
+    `facts` are known before the run, by name; `prompt` is the text that samples continue.
     """
 
     path: Path
@@ -51,7 +51,7 @@ class RunReport:
     samples: list[tuple[int, str]] = field(default_factory=list)
 
     def watch(self, seen: Snapshot) -> None:
-        """Write the page as the run stands; it reloads itself until `finish`."""
+        """Write the page at an evaluation; it reloads itself until `finish`."""
         self.last = seen
         self.write(is_done=False)
 
@@ -60,6 +60,7 @@ class RunReport:
         self.write(is_done=True)
 
     def write(self, *, is_done: bool) -> None:
+        """Write the page; MiniloraError if it cannot be written."""
         seen = self.last
         state = f"finished after {seen.step} steps" if is_done else f"at step {seen.step}"
         reload = "" if is_done else '<meta http-equiv="refresh" content="5">'
@@ -67,7 +68,7 @@ class RunReport:
             f"<h1>{escape(self.title)}</h1><p>{state}</p>",
             *section("Loss", [curve(seen.history)]),
             *section("Text", map(self.sample, self.samples)),
-            *section("Settings", [table(["setting", "value"], named(self.facts))]),
+            *section("Settings", [html_table(["setting", "value"], named(self.facts))]),
             *section("Cost beside training all weights", [self.cost()]),
         ]
         if seen.net.lora is not None and seen.net.lora_config is not None:
@@ -81,12 +82,13 @@ class RunReport:
         write_bytes(self.path, page.encode("utf-8", "replace"))
 
     def sample(self, sample: tuple[int, str]) -> str:
+        """A sample as HTML: its step, the prompt, the continuation."""
         step, text = sample
         prompt = escape(self.prompt or "")
         return f"<div>step {step}</div><pre><i>{prompt}</i>{escape(text)}</pre>"
 
     def cost(self) -> str:
-        """What is trained, and what AdamW keeps of it, beside the same for all weights."""
+        """Trained parameters and AdamW's moments, beside those of training all weights."""
         trained = self.last.net.lora if self.last.net.lora is not None else self.last.net.base
         count = tree.count(trained)
         rows = [
@@ -98,20 +100,20 @@ class RunReport:
             ),
             ("share of the base", f"{count / self.base_parameters:.2%}", "100%"),
         ]
-        return table(["", "this run", "all weights"], rows)
+        return html_table(["", "this run", "all weights"], rows)
 
 
 # --- parts of the page -------------------------------------------------------------------------
 
 
 def section(title: str, parts: Iterable[str]) -> list[str]:
-    """A heading and what is below it; nothing where that is empty."""
+    """A heading and its parts; nothing if there are no parts."""
     found = list(parts)
     return [f"<h2>{escape(title)}</h2>", *found] if found else []
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table; numbers are on the right."""
+def html_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table as HTML; numbers are right-aligned."""
     body = "".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in rows)
     names = "".join(f"<th>{escape(name)}</th>" for name in head)
     return f'<div class="scroll"><table><tr>{names}</tr>{body}</table></div>'
@@ -130,7 +132,7 @@ def cell(value: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A setting as a reader sees it."""
+    """A setting as text for a reader."""
     if isinstance(value, (tuple, list)):
         return ", ".join(map(shown, value))
     if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -174,7 +176,7 @@ def curve(history: History) -> str:
 
 
 def adapter_table(seen: Snapshot) -> str:
-    """The lengths of every adapter's gradients at the last step, and of its update."""
+    """The Frobenius norms of every adapter's gradients at the last step, and of its update."""
     assert seen.net.lora is not None and seen.net.lora_config is not None
     grads = adapters(to_host(seen.grads)) if seen.grads is not None else {}
     rows = []
@@ -182,11 +184,11 @@ def adapter_table(seen: Snapshot) -> str:
         lengths = [float(np.linalg.norm(grads[path][name])) for name in "AB"] if grads else ["", ""]
         update = float(np.linalg.norm(singular_values(ab, path, seen.net.lora_config)))
         rows.append((path, *lengths, update))
-    return table(["adapter", "|dA|", "|dB|", "|s A B|"], rows)
+    return html_table(["adapter", "|dA|", "|dB|", "|s A B|"], rows)
 
 
 def singular_values(ab: Mapping[str, Array], path: str, config: LoRAConfig) -> Array:
-    """Those of s A B that may not be zero, the largest first, without making the product.
+    """The R largest singular values of s A B, in descending order, without computing the product.
 
     With A = P S and Bᵀ = Q T, P and Q orthonormal, A B = P (S Tᵀ) Qᵀ, and S Tᵀ is R × R.
     """
@@ -195,7 +197,7 @@ def singular_values(ab: Mapping[str, Array], path: str, config: LoRAConfig) -> A
 
 
 def spectra(seen: Snapshot) -> str:
-    """A bar for each singular value of each update, all to one scale."""
+    """A bar for each singular value of each update, all on one scale."""
     assert seen.net.lora is not None and seen.net.lora_config is not None
     config = seen.net.lora_config
     found = {
@@ -222,7 +224,7 @@ BARS = "▁▂▃▄▅▆▇█"
 
 
 def sparkline(losses: Sequence[float], width: int = 40) -> str:
-    """Some losses as a row of bars, the lowest loss the lowest bar; means where there are more."""
+    """Losses as a row of at most `width` bars, the lowest loss the lowest bar; means of several."""
     if not losses:
         return ""
     means = [part.mean() for part in np.array_split(np.array(losses), min(width, len(losses)))]

@@ -1,4 +1,4 @@
-"""Standard output and error as they may be: closed, full, missing, or a terminal."""
+"""Standard output and error in any state: closed, full, missing, or a terminal."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ GONE = (errno.EPIPE, errno.EBADF, errno.EINVAL)  # Windows says EINVAL of a clos
 
 
 class Output:
-    """A stream that takes whatever is written; `error` is what it refused, and then all is dropped.
+    """A stream that never fails: after its first `error` all that is written to it is dropped.
 
-    So a reader that goes away, or a full disk, does not stop the work half-way. Without a stream
-    (None, as Python has it where the descriptor is closed) it is as gone from the start. Control
-    characters become visible escapes unless `raw`: a name or a text may hold what a terminal obeys.
+    So a reader that goes away, or a full disk, does not stop the work half-way. A missing stream
+    (None, if the descriptor is closed) counts as gone from the start. Control characters become
+    visible escapes unless `raw`: a name or a text may hold commands to the terminal.
     """
 
     def __init__(self, stream: Any, *, raw: bool) -> None:
@@ -33,13 +33,13 @@ class Output:
             stream.reconfigure(errors="replace")
 
     def write(self, text: str) -> int:
-        """Write, unless the stream has refused before."""
+        """Write, unless the stream has failed before."""
         shown = text if self.raw else escaped(text)
         self._attempt(lambda: self.stream.write(shown))
         return len(text)
 
     def write_faint(self, text: str) -> None:
-        """Write; on a terminal in faint letters, unless the variable NO_COLOR asks for none."""
+        """Write; on a terminal in faint letters, unless NO_COLOR is set."""
         is_plain = (
             not self.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
         )
@@ -47,11 +47,11 @@ class Output:
         self._attempt(lambda: self.stream.write(shown if is_plain else f"{FAINT}{shown}{NORMAL}"))
 
     def flush(self) -> None:
-        """Flush, unless the stream has refused before."""
+        """Flush, unless the stream has failed before."""
         self._attempt(lambda: self.stream.flush())
 
     def isatty(self) -> bool:
-        """Whether a terminal shows it."""
+        """Whether the stream is a terminal."""
         return self.stream is not None and self.stream.isatty()
 
     def __getattr__(self, name: str) -> Any:
@@ -59,7 +59,7 @@ class Output:
 
     @property
     def is_gone(self) -> bool:
-        """Whether nobody reads it any longer."""
+        """Whether its reader has gone."""
         return self.error is not None and self.error.errno in GONE
 
     def _attempt(self, act: Callable[[], object]) -> None:
@@ -69,7 +69,7 @@ class Output:
             act()
         except (OSError, ValueError) as error:  # ValueError: the stream object was closed
             self.error = error if isinstance(error, OSError) else OSError(errno.EBADF, str(error))
-            with suppress(OSError, ValueError):  # what is buffered would be refused at the exit
+            with suppress(OSError, ValueError):  # what is buffered would fail again at exit
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
@@ -79,7 +79,7 @@ def escaped(text: str) -> str:
 
 
 def one_line(message: object, most: int = 2000) -> str:
-    """A message on one line, without its middle if it is too long to be read."""
+    """A message on one line; a very long one without its middle."""
     text = " ".join(str(message).splitlines())
     if len(text) <= most:
         return text
@@ -88,9 +88,9 @@ def one_line(message: object, most: int = 2000) -> str:
 
 @contextmanager
 def standard_streams() -> Iterator[Output]:
-    """Within, sys.stdout (which this gives) and sys.stderr are Outputs; a missing stdin is empty.
+    """In the block sys.stdout (yielded) and sys.stderr are Outputs; a missing stdin is empty.
 
-    Where standard output leads to a file or a program, control characters pass as they are.
+    If standard output is a file or a pipe, control characters are written as they are.
     """
     before = sys.stdin, sys.stdout, sys.stderr
     out = Output(sys.stdout, raw=sys.stdout is not None and not sys.stdout.isatty())

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minilora import gpt2, keep, lora, ops, optim
+from minilora import gpt2, keep, lora, mixing, ops, optim
 from minilora.adapters import Adapter, LoRAConfig, dropout_mask
 from minilora.adapters import adapters as adapters_of
 from minilora.backend import Array
@@ -542,7 +542,7 @@ def _rows() -> list[Exercise]:
             helpers=("_with_updates",), tags_of=("_with_updates",),
         ),
         Exercise(
-            "mixing", "The weighted sum of adapters", importlib.import_module("minilora.mix"),
+            "mixing", "The weighted sum of adapters", mixing,
             ("mix",), "docs/mixing.md", 30, ("merging",),
             {"two adapters": mix_task(), "a negative weight": mix_task(negative=True)},
         ),

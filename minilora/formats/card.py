@@ -1,38 +1,58 @@
-"""The README.md of an adapter's folder: what it is, how it was made, how to load it."""
+"""The README.md of an adapter's folder: what the adapter is, how it was made, how to load it."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minilora.formats.files import read_json, write_text
+from minilora.adapters import LoRAConfig
+from minilora.formats.files import Content, is_there, write_folder
 from minilora.formats.hub import HUB_ID
 
 CARD = "README.md"
 
 
-def write_card(folder: Path, facts: Mapping[str, Any]) -> None:
+def write_card(folder: Path, base: str | None, facts: Mapping[str, Any]) -> None:
     """Write the card of the adapter in a folder, unless there is a README.md already.
 
-    The facts are shown as a table, by name. Raises MiniloraError for a folder without an
-    adapter_config.json, and where the system refuses to write.
+    Arguments as of `card`. Raises MiniloraError where the system refuses to write.
     """
-    if not (folder / CARD).exists():
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-        write_text(folder / CARD, card(folder.resolve().name, str(base), facts))
+    write_folder(folder, card_file(folder, base, facts))
 
 
-def card(name: str, base: str, facts: Mapping[str, Any]) -> str:
-    """The text of a card, with the YAML front matter that the Hugging Face hub reads."""
+def card_file(folder: Path, base: str | None, facts: Mapping[str, Any]) -> dict[str, Content]:
+    """The card by the name of its file, as `write_folder` takes it; {} if there is a README.md."""
+    if is_there(folder / CARD):
+        return {}
+    text = card(folder.resolve().name, base, facts)
+    return {CARD: [text.encode("utf-8", "replace")]}  # a name may be no text
+
+
+def lora_facts(lora_config: LoRAConfig) -> dict[str, Any]:
+    """The settings of an adapter that its card shows: the common ones, and others that are set."""
+    settings = dataclasses.asdict(lora_config)
+    always = {name: settings.pop(name) for name in ("rank", "alpha", "targets", "dropout")}
+    return always | {name: value for name, value in settings.items() if value}
+
+
+def card(name: str, base: str | None, facts: Mapping[str, Any]) -> str:
+    """The text of a card, with the YAML front matter that the Hugging Face hub reads.
+
+    `name` is the adapter's folder, `base` what adapter_config.json calls the base, if it does. The
+    facts become a table, by name.
+    """
     front = ["library_name: peft", "pipeline_tag: text-generation", "tags:", "- lora", "- minilora"]
-    if HUB_ID.fullmatch(base):
+    if base is not None and HUB_ID.fullmatch(base):
         front = [f"base_model: {base}", *front, f"- base_model:adapter:{base}"]
-    first, where, what, imported = json.dumps(base) + ", ", json.dumps(base), f"`{base}`", ""
+    where = json.dumps(base or "FOLDER OF THE BASE", ensure_ascii=False)
+    first, what, imported = f"{where}, ", f"`{base}`" if base else "a GPT-2", ""
     if base == "minilora":
         first, where, what = "", "minilora.model.BUILT_IN", "the base that comes with minilora"
         imported = "import minilora.model\n"
+    folder = json.dumps(name, ensure_ascii=False)
     return "\n".join(
         [
             *("---", *front, "---", "", f"# {name}", ""),
@@ -40,11 +60,11 @@ def card(name: str, base: str, facts: Mapping[str, Any]) -> str:
             *("", "| | |", "| --- | --- |"),
             *(f"| {name} | {json.dumps(x, ensure_ascii=False)} |" for name, x in facts.items()),
             *("", "In minilora:", "", "```python", "import minilora", ""),
-            f'model = minilora.load_model({first}adapter="{name}")',
+            f"model = minilora.load_model({first}adapter={folder})",
             *('print(model.generate("Once upon"))', "```", "", "In PEFT:", "", "```python"),
             f"{imported}from peft import PeftModel",
             *("from transformers import AutoModelForCausalLM", ""),
             f"base = AutoModelForCausalLM.from_pretrained({where})",
-            *(f'model = PeftModel.from_pretrained(base, "{name}")', "```", ""),
+            *(f"model = PeftModel.from_pretrained(base, {folder})", "```", ""),
         ]
     )

@@ -20,7 +20,7 @@ Config = GPTConfig
 PREFIX, EMBEDDING, BLOCKS, N_LAYER = "transformer.", "wte.weight", "h", "n_layer"
 TIED = True  # where tie_word_embeddings is missing
 FAN_IN_FAN_OUT = True  # what PEFT calls weights (in, out)
-REWRITTEN = "the adapters of q, k and v were written as one equal adapter of c_attn"
+REWRITTEN = "the adapters on q, k and v were written as one equivalent adapter on c_attn"
 
 # Fields that change the mathematics, with the values that mean what `gpt2` computes: see `require`.
 REQUIRED: dict[str, tuple[Any, ...]] = {

@@ -23,7 +23,7 @@ Config = LlamaConfig
 PREFIX, EMBEDDING, BLOCKS, N_LAYER = "model.", "embed_tokens.weight", "layers", "num_hidden_layers"
 TIED = False  # where tie_word_embeddings is missing
 FAN_IN_FAN_OUT = False  # what PEFT calls weights (in, out)
-REWRITTEN = "the adapters of qkv were written as equal adapters of q_proj, k_proj and v_proj"
+REWRITTEN = "the adapters on qkv were written as equivalent ones on q_proj, k_proj and v_proj"
 
 # Fields that change the mathematics, with the values that mean what `llama` computes: see
 # `require`. pretraining_tp is none of them: it cuts a product into parts whose sum is the same.

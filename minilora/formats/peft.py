@@ -26,6 +26,7 @@ from minilora.adapters import LoRAConfig, adapter_tree, adapters, compiled, weig
 from minilora.backend import Array, to_host
 from minilora.errors import MiniloraError
 from minilora.formats.base import LAYOUT_OF, AnyConfig, refuse_pickled
+from minilora.formats.card import card_file, lora_facts
 from minilora.formats.files import Content, field, json_bytes, read_json, shown, write_folder
 from minilora.formats.table import HEAD
 from minilora.formats.tensors import (
@@ -125,18 +126,20 @@ def save_adapter(
 ) -> None:
     """Write an adapter as a folder that PEFT loads, in its own dtype.
 
-    Only adapter_config.json and adapter_model.safetensors are replaced, both or neither; other
-    files stay. `base_name` is where PEFT looks for the base. Adapters on what is no module there
-    become equal ones on what is, and `rewritten` says so. Raises MiniloraError for a tree that does
-    not fit the two configurations, and where the system refuses to write.
+    adapter_config.json and adapter_model.safetensors are replaced, both or neither; other files
+    stay. A card, README.md, is added if there is none. `base_name` is where PEFT looks for the
+    base. An adapter on what is no module in PEFT becomes an equivalent one on what is; `rewritten`
+    says so. Raises MiniloraError for a tree that does not fit the two configurations, and where the
+    system refuses to write.
     """
-    write_folder(folder, adapter_files(lora, lora_config, config, base_name=base_name))
+    files = adapter_files(lora, lora_config, config, base_name=base_name)
+    write_folder(folder, card_file(Path(folder), base_name, lora_facts(lora_config)) | files)
 
 
 def adapter_files(
     lora: Tree, lora_config: LoRAConfig, config: AnyConfig, *, base_name: str | None = None
 ) -> dict[str, Content]:
-    """The files that `save_adapter` writes, by name, the configuration last."""
+    """The two files of an adapter in PEFT's layout, by name, the configuration last."""
     modules, found = modules_of(config), adapters(to_host(lora))
     widths = LAYOUT_OF[type(config)].qkv_widths(config)
     if not found:

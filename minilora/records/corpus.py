@@ -7,6 +7,7 @@ later; the mask is then a matter of lengths, and no text is searched for a mark.
 from __future__ import annotations
 
 import os
+import reprlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from minilora.data import IGNORED, Batch, as_list, check_share, name_hash
+from minilora.described import Described
 from minilora.errors import MiniloraError
 from minilora.records.chat import Template
 from minilora.records.lines import Record, read_records, records_of
@@ -52,8 +54,8 @@ class Example(NamedTuple):
         return self.tokens[:-1], np.where(self.counts[1:], self.tokens[1:], IGNORED)
 
 
-@dataclass(frozen=True)
-class Records:
+@dataclass(frozen=True, repr=False)
+class Records(Described):
     """Examples to train on and held-out ones, as `train` and `adapt` take a Corpus."""
 
     train: tuple[Example, ...]
@@ -64,12 +66,15 @@ class Records:
     context_turns: int = 0  # turns of assistants that do not count
     today: str | None = None  # the date, where the chat template asks for it
 
-    def __repr__(self) -> str:
+    def _described(self) -> dict[str, str]:
         counted = sum(int(example.counts.sum()) for example in self.train)
-        return (
-            f"Records({self.name!r}: {len(self.train):,} to train on with {counted:,} targets, "
-            f"{len(self.held_out):,} held out)"
-        )
+        left_out = {"left out": f"{len(self.left_out):,} files"} if self.left_out else {}
+        return {
+            "Records": reprlib.repr(self.name),
+            "training": f"{len(self.train):,} records with {counted:,} targets",
+            "held-out": f"{len(self.held_out):,} records",
+            **left_out,
+        }
 
     def described(self) -> Iterator[str]:
         """Sentences that say what there is to train on, and what of it counts."""

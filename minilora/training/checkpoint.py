@@ -1,4 +1,4 @@
-"""The state of a training run in one file, and what must be equal for the run to go on from it."""
+"""The state of a training run in one file, and what must match for the run to resume from it."""
 
 from __future__ import annotations
 
@@ -26,21 +26,24 @@ CHECKPOINT = "checkpoint.safetensors"
 
 @dataclass
 class History:
-    """Losses in nats per token: of every step's batch, and of the held-out text now and then."""
+    """Losses in nats per token: of every step's batch, and of the held-out text at times."""
 
     train: list[tuple[int, float]] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
 
     def __repr__(self) -> str:
-        held_out = " → ".join(
-            f"{loss:.3f}" for _, loss in (self.held_out[:1] + self.held_out[1:][-1:])
-        )
-        return f"History({len(self.train)} steps, held out {held_out or 'nothing'} nats per token)"
+        return f"History({len(self.train)} steps, held-out loss {self.change()})"
+
+    def change(self) -> str:
+        """The held-out loss, the first and the last: "2.766 → 1.888 nats per token"."""
+        ends = self.held_out[:1] + self.held_out[1:][-1:]
+        losses = " → ".join(f"{loss:.3f}" for _, loss in ends)
+        return f"{losses} nats per token" if losses else "not measured"
 
 
 @dataclass
 class State:
-    """All that a run needs to go on: the trained tree, AdamW's moments, the losses so far."""
+    """All that a run needs to resume: the trained tree, AdamW's moments, the losses so far."""
 
     step: int
     params: Tree
@@ -50,7 +53,10 @@ class State:
 
 
 def save_checkpoint(folder: Path, state: State, settings: Mapping[str, Any]) -> None:
-    """Replace the checkpoint of a folder by the state and the run's settings, in one step."""
+    """Write the state and the run's settings as the folder's checkpoint, in place of the last one.
+
+    Raises MiniloraError if it cannot be written; the last checkpoint then stays.
+    """
     trees = {"params": state.params, "m": state.moments.m, "v": state.moments.v}
     flat = tree.flatten(to_host(trees))
     metadata = {
@@ -68,9 +74,9 @@ def load_checkpoint(
 ) -> State | None:
     """The state saved in a folder, its trees like `params`; None if there is none.
 
-    Raises MiniloraError for a file that is damaged, or without the checksum that older versions did
-    not write; naming the first setting that differs from those of the saved run; and for arrays of
-    other names, shapes or dtypes than the run's.
+    Raises MiniloraError for a file that is damaged or has no checksum (older versions wrote none),
+    for a setting that differs from the saved run's, naming the first, and for arrays whose names,
+    shapes or dtypes differ from the run's.
     """
     path = folder / CHECKPOINT
     if not path.exists():
@@ -78,12 +84,12 @@ def load_checkpoint(
     flat, metadata = read_tensors(path)
     if "checksum" not in metadata:
         raise MiniloraError(
-            f"{path} has no checksum: it is not a checkpoint of minilora's training, or of a "
-            "version that wrote none; empty the folder to train again"
+            f"{path} has no checksum: it is not a checkpoint of minilora, or one of an older "
+            "version; empty the folder to train again"
         )
     if metadata.pop("checksum") != _checksum(flat, metadata):
         raise MiniloraError(
-            f"{path} is damaged: what it holds is not what was saved; "
+            f"{path} is damaged: its contents do not match its checksum; "
             "empty the folder to train again"
         )
     try:
@@ -93,9 +99,9 @@ def load_checkpoint(
         if not (0 < step <= saved["steps"] and 0 <= seconds < math.inf):
             raise ValueError(f"step {step} of {saved['steps']}, after {seconds} s")
     except (KeyError, ValueError, TypeError, RecursionError) as error:
-        raise MiniloraError(f"{path} is not a checkpoint of minilora's training") from error
+        raise MiniloraError(f"{path} is not a checkpoint of minilora") from error
     check_same_run(path, saved, settings)
-    # A file of paths cannot tell of blocks without an adapter, so their places come from `params`.
+    # The file does not list blocks without an adapter, so the trees' structure is that of `params`.
     trees = dict.fromkeys(("params", "m", "v"), params)
     _check_arrays(path, flat, tree.flatten(trees))
     leaves = iter([flat[name] for name in tree.flatten(trees)])
@@ -118,12 +124,12 @@ def _check_arrays(path: Path, found: Mapping[str, Array], expected: Mapping[str,
     for name, array in expected.items():
         if found[name].dtype != array.dtype:
             raise MiniloraError(
-                f"{path}: {name} is of dtype {found[name].dtype}, but this run has {array.dtype}"
+                f"{path}: {name} is of dtype {found[name].dtype}, but this run's is {array.dtype}"
             )
 
 
 def read_history(document: Any) -> History:
-    """The losses that a JSON document holds; ValueError, TypeError or KeyError if it does not."""
+    """The losses in a JSON document; ValueError, TypeError or KeyError if it is no history."""
     curves = {name: [(s, loss) for s, loss in document[name]] for name in ("train", "held_out")}
     points = [point for curve in curves.values() for point in curve]
     if not all(
@@ -136,7 +142,7 @@ def read_history(document: Any) -> History:
 
 
 def check_same_run(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise MiniloraError naming a setting in which two runs differ, before any checksum."""
+    """Raise MiniloraError naming a setting in which two runs differ; checksums are named last."""
     now = json.loads(json.dumps(now, default=json_number))
     for name in sorted(saved.keys() | now.keys(), key=lambda n: (n.startswith("checksum"), n)):
         if saved.get(name) != now.get(name):
@@ -150,7 +156,7 @@ def check_same_run(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any])
 
 
 def checksum(arrays: Iterable[Array]) -> int:
-    """CRC-32 of the arrays' bytes, one after the other."""
+    """The CRC-32 of the arrays' bytes, one array after the other."""
     crc = 0
     for array in arrays:
         crc = zlib.crc32(np.ascontiguousarray(array).data, crc)
@@ -158,7 +164,7 @@ def checksum(arrays: Iterable[Array]) -> int:
 
 
 def _checksum(arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> str:
-    """CRC-32 of all that a checkpoint holds: the arrays and what they are called, the rest."""
+    """The CRC-32 of a whole checkpoint: arrays, their names, dtypes and shapes, and metadata."""
     names = sorted(arrays)
     labels = [(name, str(arrays[name].dtype), arrays[name].shape) for name in names]
     text = json.dumps([labels, sorted(metadata.items())])
@@ -166,7 +172,7 @@ def _checksum(arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> str:
 
 
 def file_checksum(path: Path) -> int:
-    """CRC-32 of a file's bytes."""
+    """The CRC-32 of a file's bytes."""
     crc = 0
     with path.open("rb") as file:
         while part := file.read(1 << 20):

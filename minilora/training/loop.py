@@ -1,8 +1,8 @@
 """The training loop: steps shared among threads, evaluations and checkpoints when they are due.
 
 One loop serves pretraining, full fine-tuning and LoRA: they differ in which tree is trained.
-Every random choice of step t comes from a generator seeded with (seed, t), so a run that was
-stopped goes on exactly as if it had not been.
+Every random choice of step t comes from a generator seeded with (seed, t), so a resumed run
+continues exactly as if it had not been stopped.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from minilora import tree
 from minilora.adapters import dropout_masks
 from minilora.backend import Array, Half, check_ids, namespace, to_device, to_host
 from minilora.data import IGNORED, Data
+from minilora.described import Described
 from minilora.errors import MiniloraError
 from minilora.evaluation import sum_nats
 from minilora.keep import Plan
 from minilora.network import Net, loss_and_grads
 from minilora.optim import adamw, adamw_init, clip_by_global_norm, warmup_cosine
-from minilora.settings import Settings
+from minilora.settings import DERIVED, LARGEST_COUNT, Settings, check_sizes
 from minilora.training.checkpoint import (
     History,
     State,
@@ -41,20 +42,20 @@ from minilora.training.ranks import Ranks
 from minilora.tree import Tree
 from minilora.workers import Workers
 
-RATES = {"lora": 1e-2, "full": 1e-3}  # the peak learning rate of each method, where none is given
+RATES = {"lora": 1e-2, "full": 1e-3}  # the default peak learning rate of each method
 
 
 @dataclass(frozen=True)
 class TrainConfig(Settings):
-    """How to train. `method` says which tree: the adapters (`lora`) or the base (`full`).
+    """How to train the adapters (`method` lora) or the base (full).
 
-    `batch` sequences of `context` tokens a step; the first `short_steps` steps read as many tokens
-    in sequences of `short_context`, from which nearby positions are learned sooner (Press et al.
-    2021, Shortformer, §4). `lr` is the method's of RATES unless given; `warmup` (a tenth of the
-    steps), `eval_every`, `log_every` and `checkpoint_every` are numbers of steps; `clip` bounds the
-    gradient's global norm; `eval_tokens` bounds the held-out text that an evaluation reads;
-    `threads` share each batch (0: one for each core). `recompute` keeps only the input of each
-    block for the backward pass, and computes the rest a second time.
+    A step reads `batch` sequences of `context` tokens; the first `short_steps` steps read as many
+    tokens in sequences of `short_context`, which teach nearby positions sooner (Press et al. 2021,
+    Shortformer, §4). `lr` is the peak (default: RATES). `warmup` (default: a tenth of the steps),
+    `log_every`, `eval_every` and `checkpoint_every` are numbers of steps. `clip` bounds the
+    gradient's global norm, `eval_tokens` the tokens that an evaluation reads; `threads` 0: one for
+    each core. `recompute` keeps only each block's input for the backward pass and recomputes the
+    rest. Raises MiniloraError for a value out of range.
     """
 
     foreign: ClassVar[Mapping[str, str]] = {  # transformers' names
@@ -76,8 +77,8 @@ class TrainConfig(Settings):
     context: int = 256
     short_context: int = 128
     short_steps: int = 0
-    lr: float = None  # type: ignore[assignment]  # RATES[method]: __post_init__
-    warmup: int = None  # type: ignore[assignment]  # steps // 10
+    lr: float = DERIVED  # RATES[method]
+    warmup: int = DERIVED  # steps // 10
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
@@ -98,17 +99,17 @@ class TrainConfig(Settings):
             object.__setattr__(self, "lr", RATES[self.method])
         if self.warmup is None:
             object.__setattr__(self, "warmup", self.steps // 10)
-        for name in ("steps", "batch", "context", "log_every", "eval_every", "eval_tokens",
-                     "checkpoint_every"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise MiniloraError(f"{name} {getattr(self, name)} is too small; it is at least 1")
-            if getattr(self, name) >= 2**31:
-                raise MiniloraError(f"{name} {getattr(self, name)} is too large; it is below 2^31")
+        check_sizes(
+            self, "steps", "batch", "context",
+            "log_every", "eval_every", "eval_tokens", "checkpoint_every", largest=LARGEST_COUNT,
+        )  # fmt: skip
         for name in ("warmup", "weight_decay", "seed", "threads", "short_steps"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise MiniloraError(f"{name} {getattr(self, name)} is not a number of at least 0")
         if self.short_steps and self.short_context < 1:
-            raise MiniloraError(f"short_context {self.short_context} is too small")
+            raise MiniloraError(
+                f"short_context {self.short_context} is too small; the minimum is 1"
+            )
         for name in ("lr", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise MiniloraError(f"{name} {getattr(self, name)} is not a positive number")
@@ -125,7 +126,7 @@ class TrainConfig(Settings):
 
 @dataclass(frozen=True)
 class Progress:
-    """What the loop tells its caller after a logging step."""
+    """A report of the loop to its caller; losses in nats per token, `held_out` if just measured."""
 
     step: int
     steps: int
@@ -149,7 +150,7 @@ class Snapshot(NamedTuple):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Training was stopped by Ctrl-C between two steps; `is_saved`: its state is in its folder."""
+    """Ctrl-C stopped training between two steps; `is_saved`: the state is in the run's folder."""
 
     def __init__(self, step: int, *, is_saved: bool) -> None:
         super().__init__(f" at step {step}{'; its state is saved' if is_saved else ''}")
@@ -170,10 +171,10 @@ def batch_loss_and_grads(
     device: str = "cpu",
     count: int | None = None,
 ) -> tuple[Array, Tree]:
-    """The mean loss of a batch (B, T) and the gradients of the trained tree, shard by shard.
+    """The mean loss () of a batch (B, T) and the gradients of the trained tree, added over shards.
 
-    The plan wants those of one tree. Where the batch is part of a larger one, `count` is the number
-    of targets that count in the whole.
+    The plan asks for the gradients of one tree. If the batch is part of a larger one, `count` is
+    the number of targets that count in the whole.
     """
     counts = targets != IGNORED
     total_count = count or int(counts.sum())
@@ -204,12 +205,12 @@ def batch_loss_and_grads(
 
 @contextmanager
 def ctrl_c_sets_flag() -> Iterator[threading.Event]:
-    """Within, a first Ctrl-C sets the event, so that a step is never cut in two; a second stops."""
+    """In the block a first Ctrl-C sets the event, so no step is interrupted; a second raises."""
     pressed = threading.Event()
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGINT) is None:
-        # Only the main thread may handle signals; and a handler that was not set from Python, for
-        # which it says None, could not be put back.
+        # Only the main thread may handle signals, and a handler that was not set from Python, shown
+        # as None, could not be restored.
         yield pressed
         return
 
@@ -227,20 +228,22 @@ def ctrl_c_sets_flag() -> Iterator[threading.Event]:
 # --- the loop ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What training gives: the trained tree on the host, the losses, seconds and tokens/s."""
+@dataclass(frozen=True, repr=False)
+class Trained(Described):
+    """The result of training: the trained tree (on the host), the losses, and the time taken."""
 
     params: Tree
     history: History
     seconds: float
     tokens_per_second: float
 
-    def __repr__(self) -> str:
-        return (
-            f"Trained({tree.count(self.params):,} parameters in {self.seconds:.0f} s, "
-            f"{self.tokens_per_second:,.0f} tokens/s; {self.history!r})"
-        )
+    def _described(self) -> dict[str, str]:
+        seconds, speed = f"{self.seconds:.0f} s", f"{self.tokens_per_second:,.0f} tokens/s"
+        return {
+            "Trained": f"{tree.count(self.params):,} parameters",
+            "steps": f"{len(self.history.train):,} in {seconds}, {speed}",
+            "held-out": self.history.change(),
+        }
 
 
 def train(
@@ -258,13 +261,13 @@ def train(
 ) -> Trained:
     """Train the adapters on a frozen base (method `lora`), or the base without them (`full`).
 
-    With a `folder`, which the caller holds, the state is saved there every `checkpoint_every`
-    steps, and `resume` goes on from it, or starts afresh where there is none; `fingerprint` is
-    `run_fingerprint`'s, where the caller has it already. Several `ranks` share each batch and each
-    evaluation; the first alone writes, reports, and lets `watch` see each evaluation. The net is
-    not changed. Raises MiniloraError for text that is too short or of another vocabulary, a context
-    beyond the base's, a batch with fewer rows than there are ranks, or a loss that is not finite
-    (the last checkpoint stays); Interrupted after Ctrl-C, the state being saved.
+    With a `folder`, which the caller has locked (see `held`), the state is saved there every
+    `checkpoint_every` steps, and `resume` continues from it if it is there; `fingerprint` is
+    `run_fingerprint`'s, if the caller has it. Several `ranks` share each batch and evaluation; only
+    the first writes, reports and calls `watch`, after each evaluation. The net is not changed.
+    Raises MiniloraError for text that is too short or of another vocabulary, a context beyond the
+    base's, a batch with fewer rows than ranks, and a loss that is not finite (the last checkpoint
+    stays); Interrupted on Ctrl-C, after saving.
     """
     ranks = ranks or Ranks()
     if settings.batch < ranks.size:
@@ -297,15 +300,15 @@ def train(
         if state is None:
             state = State(0, params, adamw_init(params), History())
         loop = Loop(net, corpus, settings, device, workers, ranks)
-        return loop.run(state, folder, fingerprint, stop, report, watch)
+        return loop.finish(state, folder, fingerprint, stop, report, watch)
 
 
 def run_fingerprint(
     net: Net, settings: TrainConfig, corpus: Data, device: str, ranks: Ranks
 ) -> dict[str, Any]:
-    """What must be equal for a run to go on: settings, device, checksums of what it starts from.
+    """What must match for a run to resume: settings, device, checksums of what it starts from.
 
-    Raises MiniloraError where it is not equal on all ranks.
+    Raises MiniloraError if the ranks differ in any of it.
     """
     parts = dataclasses.asdict(net.config) | dataclasses.asdict(settings)
     if net.lora_config is not None and settings.method == "lora":
@@ -324,7 +327,7 @@ def run_fingerprint(
 
 @dataclass(frozen=True)
 class Loop:
-    """The constants of one training run; `run` is the loop over its steps."""
+    """The constants of one training run; `finish` is the loop over its steps."""
 
     net: Net
     corpus: Data
@@ -333,7 +336,7 @@ class Loop:
     workers: Workers
     ranks: Ranks
 
-    def run(
+    def finish(
         self,
         state: State,
         folder: Path | None,
@@ -342,7 +345,7 @@ class Loop:
         report: Callable[[Progress], None],
         watch: Callable[[Snapshot], None],
     ) -> Trained:
-        """Steps until the last, with reports, evaluations and checkpoints when they are due."""
+        """Take the steps that are left, with reports, evaluations and checkpoints when due."""
         settings = self.settings
         started = time.perf_counter() - state.seconds
         if state.step == 0:
@@ -350,7 +353,7 @@ class Loop:
             self.show(watch, state, None)
         pending: list[Array] = []
         while state.step < settings.steps:
-            state, loss_and_norm, grads = self.step(state)
+            state, loss_and_norm, grads = self.next_state(state)
             pending.append(loss_and_norm)
             step, last = state.step, state.step == settings.steps
             stopping = self.ranks.any(stop.is_set())
@@ -385,7 +388,7 @@ class Loop:
         return self.corpus.tokens_in(self.settings.batch, self.settings.context)
 
     def save(self, folder: Path, state: State, fingerprint: Mapping[str, Any]) -> None:
-        """The first rank writes a checkpoint, once all are seen to hold the same weights."""
+        """Check that all ranks hold the same weights; then the first writes a checkpoint."""
         if self.ranks.size > 1:
             weights = checksum(tree.flatten(to_host(state.params)).values())
             self.ranks.check_equal({f"the checksum of the weights at step {state.step}": weights})
@@ -403,7 +406,7 @@ class Loop:
             net = self.with_params(state.params)
             watch(Snapshot(state.step, net, grads, state.history))
 
-    def step(self, state: State) -> tuple[State, Array, Tree]:
+    def next_state(self, state: State) -> tuple[State, Array, Tree]:
         """The state after one more step, its loss and gradient norm, (2,), and its gradients."""
         settings, step = self.settings, state.step + 1
         rng = np.random.default_rng([settings.seed, step])
@@ -469,11 +472,11 @@ def read_finite(pending: list[Array], step: int) -> list[float]:
 
 
 def check_finite(what: str, step: int, values: Tree) -> None:
-    """Raise MiniloraError, naming what and the step, unless all the numbers are finite."""
+    """Raise MiniloraError, which names `what` and the step, unless all numbers are finite."""
     finite = [namespace(x).isfinite(x).all() for x in tree.flatten(values).values()]
     if not namespace(finite[0]).stack(finite).all():  # one copy from the device
         raise MiniloraError(
             f"{what} is not finite at step {step}: "
             + ("a lower learning rate usually helps; the last checkpoint is kept" if step
-               else "the numbers of the model overflow")
+               else "the model's numbers overflow")
         )  # fmt: skip

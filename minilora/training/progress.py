@@ -1,4 +1,4 @@
-"""What training shows while it goes: a bar where somebody watches, plain lines elsewhere."""
+"""The progress of a training run: a bar on a terminal or in a notebook, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class ProgressBar:
-    """A tqdm bar where somebody watches; elsewhere a plain line for each report. Both go to stderr.
+    """A tqdm bar on a terminal or in a notebook, elsewhere a line for each report; on stderr.
 
     Use it as the `report` of `train`; leaving the `with` block closes the bar.
     """
@@ -37,18 +37,18 @@ class ProgressBar:
         """Show a report of the training loop."""
         if progress.held_out is not None:
             self.held_out = progress.held_out
-        figures = f"loss {progress.loss:.3f}"
+        text = f"loss {progress.loss:.3f}"
         if self.held_out is not None:
-            figures += f", held-out {self.held_out:.3f}"
-        figures += f", {progress.tokens_per_second:,.0f} tokens/s"
-        figures += f", {time_left(progress.seconds_left)} left"
+            text += f", held-out {self.held_out:.3f}"
+        text += f", {progress.tokens_per_second:,.0f} tokens/s"
+        text += f", {time_left(progress.seconds_left)} left"
         if is_watched():
             if self.bar is None:
                 self.bar = self.new_bar()
             self.bar.n = progress.step
-            self.bar.set_postfix_str(figures)
+            self.bar.set_postfix_str(text)
         else:
-            line = f"{self.what}: step {progress.step}/{self.steps}, {figures}"
+            line = f"{self.what}: step {progress.step}/{self.steps}, {text}"
             print(line, file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
@@ -60,9 +60,9 @@ class ProgressBar:
             self.bar.refresh()
 
     def new_bar(self) -> Any:
-        """A bar, drawn from the first report on, so that an error before it stands alone.
+        """The bar; made at the first report, so that an earlier error is printed alone.
 
-        tqdm's own estimate of the time left would be wrong after a resume.
+        It does not show tqdm's estimate of the time left, which is wrong after a resume.
         """
         from tqdm import tqdm
 
@@ -75,7 +75,7 @@ class ProgressBar:
 
 
 def is_watched() -> bool:
-    """Whether standard error is shown as it comes: on a terminal, or below a notebook's cell."""
+    """Whether standard error is shown as it is written: on a terminal or in a notebook."""
     if sys.stderr is not None and sys.stderr.isatty():
         return True
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None

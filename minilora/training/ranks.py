@@ -1,7 +1,7 @@
 """Processes that train together: each takes its share of a batch, and the gradients are summed.
 
-One process is a `Ranks` whose sums are what it was given. Several, started by `mpiexec`, are
-`MPIRanks` (extra `mpi`); mpi4py is imported only when a launcher says that there are several.
+A single process is a `Ranks`, whose sums are its own values. Several, started by `mpiexec`, are
+`MPIRanks` (extra `mpi`); mpi4py is imported only if a launcher started several.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from minilora.errors import MiniloraError
 from minilora.tree import Tree
 from minilora.workers import cores, own_cores
 
-# Where launchers tell a process its rank, and how many processes there are.
+# Environment variables in which launchers pass a process its rank and the number of processes.
 LAUNCHERS = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),  # Open MPI
     ("PMI_RANK", "PMI_SIZE"),  # MPICH, Intel MPI, Microsoft MPI
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),  # Slurm's srun
 )
 LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
-HEAD_START = 2.0  # seconds in which the first rank may tell an error that all ranks have
-TO_FORWARD = 0.5  # and this long has the launcher to pass on what was printed before it ends all
+HEAD_START = 2.0  # seconds for the first rank to report an error that all ranks have
+TO_FORWARD = 0.5  # seconds for the launcher to forward output before Abort
 
 Value = TypeVar("Value")
 
 
 class Ranks:
-    """The processes that train together, numbered from 0; of this class, one that trains alone.
+    """The processes that train together, numbered from 0; this class is for one that trains alone.
 
-    Every method but `share` waits until all ranks have called it.
+    Every method but `threads` and `share` waits until all ranks have called it.
     """
 
     rank = 0
@@ -50,7 +50,7 @@ class Ranks:
         return cores()
 
     def gather(self, value: Value) -> list[Value]:
-        """The values of all ranks, in their order."""
+        """The values of all ranks, in order of rank."""
         return [value]
 
     def sum(self, arrays: Tree) -> Tree:
@@ -58,7 +58,7 @@ class Ranks:
         return arrays
 
     def share(self, items: int) -> slice:
-        """This rank's part of so many items: consecutive, of equal size or one more."""
+        """This rank's part of so many items: consecutive, and of equal size to within one item."""
         return slice(items * self.rank // self.size, items * (self.rank + 1) // self.size)
 
     def any(self, flag: bool) -> bool:
@@ -81,7 +81,7 @@ class Ranks:
 
 
 class MPIRanks(Ranks):
-    """The processes of an MPI communicator, each of which computes on its part of the cores."""
+    """The processes of an MPI communicator, each computing on its share of the cores."""
 
     def __init__(self, comm: Any) -> None:
         from mpi4py import MPI
@@ -92,19 +92,19 @@ class MPIRanks(Ranks):
         neighbours = comm.Split_type(MPI.COMM_TYPE_SHARED)
         together = set().union(*neighbours.allgather(own_cores()))
         self._threads = max(1, len(together) // neighbours.Get_size())
-        threadpool_limits(self._threads, user_api="blas")  # its default is all the cores
+        threadpool_limits(self._threads, user_api="blas")  # which by default uses all the cores
 
     def threads(self) -> int:
-        """The cores that the ranks on this machine may use together, divided among them."""
+        """The cores that the ranks on this machine may use, divided among them."""
         return self._threads
 
     def gather(self, value: Value) -> list[Value]:
-        """The values of all ranks, in their order."""
+        """The values of all ranks, in order of rank."""
         values: list[Value] = self.comm.allgather(value)
         return values
 
     def sum(self, arrays: Tree) -> Tree:
-        """Every array summed over the ranks: one all-reduce, on the host, of all put end to end."""
+        """Every array summed over the ranks, by one all-reduce, on the host, of all in a row."""
         from mpi4py import MPI
 
         leaves = list(tree.flatten(arrays).values())
@@ -121,7 +121,7 @@ class MPIRanks(Ranks):
 
 
 def launched() -> tuple[int, int]:
-    """(rank, size) as the launcher of this process says in its environment; (0, 1) without one."""
+    """(rank, size) from the environment variables of this process's launcher, else (0, 1)."""
     for rank, size in LAUNCHERS:
         if os.environ.get(rank, "").isdecimal() and os.environ.get(size, "").isdecimal():
             return int(os.environ[rank]), int(os.environ[size])
@@ -130,9 +130,9 @@ def launched() -> tuple[int, int]:
 
 @functools.cache
 def find_ranks() -> Ranks:
-    """The ranks among which a launcher started this process; `Ranks()` where there is but one.
+    """The ranks that this process's launcher started; `Ranks()` if there is only one.
 
-    Raises MiniloraError where there are several but mpi4py does not work or does not see them.
+    Raises MiniloraError if there are several but mpi4py does not work or does not see them.
     """
     _, size = launched()
     if size == 1:
@@ -154,7 +154,7 @@ def find_ranks() -> Ranks:
 
 
 def check_alone() -> None:
-    """Raise MiniloraError where a launcher started several processes of a command for one."""
+    """Raise MiniloraError if a launcher started several processes; for commands that run in one."""
     _, size = launched()
     if size > 1:
         raise MiniloraError(
@@ -163,14 +163,14 @@ def check_alone() -> None:
         )
 
 
-def as_one(run: Callable[[], int]) -> int:
-    """The exit status of `run`, which all ranks call: the first prints, one that fails ends all.
+def as_one(command: Callable[[], int]) -> int:
+    """The exit status of `command`, which every rank runs: one that fails ends all.
 
-    An error that all ranks have is told by the first alone.
+    Only the first rank prints, and it alone reports an error that all have.
     """
     rank, size = launched()
     if size == 1:
-        return run()
+        return command()
     try:
         find_ranks()
     except MiniloraError as error:
@@ -183,8 +183,8 @@ def as_one(run: Callable[[], int]) -> int:
             silence.enter_context(redirect_stdout(printed))
             silence.enter_context(redirect_stderr(printed))
         try:
-            status = run()
-        except Exception:  # a mistake in this program
+            status = command()
+        except Exception:  # a mistake in the program
             traceback.print_exc()
             status = 1
     if status != 0:

@@ -1,9 +1,9 @@
-"""A training run and its folder: claimed, trained, saved, and taken up again after a stop.
+"""A training run and its folder: started, saved, and resumed after a stop.
 
-While a run goes on, it holds its folder, and the folder a checkpoint. When it ends, the result is
-written, then a record of the run with checksums, and only then is the checkpoint deleted: whatever
-moment a run is killed at, `resume` finds what it needs. What is damaged never counts: a result that
-is whole comes first, then a checkpoint that is, and otherwise it is said.
+During a run its folder is locked and holds a checkpoint. At the end the result is written, then a
+record of the run with checksums, and only then is the checkpoint deleted, so that `resume` finds
+what it needs at whatever moment the run is killed. Damaged files are never used: an intact result
+comes first, then an intact checkpoint, and without either an error says what is damaged.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from minilora.adapters import LoRAConfig, lora_init
 from minilora.data import Data
 from minilora.errors import MiniloraError
 from minilora.formats.base import base_files
+from minilora.formats.card import lora_facts, write_card
 from minilora.formats.companions import companions
 from minilora.formats.files import (
     errors_naming,
@@ -66,7 +67,10 @@ WEIGHTS = {"lora": ADAPTER_WEIGHTS, "full": BASE_WEIGHTS}
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its figures by the names that `--json` writes, and its losses."""
+    """A finished run: its figures, by the names that `--json` writes, and its losses.
+
+    `was_finished` says that it had ended before, so that nothing was left to do.
+    """
 
     figures: dict[str, float | int]
     history: History
@@ -82,7 +86,7 @@ def silent(progress: Progress) -> None:
 
 @contextmanager
 def shown(report: Report | None, progress: bool | None, steps: int) -> Iterator[Report]:
-    """The caller's report, or else a bar if `progress`; where that is None, if it is watched."""
+    """The caller's report, else a bar if `progress` is true or, by default, somebody watches."""
     if report is not None:
         yield report
     elif progress or (progress is None and is_watched()):
@@ -103,13 +107,13 @@ def adapt(
     progress: bool | None = None,
     ranks: Ranks | None = None,
 ) -> tuple[Model, Trained]:
-    """A model adapted to a corpus: with a trained adapter, or a trained base (method `full`).
+    """The model adapted to a corpus, by a trained adapter or (method `full`) a trained base.
 
-    An adapter that the model has is trained further, with a fresh optimiser; its rank, scale and
-    targets stay, and `lora_config`, if given, may only say another dropout. The given model stays
-    as it is. A bar shows the progress on a terminal and in a notebook; with `progress` it always
-    does, or never, and a `report` takes its place. Raises MiniloraError as `lora_init` and `train`
-    do, and for method `full` with an adapter.
+    An adapter that the model has is trained further, with a fresh optimiser: it keeps its rank,
+    scale and targets, and `lora_config` may only change the dropout. The given model is not
+    changed. A bar shows the progress on a terminal and in a notebook; `progress` turns it on or
+    off, and `report` replaces it. Raises MiniloraError as `lora_init` and `train` do, and for
+    method `full` with an adapter.
     """
     settings = settings or TrainConfig()
     start = _start(model, lora_config, settings)
@@ -132,12 +136,12 @@ def adapt_in_folder(
     watch: Callable[[Snapshot], None] = lambda seen: None,
     ranks: Ranks | None = None,
 ) -> Run:
-    """`adapt`, its result saved in a folder: an adapter in PEFT's layout, or a base (`full`).
+    """`adapt`, with its result saved in a folder: an adapter in PEFT's layout, or a base (`full`).
 
-    A base is saved as `dtype`, an adapter in its own. With `resume`, an unfinished run in the
-    folder goes on and ends in the same files, bit for bit; where there is none, a new one starts.
-    Of several `ranks` only the first needs the folder. Raises MiniloraError when it holds anything
-    else, another process writes to it, or what the run left there is damaged.
+    A base is saved in `dtype`, an adapter in its own dtype. With `resume` an unfinished run in the
+    folder continues and ends in the same files, bit for bit; if there is none, a new one starts. Of
+    several `ranks` only the first needs the folder. Raises MiniloraError as `adapt` does, and if
+    the folder holds anything else, another process writes to it, or its run is damaged.
     """
     folder, ranks = Path(folder), ranks or Ranks()
     with held(folder) if ranks.rank == 0 else nullcontext():
@@ -149,7 +153,7 @@ def adapt_in_folder(
         if resume and (run := ranks.of_first(lambda: _finished_run(folder, fingerprint))):
             return run
         if settings.method == "full":
-            companions(model.folder)  # what cannot be carried over is refused before it trains
+            companions(model.folder)  # raises before training if they cannot be copied
         trained = train(
             start, corpus, settings=settings, folder=folder, fingerprint=fingerprint,
             resume=resume, device=device, report=report, watch=watch, ranks=ranks,
@@ -164,10 +168,13 @@ def adapt_in_folder(
                 files = adapter_files(
                     adapted.lora, adapted.lora_config, config, base_name=model.base_name
                 )
-            _remove(folder, *files)  # a result that was damaged, or not finished
+            _remove(folder, *files)  # of a damaged or unfinished result
             write_folder(folder, files)
             weights = folder / WEIGHTS[settings.method]
             figures = _figures(model.base, trained, weights.stat().st_size, ranks)
+            if adapted.lora_config is not None:
+                facts = _card_facts(adapted.lora_config, settings, figures)
+                write_card(folder, model.base_name, facts)
             _write_record(folder, fingerprint, figures, trained.history, list(files))
             _remove(folder, CHECKPOINT)
             return Run(figures, trained.history)
@@ -194,12 +201,22 @@ def _figures(base: Tree, trained: Trained, size: int, ranks: Ranks) -> dict[str,
     return figures
 
 
+def _card_facts(
+    lora_config: LoRAConfig, settings: TrainConfig, figures: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What an adapter's card says: nothing about the machine, so equal runs have equal cards."""
+    facts = lora_facts(lora_config)
+    facts |= {name: getattr(settings, name) for name in ("steps", "batch", "context", "lr", "seed")}
+    names = ("trainable_parameters", "base_parameters", "loss_before", "loss_after")
+    return facts | {name.replace("_", " "): figures[name] for name in names}
+
+
 def pretrain_in_folder(
     config: GPTConfig, corpus: Data, settings: TrainConfig, folder: str | Path, **options: Any
 ) -> Run:
-    """A byte-level base trained from `gpt_init` on: full training, saved as `adapt_in_folder` does.
+    """A byte-level base trained from scratch, saved as by `adapt_in_folder`, whose options it has.
 
-    The options are those of `adapt_in_folder`.
+    Raises MiniloraError as `adapt_in_folder` does.
     """
     base = gpt_init(config, seed=settings.seed)
     fresh = Model(base, config, tokenizer=ByteTokenizer(), folder=Path(folder))
@@ -209,12 +226,12 @@ def pretrain_in_folder(
 
 
 def _start(model: Model, lora_config: LoRAConfig | None, settings: TrainConfig) -> Model:
-    """The model to train: with the adapter that it has, a fresh one, or none for full training."""
+    """The model to train: with its own adapter, a fresh one or, for full training, none."""
     own = model.lora_config
     if settings.method == "full":
         if model.lora is not None:
             raise MiniloraError(
-                "method 'full' trains a base without an adapter; merge the adapter into it before, "
+                "method 'full' trains a base without an adapter; merge the adapter into it first, "
                 "or train the adapter further with method 'lora'"
             )
         return model
@@ -242,7 +259,7 @@ def _with_trained(model: Model, settings: TrainConfig, params: Tree) -> Model:
 
 
 def check_free(folder: Path, *, resume: bool) -> None:
-    """Raise MiniloraError where a folder holds anything but, with `resume`, a run's files."""
+    """Raise MiniloraError unless a folder is empty or, with `resume`, holds a run."""
     there = entries(folder)
     run_is_here = CHECKPOINT in there or RECORD in there
     if run_is_here and not resume:
@@ -290,10 +307,10 @@ def _write_record(
 
 
 def _finished_run(folder: Path, fingerprint: Mapping[str, Any]) -> Run | None:
-    """The run that ended in a folder, if one did.
+    """The finished run in a folder; None if there is none.
 
-    Where its record or its files are damaged, a checkpoint that is left counts instead. Raises
-    MiniloraError where there is none, or where the run is another.
+    None, too, if its record or files are damaged but a checkpoint is left to resume from. Raises
+    MiniloraError if they are damaged and none is left, or if the run is another.
     """
     if not (folder / RECORD).exists():
         return None
@@ -309,7 +326,7 @@ def _finished_run(folder: Path, fingerprint: Mapping[str, Any]) -> Run | None:
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
-    """The record of a finished run; MiniloraError where it or a file of the run is damaged."""
+    """The record of a finished run; MiniloraError if it or a file of the run is damaged."""
     path = folder / RECORD
     record = read_json(path)
     try:
@@ -322,7 +339,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
         dict(record["settings"])
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise MiniloraError(
-            f"{path} is not the record of a training run, or a damaged one; "
+            f"{path} is not the record of a training run, or is damaged; "
             "empty the folder to train again"
         ) from error
     for name, expected in files.items():
@@ -333,6 +350,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
             )
         if file_checksum(folder / name) != expected:
             raise MiniloraError(
-                f"{folder / name} is not what its run saved; empty the folder to train again"
+                f"{folder / name} has changed since its run saved it; "
+                "empty the folder to train again"
             )
     return record

@@ -7,7 +7,7 @@ import pytest
 from minilora.bench import command, peft
 from minilora.bench.budget import scaled
 from minilora.cli import main
-from minilora.cli.table import COMMANDS
+from minilora.cli.register import COMMANDS
 from minilora.formats import save_base
 from minilora.gpt2 import GPTConfig, gpt_init
 
@@ -96,16 +96,16 @@ def test_dropout_keeps_masks_and_threads_share_the_batch(budget):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model", "gpt4"], "invalid choice: 'gpt4'"),
+        (["--model", "gpt4"], "not 'gpt4'"),
         (["--rank", "0"], "rank 0 is not a whole number of at least 1"),
         (["--rank", "769"], "rank 769 is above the smaller side of blocks.0.attn.qkv"),
         (["--targets", "key"], "unknown target 'key'"),
         (["--batch", "0"], "batch 0 is too small"),
-        (["--batch", "9" * 400], "9 is too large; it is below 2^31"),
-        (["--context", "1025"], "1025 tokens exceed the model's context of 1024"),
+        (["--batch", "9" * 400], "9 is too large; the maximum is 2,147,483,647"),
+        (["--context", "1025"], "context 1025 exceeds the model's context of 1024"),
         (["--threads", "-1"], "is not a whole number of at least 0"),
         (["--base", "nowhere"], "nowhere"),
-        (["--model", "tiny", "--base", "x"], "not allowed with"),
+        (["--model", "tiny", "--base", "x"], "--base: cannot be combined with --model"),
         (["--width", "700"], "--width 700 is not a multiple of --heads 12"),
         (["--dropout", "1"], "dropout 1.0 is not in"),
     ],

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from minilora import tree
 from minilora.adapters import TARGETS, LoRAConfig, lora_init
-from minilora.bench.budget import SHAPES, Step, adapter_shapes, base_parameters, evaluate, flops
+from minilora.bench.budget import SHAPES, Step, adapter_shapes, base_parameters, flops, value_of
 from minilora.bench.products import recorded, recording
 from minilora.errors import MiniloraError
 from minilora.gpt2 import GPTConfig, gpt_init
@@ -35,10 +35,10 @@ lora_configs = st.builds(
 
 
 def test_a_formula_is_a_sum_of_products():
-    assert evaluate("3 N C + N", {"N": 10, "C": 4}) == 130
-    assert evaluate("0", {}) == 0
+    assert value_of("3 N C + N", {"N": 10, "C": 4}) == 130
+    assert value_of("0", {}) == 0
     with pytest.raises(ValueError):
-        evaluate("N Q", {"N": 10})
+        value_of("N Q", {"N": 10})
 
 
 @given(configs)

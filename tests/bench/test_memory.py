@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora.adapters import TARGETS, LoRAConfig, dropout_masks, lora_init
-from minilora.bench.budget import SHAPES, Step, figures, ledger, peaks
+from minilora.bench.budget import SHAPES, Step, figures_of, ledger, peaks
 from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.keep import Plan
 from minilora.loss import frozen_head_loss_forward, head_loss_forward
@@ -60,7 +60,7 @@ def arrays_in(cache):
 
 
 def numbers_in(cache, *, net):
-    """How many numbers they hold, each array counted once and parameters left out."""
+    """How many numbers caches hold, each array counted once and parameters not at all."""
     owned = {id(a): a.size for a in arrays_in(cache)}
     for parameter in flatten({"base": net.base, "lora": net.lora or {}}).values():
         owned.pop(id(parameter), None)
@@ -68,7 +68,7 @@ def numbers_in(cache, *, net):
 
 
 def caches_of(step):
-    """Those of the net below its head, and of the head with the loss."""
+    """The caches of the net below its head, and of the head with the loss."""
     net, options = inputs_of(step)
     targets = options.pop("targets")
     x, trunk = trunk_forward(net, **options)
@@ -210,7 +210,7 @@ def test_the_peak_of_a_whole_step_is_predicted(method, shape):
         return adamw(params, grads, state, step=1, lr=1e-3)
 
     measured = peak_of(whole_step)
-    predicted = figures(step)["peak_bytes"]
+    predicted = figures_of(step)["peak_bytes"]
     assert predicted == pytest.approx(measured, rel=0.02), f"{predicted / measured:.4f}"
 
 

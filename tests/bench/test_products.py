@@ -83,7 +83,7 @@ def test_an_evaluation_has_the_products_of_the_forward_pass():
 
 
 def test_a_generation_reads_every_token_once():
-    """But for attention, of which the products are those of one row for each token."""
+    """Except for attention, whose products are those of one row for each token."""
     case = Case(CONFIG, what="generate", context=6, threads=1)
     heads = [p for p in all_of(case) if p.b.shape == (8, 11)]
     assert [p.a.shape for p in heads] == [(1, 8)] * 6

@@ -7,7 +7,7 @@ import pytest
 
 from minilora import evaluation, gpt2, loss, network, ops, optim
 from minilora.bench.case import Case
-from minilora.bench.measure import RUNS, random_model
+from minilora.bench.measure import JOBS, random_model
 from minilora.bench.profile import Profile, profiling
 from minilora.gpt2 import GPTConfig
 from minilora.training import loop
@@ -86,9 +86,9 @@ def test_time_is_counted_when_an_operation_raises(clock):
 def calls_in(case):
     """How often a run of the case calls each operation; every one of them takes time."""
     with Workers(2) as workers:
-        run = RUNS[case.what](case, random_model(case), workers)
+        job = JOBS[case.what](case, random_model(case), workers)
         with profiling() as profile:
-            run()
+            job()
     assert all(seconds > 0.0 for seconds in profile.by_operation(2).values())
     return profile.calls
 

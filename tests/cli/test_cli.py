@@ -16,7 +16,7 @@ from minilora import complete, evaluate, load_adapter, load_base, load_corpus, l
 from minilora.cli import main
 from minilora.cli.commands import command_line
 from minilora.cli.parser import json_option
-from minilora.cli.table import COMMANDS, SEED, Option
+from minilora.cli.register import COMMANDS, SEED, Option
 from minilora.formats import save_base
 from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.training.ranks import Ranks
@@ -32,7 +32,7 @@ def kind(name):
 
 
 def figures(path, command):
-    """The figures in a JSON file, once they are those of the command's row in the table."""
+    """The figures in a JSON file, once they are those of the command's row in the register."""
     found = json.loads(path.read_text(encoding="utf-8"))
     assert found.keys() == {figure.name for figure in ROWS[command].figures if figure.always}
     for name, value in found.items():
@@ -146,7 +146,7 @@ def test_adapt_trains_what_its_options_say(cli, quick, tmp_path, base):
         "--rank-pattern", "(?=mlp).*down=4", "--alpha-pattern", "0.attn.q=1", "--out", "out",
     )  # fmt: skip
     assert result.status == 0, result.err
-    assert "written as one equal adapter of c_attn" in result.out
+    assert "written as one equivalent adapter on c_attn" in result.out
     record = json.loads((tmp_path / "out" / "training.json").read_text(encoding="utf-8"))
     settings = record["settings"]
     assert settings["targets"] == ["q", "v", r"blocks\.1\.mlp\.down"]
@@ -289,7 +289,7 @@ def test_ctrl_c_saves_exits_130_and_resumes(cli, quick, tmp_path, ctrl_c):
     ctrl_c(2)
     result = cli(*quick, "--out", "out")
     assert result.status == 130
-    told, command = result.lines[-1].split(" To go on: ")
+    told, command = result.lines[-1].split(" To resume: ")
     assert told == "minilora: stopped at step 3; its state is saved."
     assert "Traceback" not in result.err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint.safetensors"]
@@ -588,6 +588,6 @@ def test_what_an_adapter_has_of_its_own_may_be_named_but_not_changed(cli, refuse
     refused("targets .* was asked for, but the adapter has targets", *further, "--targets", "q,v")
     refused("rslora True was asked for", *further, "--rslora")
     refused("--rank-pattern .* was asked for", *further, "--rank-pattern", "down=1")
-    refused("--adapter: expected one to train further", *further, "--adapter", adapter)
-    refused("merge the adapter into it before", *further, "--method", "full")
+    refused("--adapter: expected one to train further, not 2", *further, "--adapter", adapter)
+    refused("merge the adapter into it first", *further, "--method", "full")
     assert cli(*further, "--rank", 2, "--alpha", 2, "--targets", "qkv,o,up,down").status == 0

@@ -84,7 +84,7 @@ BAD_ADAPT = [
     ("--rank 0 is not a whole number", "--rank", 0),
     ("--rank -3 is not a whole number", "--rank", -3),
     (r"--rank 17 is above the smaller side of .*qkv, a weight of 16 × 48", "--rank", 17),
-    ("--rank: invalid int value: '2.5'", "--rank", 2.5),
+    ("--rank: expected a whole number, not '2.5'", "--rank", 2.5),
     ("--alpha 0.0 is not a positive", "--alpha", 0),
     ("--alpha nan", "--alpha", "nan"),
     ("--alpha -inf", "--alpha=-inf"),
@@ -130,7 +130,7 @@ BAD_ADAPT = [
     ("--lr -1.0 is not", "--lr", -1),
     ("--lr nan is not", "--lr", "nan"),
     ("--lr inf is not", "--lr", "inf"),
-    ("--lr: invalid float value: 'fast'", "--lr", "fast"),
+    ("--lr: expected a number, not 'fast'", "--lr", "fast"),
     ("--clip 0.0 is not", "--clip", 0),
     ("--warmup -1 is not", "--warmup", -1),
     ("--weight-decay nan is not", "--weight-decay", "nan"),
@@ -144,15 +144,15 @@ BAD_ADAPT = [
     ("--seed", "--seed", "9" * 5000),
     ("--threads: '-1' is not", "--threads", -1),
     ("--device 'tpu' is not one of cpu, cuda, auto", "--device", "tpu"),
-    ("--method: invalid choice: 'half'", "--method", "half"),
-    ("--dropout acts on the input of adapters", "--method", "full", "--dropout", 0.1),
+    ("--method: expected one of .*, not 'half'", "--method", "half"),
+    ("--dropout is for adapters; --method full trains none", "--method", "full", "--dropout", 0.1),
     ("--json missing/figures.json: expected a file name", "--json", "missing/figures.json"),
     ("--json .: expected a file name", "--json", "."),
     ("--plot missing/x.png: expected a file name", "--plot", "missing/x.png"),
     ("--plot losses.txt: expected a name that ends in .png", "--plot", "losses.txt"),
     ("--base: missing/config.json does not exist; expected a base's folder", "--base", "missing"),
-    ("arguments: --ranks=2; did you mean --rank\\? minilora adapt --help lists", "--ranks=2"),
-    ("--rank: expected one argument", "--rank"),
+    ("there is no option --ranks; did you mean --rank\\? See minilora adapt --help", "--ranks=2"),
+    ("--rank: expected a value", "--rank"),
 ]
 
 
@@ -180,8 +180,8 @@ BAD_GENERATE = [
         "missing",
     ),
     ("--json missing/x.json", "--json", "missing/x.json"),
-    ("unrecognized arguments: surplus; minilora generate --help", "a text", "surplus"),
-    ("TEXT and --prompt are both given", "a text", "--prompt", "another"),
+    ("unexpected argument .surplus.; see minilora generate --help", "a text", "surplus"),
+    ("TEXT and --prompt mean the same; expected one", "a text", "--prompt", "another"),
 ]
 
 
@@ -192,13 +192,13 @@ def test_generate_refuses(refused, base, case):
 
 
 OTHERS = [
-    ("required: COMMAND; minilora --help", "--"),
-    ("there is no command 'train'; did you mean pretrain\\? minilora --help lists", "train"),
-    ("there is no command 'adpt'; did you mean adapt\\? minilora --help", "adpt"),
+    ("--: expected a command first, such as demo; see minilora --help", "--"),
+    ("there is no command 'train'; did you mean pretrain\\? See minilora --help", "train"),
+    ("there is no command 'adpt'; did you mean adapt\\? See minilora --help", "adpt"),
     ("there is no command 'gen'", "help", "gen"),
-    ("unrecognized arguments: --base x; minilora gradcheck --help", "gradcheck", "--base", "x"),
+    ("there is no option --base; see minilora gradcheck --help", "gradcheck", "--base", "x"),
     (
-        "--adapter: given 1 times, --weight: 2",
+        "adapters: 1, weights: 2; expected a --weight for each --adapter",
         "mix",
         "--adapter",
         "x",
@@ -210,12 +210,12 @@ OTHERS = [
     ("--seed: '-1' is not", "gradcheck", "--seed", -1),
     ("--seed: '-1' is not", "demo", "--seed", -1),
     ("--device 'x' is not one of cpu, cuda, auto", "demo", "--device", "x"),
-    ("required: DATA; minilora adapt --help", "adapt"),
-    ("required: DATA", "evaluate"),
-    ("required: DATA", "pretrain"),
-    ("required: --adapter", "merge"),
-    ("required: --adapter", "mix"),
-    ("--weight: invalid float value: 'much'", "merge", "--adapter", "x", "--weight", "much"),
+    ("expected DATA; see minilora adapt --help", "adapt"),
+    ("expected DATA", "evaluate"),
+    ("expected DATA", "pretrain"),
+    ("expected --adapter", "merge"),
+    ("expected --adapter", "mix"),
+    ("--weight: expected a number, not 'much'", "merge", "--adapter", "x", "--weight", "much"),
     ("--device 'x' is not one of cpu, cuda, auto", "merge", "--adapter", "x", "--device", "x"),
     ("--device 'x' is not one of cpu, cuda, auto", "gradcheck", "--device", "x"),
     ("--threads: 'two' is not", "evaluate", "python", "--threads", "two"),
@@ -234,8 +234,8 @@ def test_other_commands_refuse(refused, case):
         ("--layers 0 is too small", ["--layers", 0]),
         ("--heads -1 is too small", ["--heads", -1]),
         ("has 3937 tokens; a context of 9999 needs", ["--context", 9999, "--width", 4]),
-        ("--dtype: invalid choice: 'int8'", ["--dtype", "int8"]),
-        ("--context: invalid int", ["--context", "long"]),
+        ("--dtype: expected one of .*, not 'int8'", ["--dtype", "int8"]),
+        ("--context: expected a whole number, not 'long'", ["--context", "long"]),
     ],
 )
 def test_pretrain_refuses(refused, text, pattern, words):

@@ -224,10 +224,10 @@ def test_adapters_have_the_dtype_of_the_base(base, adapter, other_adapter):
 
 COMMANDS = (["merge"], ["mix"], ["generate"], ["evaluate", "text.txt"])
 BAD_WEIGHTS = [
-    ("--adapter: given 2 times, --weight: 1; expected a weight for each adapter", 1),
-    ("--adapter: given 2 times, --weight: 3", 1, 2, 3),
-    ("the weight nan of an adapter is not a finite number", 1, "nan"),
-    ("the weight -inf of an adapter is not a finite number", "-inf", 1),
+    ("adapters: 2, weights: 1; expected a --weight for each --adapter", 1),
+    ("adapters: 2, weights: 3", 1, 2, 3),
+    ("--weight nan is not a finite number", 1, "nan"),
+    ("--weight -inf is not a finite number", "-inf", 1),
     (r"adapter 2, blocks.0.*: B times 1\.\d+e\+200, its weight and scale, is not", 1, 1e200),
 ]
 
@@ -242,7 +242,7 @@ def test_weights_that_do_not_fit_are_refused(refused, both, text, tmp_path, comm
 
 
 def test_a_weight_without_an_adapter_is_refused(refused, base):
-    refused("--adapter: given 0 times, --weight: 1", "generate", "--base", base, "--weight", 1)
+    refused("adapters: 0, weights: 1", "generate", "--base", base, "--weight", 1)
 
 
 @pytest.mark.parametrize("command", COMMANDS[:3], ids=lambda words: words[0])

@@ -91,7 +91,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_killed_before_every_kind_of_renaming(command, whole, tmp_path):
-    """14 checkpoints, the last at step 40, then the weights, configuration, record, and card."""
+    """14 checkpoints, the last at step 40, then the weights, configuration, card, and record."""
     killed = 0
     for which in (1, 2, 14, 15, 16, 17, 18):
         process = start(

@@ -42,8 +42,8 @@ def test_the_printed_command_gives_the_demonstration_s_adapter_bit_for_bit(
 
     monkeypatch.setattr(demo_module, "adapt_in_folder", kept)
     assert main(["demo", *options]) == 0
-    (line,) = (x for x in capsys.readouterr().out.splitlines() if x.endswith("the same, kept"))
-    assert main(shlex.split(line.removesuffix("the same, kept"))[1:]) == 0
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if x.endswith("the same, saved"))
+    assert main(shlex.split(line.removesuffix("the same, saved"))[1:]) == 0
     for name in ADAPTER:
         ours, theirs = (tmp_path / folder / name for folder in ("python-adapter", "kept"))
         assert ours.read_bytes() == theirs.read_bytes(), name

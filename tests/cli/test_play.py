@@ -93,7 +93,7 @@ def test_options_are_set_by_commands(model):
         ("/seed 1 2", "/seed: expected one whole number of at least 0"),
         ("/adapter nowhere", "nowhere is not a folder"),
         ("/compare", "there is no adapter to compare with"),
-        ("x" * 40, "this has 40 tokens; the base reads 32"),
+        ("x" * 40, "this has 40 tokens, which leaves no room in a context of 32"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_the_next_line_is_read(model, line, message):
@@ -180,4 +180,4 @@ def test_lines_of_standard_input_are_answered(base, monkeypatch, capsys):
 
 def test_a_wrong_option_is_refused_as_everywhere(base, capsys):
     assert main(["play", "--base", str(base), "--json", "x"]) == 2
-    assert "unrecognized arguments: --json" in capsys.readouterr().err
+    assert "there is no option --json; see minilora play --help" in capsys.readouterr().err

@@ -114,9 +114,9 @@ def test_an_output_is_not_among_the_results(refused, quick, tmp_path, option):
 
 def test_two_outputs_are_two_files(refused, quick, tmp_path):
     (tmp_path / "link.png").symlink_to("x.png")
-    refused("--plot x.png is the file of --json, too", *quick, "--json", "x.png", "--plot", "x.png")
+    refused("--plot x.png is also the file of --json", *quick, "--json", "x.png", "--plot", "x.png")
     words = (*quick, "--json", "link.png", "--plot", "x.png")
-    refused("--plot x.png is the file of --json, too", *words)
+    refused("--plot x.png is also the file of --json", *words)
 
 
 def test_a_link_stays_and_its_file_is_written(cli, base, text, tmp_path):

@@ -3,6 +3,7 @@
 import io
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -10,8 +11,8 @@ from minilora import LoRAConfig, TrainConfig
 from minilora.cli import main
 from minilora.cli.commands import lora_options, settings_of
 from minilora.cli.parser import parser
+from minilora.cli.register import COMMANDS, Option
 from minilora.cli.streams import Output, escaped, one_line
-from minilora.cli.table import COMMANDS, Option
 
 ROWS = {row.name: row for row in COMMANDS}
 
@@ -57,18 +58,51 @@ def test_the_help_ends_with_examples_that_the_parser_takes(capsys, command):
 @pytest.mark.parametrize(
     ("words", "hint"),
     [
-        (["adpt", "x.txt"], "no command 'adpt'; did you mean adapt? minilora --help"),
+        (["adpt", "x.txt"], "no command 'adpt'; did you mean adapt? See minilora --help"),
         (["generat"], "did you mean generate?"),
         (["help", "megre"], "did you mean merge?"),
-        (["generate", "--temprature", "1"], "did you mean --temperature? minilora generate --help"),
-        (["adapt", "x", "--learning-rat", "1"], "--learning-rat 1; minilora adapt --help"),
-        (["adapt", "x", "--evalevery=3"], "did you mean --eval-every? minilora adapt --help"),
-        (["nonsense"], "no command 'nonsense'; minilora --help"),
+        (
+            ["generate", "--temprature", "1"],
+            "did you mean --temperature? See minilora generate --help",
+        ),
+        (
+            ["adapt", "x", "--learning-rat", "1"],
+            "no option --learning-rat; see minilora adapt --help",
+        ),
+        (["adapt", "x", "--evalevery=3"], "did you mean --eval-every? See minilora adapt --help"),
+        (["nonsense"], "no command 'nonsense'; see minilora --help"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_mistyped_word_is_answered_with_the_nearest(refused, words, hint):
     refused(hint.replace("?", r"\?"), *words)
+
+
+@pytest.mark.parametrize(
+    ("option", "folder", "expected"),
+    [
+        ("--adapter", ".", "--adapter: adapter_config.json does not exist"),
+        ("--adapter", "./empty", "--adapter: empty/adapter_config.json does not exist"),
+        ("--adapter", "empty/", "--adapter: empty/adapter_config.json does not exist"),
+        ("--base", ".", "--base: config.json does not exist"),
+        ("--base", "./empty", "--base: empty/config.json does not exist"),
+        ("--base", "nowhere/", "--base: nowhere/config.json does not exist"),
+    ],
+)
+def test_an_error_names_the_option_however_its_folder_is_typed(
+    refused, tmp_path, monkeypatch, option, folder, expected
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    refused(re.escape(str(Path(expected))), "generate", option, folder)
+
+
+def test_an_option_before_the_command_is_named(refused):
+    refused("^minilora: --seed: expected a command first", "--seed", 3, "demo")
+
+
+def test_half_without_a_gpu_is_named(refused):
+    refused("^minilora: --half needs --device cuda", "generate", "--half")
 
 
 # --- values that begin with a dash ---------------------------------------------------------------
@@ -86,8 +120,8 @@ def test_a_prompt_may_begin_with_dashes(value):
 
 
 def test_an_option_is_no_value_of_the_one_before(refused):
-    refused("--prompt: expected one argument", "generate", "--prompt", "--seed", 3)
-    refused("--prompt: expected one argument", "generate", "--prompt", "--seed=3")
+    refused("--prompt: expected a value", "generate", "--prompt", "--seed", 3)
+    refused("--prompt: expected a value", "generate", "--prompt", "--seed=3")
 
 
 def test_a_prompt_is_the_word_after_generate(cli, base):

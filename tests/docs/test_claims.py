@@ -11,7 +11,7 @@ import pytest
 
 import minilora
 from minilora.adapters import LoRAConfig, adapters, lora_init
-from minilora.bench.budget import SHAPES, Step, evaluate, ledger, scaled
+from minilora.bench.budget import SHAPES, Step, ledger, scaled, value_of
 from minilora.cli import main
 from minilora.tree import flatten
 
@@ -155,7 +155,7 @@ def test_the_formulas_are_those_of_the_ledger():
     values = set()
     for formula in on_page:
         for inputs in "CF" if "I" in formula.split() else "C":
-            values.add(evaluate(formula, {**sizes, "I": sizes[inputs]}))
+            values.add(value_of(formula, {**sizes, "I": sizes[inputs]}))
     assert values == in_ledger
 
 

@@ -2,12 +2,12 @@
 
 import re
 
-import pytest
+from minilora.adapters import LoRAConfig, lora_init
+from minilora.formats.card import CARD, card, card_file, write_card
+from minilora.formats.peft import save_adapter
+from minilora.gpt2 import GPTConfig, gpt_init
 
-from minilora.errors import MiniloraError
-from minilora.formats.card import CARD, card, write_card
-from minilora.formats.files import write_json
-
+CONFIG = GPTConfig(vocab_size=11, n_positions=4, n_embd=4, n_layer=2, n_head=1)
 FACTS = {"rank": 4, "targets": ("q", "v"), "loss after": 1.5}
 
 
@@ -42,14 +42,39 @@ def test_the_facts_are_a_table():
 
 
 def test_a_readme_that_is_there_stays(tmp_path):
-    write_json(tmp_path / "adapter_config.json", {"base_model_name_or_path": "minilora"})
-    write_card(tmp_path, FACTS)
+    write_card(tmp_path, "minilora", FACTS)
     assert f"# {tmp_path.name}\n" in (tmp_path / CARD).read_text(encoding="utf-8")
     (tmp_path / CARD).write_text("mine", encoding="utf-8")
-    write_card(tmp_path, FACTS)
+    write_card(tmp_path, "minilora", FACTS)
     assert (tmp_path / CARD).read_text(encoding="utf-8") == "mine"
 
 
-def test_a_folder_without_an_adapter_has_no_card(tmp_path):
-    with pytest.raises(MiniloraError, match="adapter_config.json does not exist"):
-        write_card(tmp_path, FACTS)
+def test_whoever_saves_an_adapter_gets_its_card(tmp_path):
+    """As with PEFT's `save_pretrained`; what the user has written stays."""
+    lora_config = LoRAConfig(rank=2, targets=("up",), rank_pattern={"1.mlp.up": 1})
+    base = gpt_init(CONFIG, seed=0)
+    lora = lora_init(base, lora_config, seed=0)
+    folder = tmp_path / 'the "first"'
+    save_adapter(folder, lora, lora_config, CONFIG, base_name="me/base")
+    text = (folder / CARD).read_text(encoding="utf-8")
+    assert "base_model: me/base" in front(text)
+    assert '| rank | 2 |\n| alpha | 2 |\n| targets | ["up"] |\n| dropout | 0.0 |' in text
+    assert '| rank_pattern | {"1.mlp.up": 1} |' in text
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        compile(code, "card", "exec")
+    (folder / CARD).write_text("mine", encoding="utf-8")
+    save_adapter(folder, lora, lora_config, CONFIG)
+    assert (folder / CARD).read_text(encoding="utf-8") == "mine"
+
+
+def test_a_card_without_a_base_says_that_one_is_needed():
+    text = card("mine", None, FACTS)
+    assert "A LoRA adapter for a GPT-2" in text
+    assert 'load_model("FOLDER OF THE BASE", adapter="mine")' in text
+    assert "base_model" not in text and "None" not in text
+
+
+def test_a_name_that_is_no_text_does_not_hinder_the_card(tmp_path):
+    """Linux allows any bytes in a name; Python has surrogates for those that are not UTF-8."""
+    (file,) = card_file(tmp_path, "of \udcff", FACTS).values()
+    assert b"`of ?`" in b"".join(file)

@@ -20,6 +20,7 @@ from minilora.adapters import (
     weight_of,
 )
 from minilora.errors import MiniloraError
+from minilora.formats.card import CARD
 from minilora.formats.peft import fused_blocks, load_adapter, save_adapter
 from minilora.formats.tensors import read_tensors, write_tensors
 from minilora.gpt2 import GPTConfig, gpt_init
@@ -105,7 +106,7 @@ def test_save_load_save_is_exact(tmp_path_factory, lora_config, seed):
     lora, folder = drawn(lora_config, seed=seed), tmp_path_factory.mktemp("a")
     save_adapter(folder, lora, lora_config, CONFIG, base_name="a/b")
     before = bytes_of(folder)
-    assert before.keys() == {WEIGHTS, JSON}
+    assert before.keys() == {CARD, WEIGHTS, JSON}
     loaded, loaded_config = load_adapter(folder, CONFIG)
     for path, leaf in flatten(loaded).items():
         assert leaf.dtype == np.float32 and leaf.flags.c_contiguous and leaf.flags.writeable, path

@@ -93,7 +93,7 @@ def test_a_base_in_half(device, figures, base, text, tmp_path):
 def test_a_base_in_half_needs_a_gpu_and_stays_frozen(device, base, text, tmp_path, capsys):
     adapt = ("adapt", text, "--base", base, *QUICK, "--out", str(tmp_path / "out"), "--half")
     assert main(adapt) == 2
-    assert "float16 need the device cuda" in capsys.readouterr().err
+    assert "--half needs --device cuda" in capsys.readouterr().err
     assert main([*adapt, "--device", device, "--method", "full"]) == 2
     assert "--half is for a frozen base" in capsys.readouterr().err
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from minilora.adapters import LoRAConfig, lora_init
-from minilora.bench.budget import Step, figures
+from minilora.bench.budget import Step, figures_of
 from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.keep import Plan
 from minilora.network import Net
@@ -48,5 +48,5 @@ def test_the_peak_of_a_step_is_predicted(counters, shape, method):
         _, grads = batch_loss_and_grads(workers, net, tokens, targets, plan=plan, device=device)
     grads, _ = clip_by_global_norm(grads, 1.0)
     adamw(params, grads, state, step=1, lr=1e-3)
-    share = (counters()["peak_bytes"] - before) / figures(step)["peak_bytes"]
+    share = (counters()["peak_bytes"] - before) / figures_of(step)["peak_bytes"]
     assert 0.8 < share < 1.1, f"the peak is {share:.3f} of what is predicted"

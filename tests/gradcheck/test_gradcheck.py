@@ -38,7 +38,7 @@ def check(backward, forward=affine_forward, **options):
 
 
 def spoiled(name, change):
-    """The right backward with one gradient replaced by change(gradient)."""
+    """The correct backward pass with one gradient replaced by change(gradient)."""
 
     def backward(dy, cache):
         gradients = dict(zip(("x", "w"), affine_backward(dy, cache), strict=True))
@@ -223,13 +223,13 @@ def test_passes_that_change_what_they_were_given_are_refused():
         calls.append(dy)
         return tuple(len(calls) * gradient for gradient in affine_backward(dy, cache))
 
-    with pytest.raises(GradientError, match="forward changed an argument"):
+    with pytest.raises(GradientError, match="forward pass changed an argument"):
         check(affine_backward, forward_changes_x)
-    with pytest.raises(GradientError, match="backward changed dy"):
+    with pytest.raises(GradientError, match="backward pass changed dy"):
         check(backward_changes_dy)
     with pytest.raises(GradientError, match="its cache"):
         check(backward_changes_cache, forward_with_state)
-    with pytest.raises(GradientError, match="another result the second time"):
+    with pytest.raises(GradientError, match="another result when repeated"):
         check(backward_with_memory)
 
 

@@ -50,7 +50,7 @@ def test_a_large_input_hides_no_wrong_gradient_of_a_branch(factor):
 
 
 def test_outputs_that_do_not_depend_on_an_argument_do_not_hide_its_gradient():
-    """Only outputs that changed are rounded anew, however large the others are."""
+    """Only outputs that change add rounding errors, however large the others are."""
 
     def forward(x, huge):
         return np.concatenate([np.sin(x), huge]), (x,)
@@ -67,7 +67,7 @@ def test_outputs_that_do_not_depend_on_an_argument_do_not_hide_its_gradient():
 
 
 def loss_forward(logits, *, targets):
-    """The cross-entropy without the maximum: where V = 1 it is 0 but for its rounding."""
+    """The cross-entropy without the maximum: for V = 1 it is 0 except for rounding."""
     loss = np.mean(np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(logits)), targets])
     return loss, (logits, targets)
 
@@ -99,7 +99,7 @@ def test_the_rounding_of_logits_before_a_loss_near_zero_is_no_error(seed):
 
 @pytest.mark.parametrize("seed", range(10))
 def test_large_attention_scores_are_no_false_alarm(seed):
-    """The scores bend within a step that grows with the entries."""
+    """The scores are strongly curved within a step that grows with the entries."""
     arguments = [30.0 * normal(2, 5, 18, seed=seed)]
     checks = check_pair(attention_forward, attention_backward, arguments, {"heads": 2}, seed=seed)
     assert_close(checks)

@@ -168,7 +168,7 @@ def test_positions_are_computed_in_float64_and_rounded_once():
         ({"hidden_size": 18}, "hidden_size 18 is not a multiple of num_attention_heads 4"),
         ({"head_dim": 0}, "head_dim 0 is too small"),
         ({"head_dim": 5}, "heads of width 5 have no pairs"),
-        ({"vocab_size": 2**25}, "vocab_size 33554432 is above 16,777,216"),
+        ({"vocab_size": 2**25}, "vocab_size 33554432 is too large; the maximum is 16,777,216"),
         ({"rope_scaling": llama.LinearScaling(0.0)}, "has a number that is not positive"),
         ({"rope_scaling": LLAMA_3._replace(high=1.0)}, "has a low that is not below its high"),
         ({"rope_theta": 0.0}, "rope_theta 0.0 is not a positive number"),

@@ -233,7 +233,7 @@ def test_an_adapter_of_the_embedding_cannot_be_merged():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 10**400, "alpha": 1.0}, "rank 10+ is too large; it is below 2.31"),
+        ({"rank": 10**400, "alpha": 1.0}, "rank 10+ is too large; the limit is 2.31"),
         ({"rank_pattern": {"q": 2**31}}, "rank 2147483648 is too large"),
         ({"alpha": 5e-324}, "alpha 5e-324 is too small: the scale alpha / rank would be 0"),
         ({"alpha_pattern": {"q": 1e-40}}, "alpha 1e-40 is too small"),

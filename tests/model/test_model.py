@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from html import escape
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import pytest
 
 import minilora
 from minilora.errors import MiniloraError
+from minilora.evaluation import Evaluation
 from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.tokenizer import BPETokenizer, ByteTokenizer
 from minilora.training.checkpoint import History
@@ -52,6 +54,45 @@ def test_what_a_model_shows_is_no_markup():
     folder = Path("<script>")
     html = minilora.Model(base, CONFIG, tokenizer=ByteTokenizer(), folder=folder)._repr_html_()
     assert "<script>" not in html and "&lt;script&gt;" in html
+
+
+def test_a_corpus_an_evaluation_and_a_training_show_themselves_as_facts(model):
+    corpus = minilora.corpus_from_text(TEXT, model.tokenizer)
+    trained = adapted(model)[1]
+    (_, before), (_, after) = trained.history.held_out
+    evaluation = Evaluation(loss=1.23456, bits_per_byte=1.78109, tokens=4095)
+    facts = {
+        "Corpus": (
+            corpus,
+            "'the text'",
+            "1 read",
+            f"{len(corpus.train):,} tokens, ",
+            "held-out   ",
+        ),
+        "Trained": (trained, "1,024 parameters", "2 in ", f"{before:.3f} → {after:.3f} nats per"),
+        "Evaluation": (
+            evaluation,
+            "1.2346 nats per token, 1.7811 bits per byte",
+            "4,095 predicted",
+        ),
+    }
+    for name, (value, *expected) in facts.items():
+        shown, html = repr(value), value._repr_html_()
+        assert shown.startswith(f"{name:<10} ")
+        for fact in expected:
+            assert fact in shown, shown
+        for line in shown.splitlines():
+            assert escape(line[11:]) in html and f">{line[:10].strip()}<" in html
+
+
+def test_a_corpus_says_how_many_files_were_left_out_and_abridges_its_name(model, tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text(TEXT, encoding="utf-8")
+    (folder / "b.bin").write_bytes(b"\0")
+    shown = repr(minilora.load_corpus([folder / "a.txt", folder], model.tokenizer))
+    assert "2 read, 1 left out" in shown
+    assert len(shown.splitlines()[0]) < 50
 
 
 @pytest.mark.parametrize("what", ["net", "trained", "history", "corpus", "bytes", "bpe", "config"])

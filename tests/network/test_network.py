@@ -412,5 +412,6 @@ def test_targets_of_another_shape_than_the_tokens_are_refused(shape):
 
 @pytest.mark.parametrize("name", ["vocab_size", "n_positions", "n_embd", "n_layer"])
 def test_sizes_that_no_machine_can_hold_are_refused(name):
-    with pytest.raises(MiniloraError, match=f"{name} 20000000 is above 16,777,216"):
+    message = f"{name} 20000000 is too large; the maximum is 16,777,216"
+    with pytest.raises(MiniloraError, match=message):
         GPTConfig(**{"n_head": 1, name: 20_000_000})

@@ -14,7 +14,7 @@ from minilora.errors import MiniloraError
 from minilora.formats import save_base
 from minilora.gpt2 import GPTConfig
 from minilora.lora import merge, unmerge
-from minilora.mix import mix
+from minilora.mixing import mix
 from minilora.model import load_model
 from minilora.network import Net, net_logits
 from minilora.tree import flatten

@@ -201,7 +201,8 @@ def test_several_files_are_one_corpus(write):
     model = SimpleNamespace(tokenizer=BYTES, folder=Path("base"))
     corpus = load_records(files, model, context=99, held_out=0)
     assert len(corpus.train) == 4 and corpus.forms == {"prompt": 3, "text": 1}
-    assert repr(corpus).startswith("Records('") and "4 to train on" in repr(corpus)
+    assert repr(corpus).startswith("Records    '") and "4 records with" in repr(corpus)
+    assert "4 records with" in corpus._repr_html_()
     assert corpus.train[3].place.endswith("b.jsonl, line 1")
 
 

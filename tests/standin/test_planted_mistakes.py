@@ -33,7 +33,7 @@ from minilora.formats import load_adapter
 from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.keep import Plan
 from minilora.kernels import gelu_gradient
-from minilora.mix import mix
+from minilora.mixing import mix
 from minilora.model import Model, complete
 from minilora.network import loss_and_grads
 from minilora.ops import normalise_forward

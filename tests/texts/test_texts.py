@@ -150,7 +150,7 @@ def test_links_are_followed_and_nothing_is_read_twice(tmp_path):
     assert names == ["out/deep/o.txt", "sub/y.txt", "z.txt"]
     assert left_out.pop("nowhere").startswith("unreadable: ")
     assert left_out == dict.fromkeys(
-        ("a.txt", "again", "sub/round", "zz.txt"), "read by another path"
+        ("a.txt", "again", "sub/round", "zz.txt"), "read under another path"
     )
 
 
@@ -158,7 +158,7 @@ def test_links_that_lead_to_each_other_end(tmp_path):
     write_files(tmp_path, {"a/a.txt": "a", "b/b.txt": "b"})
     link(tmp_path / "a" / "b", tmp_path / "b", is_folder=True)
     link(tmp_path / "b" / "a", tmp_path / "a", is_folder=True)
-    assert read(tmp_path / "a") == (["a.txt", "b/b.txt"], {"b/a": "read by another path"})
+    assert read(tmp_path / "a") == (["a.txt", "b/b.txt"], {"b/a": "read under another path"})
 
 
 # --- what minilora wrote -----------------------------------------------------------------------
@@ -177,14 +177,14 @@ def test_no_output_of_a_run_and_no_base_is_read_as_text(tmp_path):
         write_files(tmp_path, {f"copied/{name}": (BUILT_IN / name).read_bytes()})
     again = load_corpus(tmp_path, BYTES)
     assert np.array_equal(again.train, corpus.train)
-    assert {entry.reason for entry in again.left_out} == {"with a model or a training run"}
+    assert {entry.reason for entry in again.left_out} == {"of a model or a training run"}
     left_out = {Path(entry.name).relative_to(tmp_path).as_posix() for entry in again.left_out}
     assert left_out == {"adapter", "more/base", "stopped", "copied"}
 
 
 def test_folders_of_text_within_that_of_a_run_are_read(tmp_path):
     write_files(tmp_path, {"training.json": "{}", "figures.txt": "no", "texts/a.txt": "a"})
-    assert read(tmp_path) == (["texts/a.txt"], {".": "with a model or a training run"})
+    assert read(tmp_path) == (["texts/a.txt"], {".": "of a model or a training run"})
 
 
 def test_a_configuration_alone_is_text(tmp_path):

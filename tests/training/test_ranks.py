@@ -40,7 +40,7 @@ SETTINGS = TrainConfig(
 
 
 class Meeting:
-    """What ranks that are threads have in common."""
+    """What ranks that are threads share."""
 
     def __init__(self, size):
         self.values = [None] * size
@@ -66,7 +66,7 @@ class ThreadRanks(Ranks):
 
 
 def together(size, f, kind=ThreadRanks):
-    """`f(ranks)` of every rank, in their order; the error of the first that fails."""
+    """`f(ranks)` of every rank, in order of rank; raises the error of the first that fails."""
     meeting = Meeting(size)
 
     def of_rank(rank):

@@ -156,7 +156,7 @@ def test_the_handler_of_ctrl_c_is_put_back():
 
 
 def test_a_handler_that_python_did_not_set_is_left_alone(monkeypatch):
-    """For one that a program set from C, Python says None, and cannot put it back."""
+    """Python shows a handler that was set from C as None, and cannot restore it."""
     set_handler = signal.signal
     calls = []
 
@@ -289,7 +289,7 @@ WRONG = {
     ),
     "other dtype": (
         with_array("params.blocks.0.attn.o.A", lambda x: x.astype(np.float64)),
-        "params.*o.A is of dtype float64, but this run has float32",
+        "params.*o.A is of dtype float64, but this run.s is float32",
     ),
     "settings []": (with_text("settings", "[]"), "is not a checkpoint"),
     "settings a list": (with_text("settings", '["steps"]'), "is not a checkpoint"),
@@ -327,7 +327,7 @@ def test_what_a_checkpoint_cannot_hold_is_refused(tmp_path, case, is_noticed_by)
             tensors, {name: text for name, text in metadata.items() if name != "checksum"}
         )
     else:
-        message = "is damaged: what it holds is not what was saved"
+        message = "is damaged: its contents do not match its checksum"
     write_tensors(path, tensors, metadata)
     before = path.read_bytes()
     with pytest.raises(MiniloraError, match=message) as caught:
@@ -342,7 +342,7 @@ def test_a_checkpoint_of_a_version_without_checksums_is_refused(tmp_path):
     tensors, metadata = read_tensors(tmp_path / CHECKPOINT)
     del metadata["checksum"]
     write_tensors(tmp_path / CHECKPOINT, tensors, metadata)
-    with pytest.raises(MiniloraError, match="no checksum: .* a version that wrote none; empty the"):
+    with pytest.raises(MiniloraError, match="no checksum: .* an older version; empty the"):
         run(folder=tmp_path)
 
 
@@ -367,7 +367,7 @@ def test_one_bit_anywhere_is_noticed_or_means_nothing(tmp_path):
 
 
 def test_numbers_that_are_not_finite_leave_the_last_good_checkpoint(tmp_path, monkeypatch):
-    """The rate becomes absurd at step 5: the checkpoint of step 4 stays, and it goes on from it."""
+    """At step 5 the rate becomes absurd: the checkpoint of step 4 stays, and the run resumes."""
     from minilora.optim import warmup_cosine
 
     def absurd(step, **schedule):

@@ -14,6 +14,7 @@ from minilora.adapters import LoRAConfig
 from minilora.data import Corpus
 from minilora.errors import MiniloraError
 from minilora.formats import load_adapter, load_base, save_base
+from minilora.formats.card import CARD
 from minilora.formats.output import LOCK
 from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.model import Model
@@ -35,7 +36,7 @@ LORA_CONFIG = LoRAConfig(rank=2, targets=("qkv", "down"), dropout=0.1)
 SETTINGS = TrainConfig(
     steps=4, batch=2, context=8, lr=0.05, warmup=1, threads=1, log_every=1, checkpoint_every=1
 )
-ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", RECORD]
+ADAPTER_FILES = [CARD, "adapter_config.json", "adapter_model.safetensors", RECORD]
 NAMES = {
     "loss_before", "loss_after", "trainable_parameters", "base_parameters", "adapter_bytes",
     "seconds", "tokens_per_second",
@@ -66,8 +67,13 @@ def names(folder):
 
 
 def result(folder):
-    """The bytes of the files that must not depend on stops."""
-    return {name: (folder / name).read_bytes() for name in names(folder) if name != RECORD}
+    """The bytes of the files that must not depend on stops; a card without its folder's name."""
+    files = {name: (folder / name).read_bytes() for name in names(folder) if name != RECORD}
+    if CARD in files:
+        for form in ("# {}\n", '"{}"'):
+            old, new = (form.format(name).encode() for name in (folder.name, "NAME"))
+            files[CARD] = files[CARD].replace(old, new)
+    return files
 
 
 def test_a_run_leaves_the_adapter_and_a_record(tmp_path, model):
@@ -152,7 +158,7 @@ def states_of_the_folder():
 
         return half
 
-    config, weights, record = ADAPTER_FILES
+    card, config, weights, record = ADAPTER_FILES
     return {
         "the folder alone": keep(),
         "the first checkpoint half written": and_half_of(CHECKPOINT, keep()),
@@ -160,8 +166,9 @@ def states_of_the_folder():
         "weights half written": and_half_of(weights, keep(CHECKPOINT)),
         "weights alone": keep(CHECKPOINT, weights),
         "configuration half written": and_half_of(config, keep(CHECKPOINT, weights)),
-        "no record": keep(CHECKPOINT, weights, config),
-        "record half written": and_half_of(record, keep(CHECKPOINT, weights, config)),
+        "no card": keep(CHECKPOINT, weights, config),
+        "no record": keep(CHECKPOINT, weights, config, card),
+        "record half written": and_half_of(record, keep(CHECKPOINT, weights, config, card)),
         "checkpoint not yet deleted": keep(CHECKPOINT, *ADAPTER_FILES),
     }
 
@@ -179,6 +186,25 @@ def test_killed_while_the_result_is_written(tmp_path, model, monkeypatch, state)
     run(model, folder, resume=True)
     assert names(folder) == ADAPTER_FILES
     assert result(folder) == result(tmp_path / "whole")
+
+
+def test_a_run_of_an_adapter_writes_a_card_with_its_settings_and_losses(tmp_path, model):
+    figures = run(model, tmp_path / "out").figures
+    text = (tmp_path / "out" / CARD).read_text(encoding="utf-8")
+    for name, value in (("rank", 2), ("steps", 4), ("loss after", figures["loss_after"])):
+        assert f"\n| {name} | {json.dumps(value)} |\n" in text
+    run(model, tmp_path / "full", method="full")
+    assert not (tmp_path / "full" / CARD).exists()
+
+
+def test_a_readme_of_the_user_s_stays_when_a_run_is_resumed(tmp_path, model):
+    folder = tmp_path / "out"
+    with pytest.raises(Killed):
+        run(model, folder, report=killed_at(2))
+    (folder / CARD).write_text("mine", encoding="utf-8")
+    run(model, folder, resume=True)
+    assert names(folder) == ADAPTER_FILES
+    assert (folder / CARD).read_text(encoding="utf-8") == "mine"
 
 
 def test_a_finished_run_is_not_run_again(tmp_path, model):
@@ -208,7 +234,7 @@ def test_a_finished_run_without_its_files_is_not_finished(tmp_path, model, metho
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("damage", ["cut off", "from elsewhere", "one bit"])
 def test_a_finished_result_is_what_was_saved_or_it_is_said(tmp_path, model, method, damage):
-    """And where a checkpoint is still there, the run goes on from it."""
+    """If a checkpoint is still there, the run resumes from it."""
     folder = tmp_path / "out"
     with pytest.raises(Killed):
         run(model, folder, method=method, report=killed_at(4))
@@ -224,7 +250,9 @@ def test_a_finished_result_is_what_was_saved_or_it_is_said(tmp_path, model, meth
         "one bit": data[:-1] + bytes([data[-1] ^ 1]),
     }[damage])  # fmt: skip
     before = {path: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(MiniloraError, match=f"{weights} is not what its run saved; empty the"):
+    with pytest.raises(
+        MiniloraError, match=f"{weights} has changed since its run saved it; empty the"
+    ):
         run(model, folder, method=method, resume=True)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     (folder / CHECKPOINT).write_bytes(checkpoint)
@@ -302,7 +330,7 @@ def test_a_run_that_fails_later_keeps_its_checkpoint(tmp_path, model):
 
 @pytest.mark.parametrize("finished", [False, True])
 def test_another_device_is_another_run(tmp_path, model, monkeypatch, finished):
-    """Its rounding is another. The arrays stay on the host here, whatever the device is called."""
+    """Another device rounds differently. Here the arrays stay on the host, whatever its name."""
     for module in ("network", "training.loop", "training.checkpoint", "evaluation"):
         monkeypatch.setattr(f"minilora.{module}.to_device", lambda arrays, device: arrays)
 

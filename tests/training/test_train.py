@@ -363,7 +363,7 @@ def test_evaluation_sees_the_adapter():
 
 @pytest.mark.parametrize("tokens", [[], [1]])
 def test_evaluation_needs_two_tokens(tokens):
-    with pytest.raises(MiniloraError, match=f"{len(tokens)} tokens"):
+    with pytest.raises(MiniloraError, match=f"tokens in the text: {len(tokens)}; "):
         evaluate_tokens(Net(BASE, CONFIG), np.array(tokens, np.int32), text_bytes=1)
 
 

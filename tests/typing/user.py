@@ -47,6 +47,9 @@ def descend(seed: int) -> tuple[float, bool]:
     )
     base, _ = minilora.load_base("base")
     lora_config = minilora.LoRAConfig(rank=2)
+    scale: float = lora_config.alpha / lora_config.rank  # a number, also where it was not given
+    warmup: int = minilora.TrainConfig().warmup // 2
+    print(scale, warmup)
     lora = minilora.lora_init(base, lora_config, seed=seed)
     net = minilora.Net(base, config, lora, lora_config)
     tokens = np.arange(12).reshape(2, 6) % 11
@@ -66,5 +69,6 @@ def refused() -> str:
 
 # Mistakes that must be found. Where one is not, the comment that expects it is reported as unused.
 minilora.LoRAConfig(rank="2")  # type: ignore[arg-type]
+minilora.LoRAConfig(alpha="2")  # type: ignore[arg-type]
 minilora.evaluate(3, ["text.txt"])  # type: ignore[arg-type]
 nothing = minilora.loss_and_gradients  # type: ignore[attr-defined]

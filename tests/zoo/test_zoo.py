@@ -150,10 +150,10 @@ BUGS = (
     ),
     Bug(
         "The factors averaged",
-        "mix.py",
+        "mixing.py",
         "xp.concatenate(As, axis=1)",
         "sum(As) / len(As)",
-        "tests/mix/test_mix.py::"
+        "tests/mixing/test_mixing.py::"
         "test_the_mixture_of_any_adapters_is_the_weighted_sum_of_their_updates",
     ),
     Bug(

@@ -1,7 +1,7 @@
-"""The table of commands: the name of each, what it does, its options, and its figures.
+"""The register of commands: the name of each, what it does, its options, and its figures.
 
-This is the only place that names them. `parser` makes the command line and its help from the table,
-a command may write no other figures than those of its row, and tests compare README with it.
+This is the only place that lists them. `parser` builds the command line and its help from the
+register, a command may write no figures but those of its row, and tests compare README with it.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ PRETRAINED = TrainConfig(
 
 
 class Option(NamedTuple):
-    """An option or a positional argument, in the words of argparse's `add_argument`.
+    """An option or a positional argument: its flag, and the keywords of argparse's `add_argument`.
 
-    Its `dest` is the name of the argument that it becomes, so that an error can be told of it.
+    Errors name arguments by `dest`; the command line puts the flag in its place.
     """
 
     flag: str
@@ -46,12 +46,12 @@ class Option(NamedTuple):
 
     @property
     def dest(self) -> str:
-        """The name of the argument that it becomes."""
+        """The name of the parsed argument."""
         return str(self.keywords.get("dest", self.flag.lstrip("-").replace("-", "_")))
 
     @property
     def help(self) -> str:
-        """What it is for."""
+        """Its text in the help."""
         return str(self.keywords["help"])
 
     def but(self, **keywords: Any) -> Option:
@@ -81,13 +81,14 @@ class Figure(NamedTuple):
 
 
 class Command(NamedTuple):
-    """A row of the table: `run` returns the exit status, `parallel` allows several processes.
+    """A row of the register: `function` returns the exit status.
 
-    `examples` are commands that run as they stand, but for the names of files.
+    `examples` are commands that run as they stand, except for the names of files. `parallel` says
+    whether several processes may share the work.
     """
 
     name: str
-    run: Callable[[argparse.Namespace], int]
+    function: Callable[[argparse.Namespace], int]
     summary: str
     examples: tuple[str, ...]
     options: tuple[Option | Group | OneOf, ...]
@@ -95,7 +96,7 @@ class Command(NamedTuple):
     parallel: bool = False
 
     def every_option(self) -> Iterator[Option]:
-        """The options, those in groups among them."""
+        """All options, including those in groups."""
         for entry in self.options:
             yield from [entry] if isinstance(entry, Option) else entry.options
 
@@ -105,7 +106,7 @@ class Command(NamedTuple):
         expected = {f.name for f in self.figures if f.always or f.name in found}
         if found != expected:
             raise MiniloraError(
-                f"--json: expected the figures that the table of commands names for {self.name}; "
+                f"--json: expected the figures that the register lists for {self.name}; "
                 f"missing or not among them: {', '.join(sorted(found ^ expected))}"
             )
 
@@ -115,13 +116,13 @@ def option(flag: str, help: str, **keywords: Any) -> Option:
     return Option(flag, {"help": help, **keywords})
 
 
-def figures(*names: str, note: str = "", always: bool = True) -> tuple[Figure, ...]:
+def figures_named(*names: str, note: str = "", always: bool = True) -> tuple[Figure, ...]:
     """Several figures with the same note."""
     return tuple(Figure(name, note, always) for name in names)
 
 
 def listed(row: Iterable[Figure]) -> str:
-    """The names of figures; neighbours with the same note share it: `a, b (bytes), c`."""
+    """The names of figures; neighbours with equal notes share one: `a, b (bytes), c`."""
     parts = []
     for note, those in groupby(row, key=lambda figure: figure.note):
         names = ", ".join(figure.name for figure in those)
@@ -130,7 +131,7 @@ def listed(row: Iterable[Figure]) -> str:
 
 
 def natural(text: str) -> int:
-    """The whole number of at least 0 that an option is."""
+    """The value of an option that is a whole number of at least 0, such as a seed."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
     return int(text)
@@ -160,7 +161,7 @@ ADAPTER = option(
 )
 WEIGHT = option(
     "--weight",
-    "factor of an adapter's update, one for each --adapter in their order (default: 1)",
+    "factor of an adapter's update, one for each --adapter, in the same order (default: 1)",
     type=float,
     action="append",
 )
@@ -190,11 +191,11 @@ THREADS = option(
     type=natural,
     default=0,
 )
-DEVICE = option("--device", "cpu, cuda (CuPy), or auto: cuda where it works", default="cpu")
+DEVICE = option("--device", "cpu, cuda (CuPy), or auto: cuda if it works", default="cpu")
 RECOMPUTE = option(
     "--recompute",
-    "keep the input of each block alone and compute the rest again: less memory, "
-    "some more time, the same result",
+    "keep only the input of each block and recompute the rest: less memory, "
+    "somewhat more time, the same result",
     action="store_true",
 )
 HALF = option(
@@ -207,9 +208,18 @@ OUT = option("--out", "folder for the result", type=Path, default=Path("adapter"
 
 DRAWS = (
     option("--tokens", "how many tokens to add", dest="max_tokens", type=int, default=300),
-    option("--temperature", "0 always takes the likeliest token", type=float, default=0.8),
+    option(
+        "--temperature",
+        "how random the draws are; 0 always takes the likeliest token",
+        type=float,
+        default=0.8,
+    ),
     option("--top-k", "draw from the k likeliest tokens", type=int),
-    option("--top-p", "draw from the likeliest tokens that reach probability p", type=float),
+    option(
+        "--top-p",
+        "draw from the fewest likeliest tokens whose probabilities reach p in sum",
+        type=float,
+    ),
     SEED.but(help="seed of the draws"),
     DEVICE,
     HALF,
@@ -219,13 +229,13 @@ LORA = Group(
     "adapters (method lora)",
     (
         ADAPTER.but(
-            help="folder of an adapter to train further: its rank, scale and targets stay, "
+            help="folder of an adapter to train further: it keeps its rank, scale and targets, "
             "the optimiser starts afresh"
         ),
         RANK.but(default=None, help=f"{RANK.help} (default: {ADAPTED.rank})"),
-        option("--alpha", "s = alpha / rank (default: rank)", type=float),
+        option("--alpha", "scale s = alpha / rank (default: rank)", type=float),
         TARGETS.but(default=None, help=f"{TARGETS.help} (default: {','.join(ADAPTED.targets)})"),
-        option("--rslora", "s = alpha / √rank", action="store_true"),
+        option("--rslora", "rank-stabilised: scale s = alpha / √rank", action="store_true"),
         DROPOUT.but(default=None, help="dropout on the adapters' input (default: 0)"),
         *(
             option(
@@ -252,30 +262,35 @@ def training(defaults: TrainConfig, lr: Option, warmup: Option) -> Group:
             lr,
             option(
                 "--short-context",
-                "tokens in a sequence of the first --short-steps steps",
+                "tokens in a sequence during the first --short-steps steps",
                 type=int,
                 default=defaults.short_context,
             ),
             option(
                 "--short-steps",
-                "steps that read as many tokens in shorter sequences",
+                "first steps, which read as many tokens in sequences of --short-context",
                 type=int,
                 default=defaults.short_steps,
             ),
             warmup,
             option(
                 "--weight-decay",
-                "AdamW's decoupled decay of matrices",
+                "AdamW's decoupled weight decay, on matrices only",
                 type=float,
                 default=defaults.weight_decay,
             ),
             option(
                 "--beta2",
-                "AdamW's decay of the squared gradient's mean",
+                "AdamW's decay rate of the mean of squared gradients",
                 type=float,
                 default=defaults.beta2,
             ),
-            option("--clip", "largest global gradient norm", type=float, default=defaults.clip),
+            option(
+                "--clip",
+                "global norm above which the gradients are scaled down",
+                type=float,
+                default=defaults.clip,
+            ),
             option(
                 "--eval-every",
                 "steps between evaluations on held-out text",
@@ -301,10 +316,15 @@ def training(defaults: TrainConfig, lr: Option, warmup: Option) -> Group:
             RECOMPUTE,
             option(
                 "--resume",
-                "go on with the run in the output folder, or start it if there is none",
+                "continue the run in the output folder, or start one if there is none",
                 action="store_true",
             ),
-            option("--plot", "draw both loss curves", type=Path, metavar="FILE.png"),
+            option(
+                "--plot",
+                "draw the training and held-out losses as PNG, SVG or PDF",
+                type=Path,
+                metavar="FILE.png",
+            ),
         ),
     )
 
@@ -312,11 +332,11 @@ def training(defaults: TrainConfig, lr: Option, warmup: Option) -> Group:
 # --- figures that commands share ---------------------------------------------------------------
 
 TRAINING = (
-    *figures("loss_before", "loss_after", note="nats per token, held-out text"),
-    *figures("trainable_parameters", "base_parameters", "adapter_bytes"),
-    *figures("seconds", "tokens_per_second"),
+    *figures_named("loss_before", "loss_after", note="nats per token, held-out text"),
+    *figures_named("trainable_parameters", "base_parameters", "adapter_bytes"),
+    *figures_named("seconds", "tokens_per_second"),
 )
-PROCESSES = figures(
+PROCESSES = figures_named(
     "processes",
     "allreduce_bytes",
     "allreduce_bytes_full",
@@ -325,7 +345,7 @@ PROCESSES = figures(
 )
 
 
-# --- the table ---------------------------------------------------------------------------------
+# --- the register ------------------------------------------------------------------------------
 
 COMMANDS = (
     Command(
@@ -336,14 +356,14 @@ COMMANDS = (
         options=(SEED, THREADS, DEVICE),
         figures=(
             *TRAINING,
-            *figures("bits_per_byte_before", "bits_per_byte_after"),
-            *figures("merge_max_abs_difference", "gradcheck_max_relative_error"),
+            *figures_named("bits_per_byte_before", "bits_per_byte_after"),
+            *figures_named("merge_max_abs_difference", "gradcheck_max_relative_error"),
         ),
     ),
     Command(
         "adapt",
         commands.adapt_command,
-        "adapt a base to text or to records",
+        "train an adapter, or the whole base, on text or records",
         examples=(
             "minilora adapt notes.txt --out my-adapter",
             "minilora adapt questions.jsonl --steps 100 --out my-adapter",
@@ -355,7 +375,7 @@ COMMANDS = (
             METHOD,
             option(
                 "--loss",
-                "of records, count the loss on the answers or on all tokens (default: answer)",
+                "for records: count the loss on the answers or on all tokens (default: answer)",
                 choices=("answer", "all"),
             ),
             LORA,
@@ -371,8 +391,8 @@ COMMANDS = (
             ),
             option(
                 "--report",
-                "write a page of the run there, anew at each evaluation: losses, samples, "
-                "settings, gradients and updates of each adapter",
+                "write a page about the run to this file, again at each evaluation: losses, "
+                "samples, settings, gradients and updates of each adapter",
                 type=Path,
                 metavar="FILE.html",
             ),
@@ -410,7 +430,7 @@ COMMANDS = (
     Command(
         "evaluate",
         commands.evaluate_command,
-        "measure the loss of a model on text, or its answers to records",
+        "measure the loss of a model on text or records, and its answers to records",
         examples=(
             "minilora evaluate notes.txt",
             "minilora evaluate questions.jsonl --adapter my-adapter",
@@ -423,8 +443,8 @@ COMMANDS = (
             WEIGHT,
             option(
                 "--held-out",
-                "only the part that adapt and pretrain hold out: the last 5%% of every file, "
-                "whole files of `python`, and whole records",
+                "only the part that adapt and pretrain hold out: the last 5%% of every file; "
+                "of `python`, whole files; of records, whole records",
                 action="store_true",
             ),
             THREADS,
@@ -433,8 +453,8 @@ COMMANDS = (
         ),
         figures=(
             Figure("loss", "nats per token"),
-            *figures("bits_per_byte", "tokens"),
-            *figures("records", "asked", "exact_match", note="only of records", always=False),
+            *figures_named("bits_per_byte", "tokens"),
+            *figures_named("records", "asked", "exact_match", note="only of records", always=False),
         ),
     ),
     Command(
@@ -463,7 +483,7 @@ COMMANDS = (
     Command(
         "play",
         commands.play_command,
-        "type prompts, or chat, with a model that stays loaded",
+        "prompt a model, or chat with it, line by line; it stays loaded",
         examples=("minilora play", "minilora play --adapter my-adapter --temperature 0"),
         options=(BASE, ADAPTER, WEIGHT, *DRAWS),
         figures=(),
@@ -471,7 +491,7 @@ COMMANDS = (
     Command(
         "merge",
         commands.merge_command,
-        "add adapters into their base, giving a base as fast as the old",
+        "add adapters into the weights of their base",
         examples=(
             "minilora merge --adapter my-adapter --out merged",
             "minilora merge --adapter first --weight 0.7 --adapter second --weight 0.3",
@@ -485,12 +505,12 @@ COMMANDS = (
             OUT.but(default=Path("merged"), help="folder for the base"),
         ),
         figures=(
-            Figure("merge_max_abs_difference", "of logits, with the adapters in use and merged"),
+            Figure("merge_max_abs_difference", "of logits, before and after merging"),
             Figure(
                 "unmerge_max_abs_difference",
-                "of weights, in the base and after subtracting the adapters from the merged file",
+                "of weights, in the base and in the merged file after subtracting the adapters",
             ),
-            *figures("parameters", "bytes"),
+            *figures_named("parameters", "bytes"),
         ),
     ),
     Command(
@@ -508,8 +528,8 @@ COMMANDS = (
             OUT.but(default=Path("mixed"), help="folder for the adapter"),
         ),
         figures=(
-            Figure("mix_max_abs_difference", "of logits, with the adapters in use and written"),
-            *figures("parameters", "bytes"),
+            Figure("mix_max_abs_difference", "of logits, before and after writing the sum"),
+            *figures_named("parameters", "bytes"),
         ),
     ),
     Command(
@@ -528,7 +548,7 @@ COMMANDS = (
             ),
             DTYPE,
         ),
-        figures=figures("parameters", "tokens", "bytes"),
+        figures=figures_named("parameters", "tokens", "bytes"),
     ),
     Command(
         "gradcheck",
@@ -547,7 +567,7 @@ COMMANDS = (
     Command(
         "bench",
         commands.bench_command,
-        "time a step, and the matrix products that it cannot do without",
+        "time a step, and its matrix products alone",
         examples=(
             "minilora bench --shape small --rank 8",
             "minilora bench --versus 1 --rounds 5",
@@ -561,7 +581,7 @@ COMMANDS = (
             ),
             option(
                 "--what",
-                "a step of training, the loss on a batch, or a text of --context tokens",
+                "a training step, the loss on a batch, or the generation of --context tokens",
                 choices=("step", "evaluate", "generate"),
                 default="step",
             ),
@@ -576,20 +596,24 @@ COMMANDS = (
             DEVICE,
             option(
                 "--versus",
-                "take turns with PyTorch, transformers and PEFT (and both libraries' products "
-                "alone), with one thread, or with --recompute",
+                "time in turn with PyTorch, transformers and PEFT (and the matrix products of "
+                "both), with one thread, or with --recompute",
                 choices=("peft", "1", "recompute"),
             ),
-            option("--rounds", "turns, of --steps each, with --versus", type=int, default=3),
+            option("--rounds", "turns of --steps runs each, with --versus", type=int, default=3),
         ),
         figures=(
-            *figures("shape", "what", "method", "batch", "context", "rank", "targets", "device"),
-            *figures("threads", "steps", "recompute"),
-            *figures("step_seconds_median", "step_seconds_minimum", "tokens_per_second"),
-            *figures("floor_seconds", "floor_seconds_minimum", "floor_gflop", "step_to_floor"),
-            *figures("machine", "peak_rss_bytes", "idle_rss_bytes", "page_faults"),
-            *figures("import_seconds", "first_step_seconds"),
-            *figures("blas", "blas_kernel", "blas_threads", "breakdown"),
+            *figures_named(
+                "shape", "what", "method", "batch", "context", "rank", "targets", "device"
+            ),
+            *figures_named("threads", "steps", "recompute"),
+            *figures_named("step_seconds_median", "step_seconds_minimum", "tokens_per_second"),
+            *figures_named(
+                "floor_seconds", "floor_seconds_minimum", "floor_gflop", "step_to_floor"
+            ),
+            *figures_named("machine", "peak_rss_bytes", "idle_rss_bytes", "page_faults"),
+            *figures_named("import_seconds", "first_step_seconds"),
+            *figures_named("blas", "blas_kernel", "blas_threads", "breakdown"),
             Figure("versus_peft", "only with --versus peft", always=False),
             Figure("versus_one_thread", "only with --versus 1", always=False),
             Figure("versus_recompute", "only with --versus recompute", always=False),
@@ -598,7 +622,7 @@ COMMANDS = (
     Command(
         "budget",
         commands.budget_command,
-        "work out by formula what a training step takes, LoRA beside full fine-tuning",
+        "compute by formula what a training step needs, LoRA beside full fine-tuning",
         examples=(
             "minilora budget --model gpt3 --rank 4 --targets q,v --context 2048",
             "minilora budget --base my-base --method full",
@@ -611,15 +635,15 @@ COMMANDS = (
                 )
             ),
             *(
-                option(f"--{size}", f"other {size} than the shape's", dest=dest, type=int)
-                for size, dest in (
-                    ("layers", "n_layer"),
-                    ("width", "n_embd"),
-                    ("heads", "n_head"),
-                    ("vocabulary", "vocab_size"),
+                option(f"--{size}", f"{what} (default: the shape's)", dest=dest, type=int)
+                for size, what, dest in (
+                    ("layers", "number of blocks", "n_layer"),
+                    ("width", "width of the model", "n_embd"),
+                    ("heads", "attention heads in a block", "n_head"),
+                    ("vocabulary", "tokens in the vocabulary", "vocab_size"),
                 )
             ),
-            METHOD.but(help="whose figures --json writes"),
+            METHOD.but(help="the method whose figures --json writes"),
             RANK,
             TARGETS,
             DROPOUT,
@@ -628,24 +652,24 @@ COMMANDS = (
             DTYPE.but(choices=("float16", "float32", "float64"), help="dtype of every array"),
             THREADS.but(
                 default=None,
-                help="threads that share the batch as in adapt, 0: one for each core "
-                "(default: all of it in one pass)",
+                help="threads that share the batch as in adapt (0: one for each core; "
+                "default: the whole batch in one pass)",
             ),
             RECOMPUTE,
             DEVICE.but(
-                choices=("cpu", "cuda"), help="what the step would run on; a GPU is not needed"
+                choices=("cpu", "cuda"), help="what the step would run on; no GPU is needed"
             ),
         ),
         figures=(
-            *figures("trainable_parameters", "base_parameters", "adapter_bytes"),
-            *figures("weights_bytes", "gradients_bytes", "optimizer_bytes"),
-            *figures("activations_bytes", "peak_bytes", "forward_flops", "backward_flops"),
+            *figures_named("trainable_parameters", "base_parameters", "adapter_bytes"),
+            *figures_named("weights_bytes", "gradients_bytes", "optimizer_bytes"),
+            *figures_named("activations_bytes", "peak_bytes", "forward_flops", "backward_flops"),
         ),
     ),
     Command(
         "course",
         course.course_command,
-        "write the backward passes yourself, and be told what is wrong with them",
+        "exercises: write the backward passes yourself, and have them checked",
         examples=(
             "minilora course list",
             "minilora course new homework",
@@ -663,24 +687,24 @@ COMMANDS = (
                 default="list",
             ),
             option("path", "the folder, or the zip", type=Path, nargs="?", metavar="path"),
-            option("--only", "these exercises alone", nargs="+", metavar="NAME"),
+            option("--only", "only these exercises", nargs="+", metavar="NAME"),
             option(
                 "--hints",
-                "new: of the equations say nothing, their tags, or what they are",
+                "new: what the files show of the equations",
                 choices=("none", "tags", "equations"),
                 default="tags",
             ),
-            option("--timeout", "seconds that an exercise may take", type=float, default=60.0),
+            option("--timeout", "check: seconds for each exercise", type=float, default=60.0),
             option(
                 "--gradescope",
-                "check: write the results there for Gradescope",
+                "check: write the results to this file for Gradescope",
                 type=Path,
                 metavar="FILE",
             ),
         ),
         figures=(
             Figure("max_points"),
-            *figures("points", "exercises", note="only of check", always=False),
+            *figures_named("points", "exercises", note="only of check", always=False),
         ),
     ),
 )

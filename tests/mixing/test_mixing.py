@@ -16,7 +16,7 @@ from minilora.errors import MiniloraError
 from minilora.formats import save_adapter, save_base
 from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.lora import merge
-from minilora.mix import mix
+from minilora.mixing import mix
 from minilora.network import Net, net_logits
 from minilora.tree import flatten, map_leaves
 
@@ -204,7 +204,8 @@ def of_another_base(n_layer=2, n_embd=8, targets=("o",)):
         (
             [an_adapter(("o",)), of_another_base(n_embd=12)],
             [1, 1],
-            r"adapter 2, blocks\.0\.attn\.o is for a weight of 12 × 12, an earlier one for 8 × 8",
+            r"adapter 2, blocks\.0\.attn\.o is for a weight of 12 × 12, "
+            "an earlier one for a weight of 8 × 8",
         ),
         (
             [(an_adapter(("o",))[0], LoRAConfig(rank=3, targets=("o",)))],
@@ -231,7 +232,7 @@ def test_the_equations_of_the_code_are_those_of_the_page():
     page = (root / "docs" / "mixing.md").read_text(encoding="utf-8")
     tags = re.findall(r"\\tag\{(MIX\.\d)\}", page)
     assert tags == ["MIX.1", "MIX.2", "MIX.3", "MIX.4"]
-    code = (root / "minilora" / "mix.py").read_text(encoding="utf-8")
+    code = (root / "minilora" / "mixing.py").read_text(encoding="utf-8")
     assert {f"MIX.{i}" for i in (1, 2, 3)} <= set(re.findall(r"MIX\.\d", code)) <= set(tags)
 
 

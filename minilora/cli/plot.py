@@ -9,7 +9,7 @@ from minilora.errors import MiniloraError
 from minilora.formats.files import write_bytes
 from minilora.training.checkpoint import History
 
-# By the end of the name, what is written into the file: no date.
+# The formats by suffix, and the metadata that keeps the date out of the file.
 PLOTS: dict[str, dict[str, None]] = {
     ".png": {},
     ".svg": {"Date": None},
@@ -18,9 +18,9 @@ PLOTS: dict[str, dict[str, None]] = {
 
 
 def check_plot(path: Path) -> None:
-    """Raise MiniloraError unless `path` can be drawn; called before a run that ends in a plot."""
+    """Raise MiniloraError unless a plot can be drawn there; called before the run."""
     if path.suffix.lower() not in PLOTS:
-        raise MiniloraError(f"--plot {path}: expected a name that ends in {', '.join(PLOTS)}")
+        raise MiniloraError(f"--plot {path}: expected a name that ends in {' or '.join(PLOTS)}")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -28,7 +28,10 @@ def check_plot(path: Path) -> None:
 
 
 def plot_losses(history: History, path: str | Path, *, title: str) -> None:
-    """Draw the training and held-out losses (nats per token) against the step; PNG, SVG or PDF."""
+    """Draw the training and held-out losses (nats per token) by step, as PNG, SVG or PDF.
+
+    Raises MiniloraError for another suffix, without matplotlib, and if the file cannot be written.
+    """
     path = Path(path)
     check_plot(path)
     from matplotlib import rc_context
@@ -53,7 +56,7 @@ def plot_losses(history: History, path: str | Path, *, title: str) -> None:
 
 
 def smoothed(losses: tuple[float, ...], decay: float = 0.95) -> list[float]:
-    """An exponential running mean, corrected for its start."""
+    """The exponential moving average, corrected for its start."""
     mean, weight, means = 0.0, 0.0, []
     for loss in losses:
         mean = decay * mean + (1.0 - decay) * loss

@@ -7,7 +7,7 @@ import sys
 import pytest
 from helpers import Terminal
 
-from minilora.cli.report import check_plot, plot_losses, smoothed
+from minilora.cli.plot import check_plot, plot_losses, smoothed
 from minilora.errors import MiniloraError
 from minilora.training.checkpoint import History
 from minilora.training.loop import Progress
@@ -133,7 +133,7 @@ def test_a_short_history_can_be_drawn(tmp_path, history):
 
 @pytest.mark.parametrize("name", ["losses", "losses.txt", "losses.png.bak", ".png"])
 def test_a_name_that_says_no_kind_is_refused(tmp_path, name):
-    with pytest.raises(MiniloraError, match="--plot .* ends in .png, .svg, .pdf"):
+    with pytest.raises(MiniloraError, match="--plot .* ends in .png or .svg or .pdf"):
         check_plot(tmp_path / name)
 
 
@@ -148,7 +148,7 @@ def test_a_plot_of_the_same_losses_is_the_same_file(tmp_path, monkeypatch, name)
     """At another time, which matplotlib would write into it, and in another process."""
     pytest.importorskip("matplotlib")
     code = (
-        "import sys; from minilora.cli.report import plot_losses; "
+        "import sys; from minilora.cli.plot import plot_losses; "
         "from minilora.training.checkpoint import History; "
         "plot_losses(History([(1, 2.0), (2, 1.5)], [(0, 2.5), (2, 1.0)]), sys.argv[1], title='x')"
     )

@@ -1,8 +1,8 @@
-"""Several adapters on one base: their weighted sum as one adapter, exactly.
+"""Several adapters on one base: their exact weighted sum, as one adapter.
 
-Adapters of one base share its arrays, so many can be loaded at once, and switching between them
-touches no weight: `model.with_adapter(lora, lora_config)` is another model on the same base. This
-module is for using several of them together. Equations (MIX.1-3) are those of docs/mixing.md.
+To switch between adapters no weight is changed: `model.with_adapter(lora, lora_config)` is another
+model that shares the base's arrays, so many can be loaded at once. This module is for using several
+adapters together. Equations (MIX.1-3) are those of docs/mixing.md.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ def mix(
 ) -> tuple[Tree, LoRAConfig]:
     """One adapter whose update is Σ wᵢ sᵢ Aᵢ Bᵢ (MIX.1), and its configuration, with scale 1.
 
-    The factors stand side by side: A = [A₁ … Aₙ] (in, ΣR), B = [w₁ s₁ B₁; …; wₙ sₙ Bₙ] (ΣR, out).
-    So the update is the weighted sum itself, whereas (Σ wᵢ Aᵢ)(Σ wᵢ Bᵢ) would multiply each A with
-    every other's B. Weights may be negative; ranks, scales and targets may differ. Adapters on qkv
-    and on its columns q, k, v stay apart, as they act on one weight together. The arguments stay as
-    they are. Raises MiniloraError for a weight that is missing or not finite, and for adapters of
-    different bases, as far as their shapes tell.
+    The factors are concatenated: A = [A₁ … Aₙ] (in, ΣR), B = [w₁ s₁ B₁; …; wₙ sₙ Bₙ] (ΣR, out), so
+    A B is the weighted sum itself, whereas (Σ wᵢ Aᵢ)(Σ wᵢ Bᵢ) would also multiply each A by every
+    other adapter's B. Weights may be negative; ranks, scales and targets may differ. An adapter on
+    qkv stays separate from those on its columns q, k, v. The arguments are not changed. Raises
+    MiniloraError for a weight that is missing or not finite, for a product that overflows, and for
+    adapters whose shapes show that their bases differ.
     """
     check_weights(len(parts), weights)
     n_layer = len(parts[0][0]["blocks"])
@@ -59,7 +59,7 @@ def mix(
 
 
 def check_weights(adapters: int, weights: Sequence[float]) -> None:
-    """Raise MiniloraError unless there are adapters and as many weights, each a finite number."""
+    """Raise MiniloraError unless there are adapters and a finite weight for each."""
     if adapters == 0:
         raise MiniloraError("there are no adapters to mix; expected at least one")
     if adapters != len(weights):
@@ -68,27 +68,27 @@ def check_weights(adapters: int, weights: Sequence[float]) -> None:
         )
     for weight in weights:
         if not math.isfinite(weight):
-            raise MiniloraError(f"the weight {weight} of an adapter is not a finite number")
+            raise MiniloraError(f"weight {weight} is not a finite number")
 
 
 def _check_fit(
     name: str, ab: dict[str, Array], rank: int, As: list[Array], Bs: list[Array]
 ) -> None:
-    """Raise MiniloraError unless A and B have the rank and the sides of those before them."""
+    """Raise MiniloraError unless A and B are of this rank and fit the earlier ones' weight."""
     A, B = ab["A"], ab["B"]
     if A.shape[1] != rank or B.shape[0] != rank:
         raise MiniloraError(
-            f"{name}: A {A.shape} and B {B.shape} are not of rank {rank}, as its configuration says"
+            f"{name}: A {A.shape} and B {B.shape} are not of rank {rank}, that of its configuration"
         )
     if As and (A.shape[0], B.shape[1]) != (As[0].shape[0], Bs[0].shape[1]):
         raise MiniloraError(
-            f"{name} is for a weight of {A.shape[0]} × {B.shape[1]}, an earlier one "
-            f"for {As[0].shape[0]} × {Bs[0].shape[1]}; expected adapters of the same base"
+            f"{name} is for a weight of {A.shape[0]} × {B.shape[1]}, an earlier one for a weight "
+            f"of {As[0].shape[0]} × {Bs[0].shape[1]}; expected adapters of the same base"
         )
 
 
 def _scaled(B: Array, factor: float, name: str) -> Array:
-    """B times a factor; MiniloraError where the product is beyond the dtype's range."""
+    """B times a factor; MiniloraError if the product overflows."""
     with np.errstate(over="ignore"):
         scaled: Array = B * factor
     if not namespace(B).isfinite(scaled).all():
@@ -97,7 +97,7 @@ def _scaled(B: Array, factor: float, name: str) -> Array:
 
 
 def _unscaled(ranks: dict[str, int]) -> LoRAConfig:
-    """The configuration of adapters of these ranks, by escaped path, with α = R and so s = 1."""
+    """A configuration with these ranks, by escaped path, and α = R, so that s = 1."""
     rank = max(ranks.values(), default=1)
     others = {path: r for path, r in ranks.items() if r != rank}
     return LoRAConfig(

@@ -9,7 +9,7 @@ import pytest
 from minilora.adapters import LoRAConfig, lora_init
 from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.lora import merge
-from minilora.mix import mix
+from minilora.mixing import mix
 from minilora.tree import map_leaves
 
 ROOT = Path(__file__).parents[2]

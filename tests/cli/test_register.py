@@ -1,4 +1,4 @@
-"""The table of commands: its rows, what it checks, and README's table beside it."""
+"""The register of commands: its rows, what it checks, and README's table beside it."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from minilora.bench import budget
-from minilora.cli.table import (
+from minilora.cli.register import (
     ADAPTER,
     COMMANDS,
     DATA,
@@ -14,7 +14,7 @@ from minilora.cli.table import (
     Command,
     Figure,
     Option,
-    figures,
+    figures_named,
     listed,
 )
 from minilora.errors import MiniloraError
@@ -51,7 +51,7 @@ def test_no_name_is_given_twice():
         assert len(set(names)) == len(names), command.name
 
 
-def test_readme_has_the_rows_of_the_table():
+def test_readme_has_the_rows_of_the_register():
     shown = [f"`{c.name} DATA…`" if takes_data(c) else f"`{c.name}`" for c in COMMANDS]
     assert [cells[0] for cells in rows_of_readme()] == shown
 
@@ -73,7 +73,9 @@ def test_readme_names_the_figures_of_each_command(command):
 # --- what a row checks and shows ---------------------------------------------------------------
 
 
-ROW = Command("row", print, "do it", (), (), (*figures("a", "b"), Figure("c", "with --c", False)))
+ROW = Command(
+    "row", print, "do it", (), (), (*figures_named("a", "b"), Figure("c", "with --c", False))
+)
 
 
 @pytest.mark.parametrize("names", ["ab", "abc", "cba"])
@@ -91,8 +93,8 @@ def test_other_figures_may_not(names, wrong):
 
 def test_a_command_that_writes_other_figures_writes_no_file(cli, tmp_path, monkeypatch):
     """Nothing but a mistake in the code, or a record of another version, leads there."""
-    found = budget.figures
-    monkeypatch.setattr(budget, "figures", lambda step: {**found(step), "surplus": 1})
+    found = budget.figures_of
+    monkeypatch.setattr(budget, "figures_of", lambda step: {**found(step), "surplus": 1})
     result = cli("budget", "--json", "x.json")
     assert result.status == 2
     assert len(result.lines) == 1
@@ -103,7 +105,7 @@ def test_a_command_that_writes_other_figures_writes_no_file(cli, tmp_path, monke
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
 def test_several_processes_may_run_the_commands_of_which_the_row_says_so(cli, monkeypatch, command):
     monkeypatch.setattr(ranks, "launched", lambda: (0, 2))
-    monkeypatch.setattr(ranks, "as_one", lambda run: run())
+    monkeypatch.setattr(ranks, "as_one", lambda command: command())
     words = ["missing.txt"] if DATA in command.options else []
     words += ["missing.gguf", "out"] if command.name == "convert" else []
     words += ["--adapter", "missing"] if ADAPTER.but(required=True) in command.options else []
@@ -114,7 +116,7 @@ def test_several_processes_may_run_the_commands_of_which_the_row_says_so(cli, mo
 
 
 def test_neighbours_share_a_note():
-    row = (*figures("a", "b", note="bytes"), Figure("c"), Figure("d", "bytes"))
+    row = (*figures_named("a", "b", note="bytes"), Figure("c"), Figure("d", "bytes"))
     assert listed(row) == "a, b (bytes), c, d (bytes)"
 
 
