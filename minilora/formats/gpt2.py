@@ -25,8 +25,8 @@ from minilora.formats.files import (
     json_bytes,
     read_json,
     shown,
-    write_folder,
 )
+from minilora.formats.output import steady, write_folder
 from minilora.formats.tensors import (
     Entry,
     Shape,
@@ -105,7 +105,11 @@ def load_base(folder: str | Path, *, dtype: Any = np.float32) -> tuple[Tree, GPT
     configuration that `gpt` does not compute (naming the field), for tensors that are missing, left
     over or of another shape (listing them), and for a tied head that differs from the embedding.
     """
-    folder = Path(folder)
+    with steady(Path(folder), CONFIG):
+        return _load_base(Path(folder), dtype)
+
+
+def _load_base(folder: Path, dtype: Any) -> tuple[Tree, GPTConfig]:
     document = read_json(folder / CONFIG)
     config = read_config(document, folder / CONFIG)
     weights, entries = _read_entries(folder)

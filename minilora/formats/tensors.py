@@ -19,7 +19,7 @@ import numpy as np
 
 from minilora.backend import Array, to_host
 from minilora.errors import MiniloraError
-from minilora.formats.files import check_file, read_json, shown, write_files
+from minilora.formats.files import check_file, read_json, shown, write_file
 
 Shape = tuple[int, ...]
 
@@ -212,8 +212,8 @@ def listed(names: Sequence[str]) -> str:
 def write_tensors(
     path: str | Path, tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Replace one file by a safetensors file, as `write_files` does."""
-    write_files({Path(path): tensor_parts(tensors, metadata)})
+    """Replace one file by a safetensors file, as `write_file` does."""
+    write_file(path, tensor_parts(tensors, metadata))
 
 
 def tensor_parts(

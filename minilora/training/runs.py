@@ -27,9 +27,9 @@ from minilora.errors import MiniloraError
 from minilora.formats.companions import companions
 from minilora.formats.files import (
     errors_naming,
+    file_checksum,
     json_bytes,
     read_json,
-    write_folder,
     write_json,
 )
 from minilora.formats.gpt2 import base_files
@@ -42,7 +42,6 @@ from minilora.training.checkpoint import (
     CHECKPOINT,
     History,
     check_same_run,
-    file_checksum,
     read_history,
     read_settings,
 )
@@ -140,7 +139,7 @@ def adapt_in_folder(
     else, another process writes to it, or what the run left there is damaged.
     """
     folder, ranks = Path(folder), ranks or Ranks()
-    with held(folder) if ranks.rank == 0 else nullcontext():
+    with held(folder) if ranks.rank == 0 else nullcontext() as hold:
         ranks.of_first(lambda: check_free(folder, resume=resume))
         start = _start(model, lora_config, settings)
         fingerprint = run_fingerprint(start, settings, corpus, device, ranks)
@@ -164,8 +163,8 @@ def adapt_in_folder(
                 files = adapter_files(
                     adapted.lora, adapted.lora_config, config, base_name=model.base_name
                 )
-            _remove(folder, *files)  # a result that was damaged, or not finished
-            write_folder(folder, files)
+            assert hold is not None  # as this is the first rank
+            hold.write(files)
             weights = folder / WEIGHTS[settings.method]
             figures = _figures(model.base, trained, weights.stat().st_size, ranks)
             _write_record(folder, fingerprint, figures, trained.history, list(files))

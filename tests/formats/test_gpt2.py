@@ -444,5 +444,5 @@ def test_files_that_are_missing(folder):
         load_base(folder)
     with pytest.raises(MiniloraError, match=r"nowhere.config\.json does not exist"):
         load_base(folder / "nowhere")
-    with pytest.raises(MiniloraError, match="cannot make the folder"):
+    with pytest.raises(MiniloraError, match="away is a file; expected a folder"):
         save_base(folder / "away", drawn(CONFIG), CONFIG)
