@@ -21,6 +21,7 @@ from minilora.errors import MiniloraError
 from minilora.gpt2 import GPTConfig
 from minilora.loss import VOCAB_CHUNK
 from minilora.ops import QUERY_TILE, query_tiles
+from minilora.settings import Settings
 from minilora.tiles import TILE
 from minilora.workers import Workers, cores
 
@@ -98,7 +99,7 @@ def adapter_shapes(config: GPTConfig, lora_config: LoRAConfig) -> dict[str, tupl
 
 
 @dataclass(frozen=True)
-class Step:
+class Step(Settings):
     """A training step of adapters (`lora_config`) or, without them, of the whole base.
 
     With `threads` the batch is shared as `train` shares it; without, it is one call of
@@ -117,6 +118,7 @@ class Step:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("batch", "context"):
             if getattr(self, name) < 1:
                 raise MiniloraError(f"{name} {getattr(self, name)} is too small; it is at least 1")

@@ -13,6 +13,7 @@ from minilora.adapters import LoRAConfig
 from minilora.errors import MiniloraError
 from minilora.formats.files import json_number
 from minilora.gpt2 import GPTConfig
+from minilora.settings import Settings
 
 PROMPT = 8  # tokens that a generation starts from
 CLIP = 1.0
@@ -20,7 +21,7 @@ LEARNING_RATE = 1e-5
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(Settings):
     """One thing to time.
 
     A `step` is one of training by `method`, an `evaluate` the loss on as large a batch, each timed
@@ -42,6 +43,7 @@ class Case:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("batch", "context", "rank", "threads", "steps"):
             if getattr(self, name) < 1:
                 raise MiniloraError(f"{name} {getattr(self, name)} is too small; it is at least 1")
