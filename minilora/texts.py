@@ -32,6 +32,7 @@ OF_MODELS = (
     {"config.json", "model.safetensors"},
     {"config.json", "model.safetensors.index.json"},
 )
+TEMPLATES = "additional_chat_templates"  # of a model, in a folder of their own
 MARKS = {  # UTF-32's first: UTF-16's is the beginning of it
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -215,7 +216,7 @@ def walk(folder: Path, skipped: Collection[str]) -> Iterator[tuple[tuple[str, ..
             yield parts, "" if stat.S_ISREG(kind) else NOT_REGULAR
         elif any(files <= set(names) for files in OF_MODELS):
             yield parts, OF_A_MODEL
-            names = [name for name in names if (path / name).is_dir()]
+            names = [name for name in names if (path / name).is_dir() and name != TEMPLATES]
         if place not in visited:
             visited.add(place)
             for name in names:

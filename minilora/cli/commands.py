@@ -616,6 +616,11 @@ def check_outputs(args: argparse.Namespace) -> None:
         for source in sources_of(file, args):
             if file.exists() and lies_in(file, source):
                 raise MiniloraError(f"{name} would replace what is read from {source}")
+            if lies_in(file, source):
+                raise MiniloraError(
+                    f"{name} would be read from {source} the next time; "
+                    "expected a file elsewhere"
+                )
         taken[file] = option
 
 
@@ -635,7 +640,8 @@ def sources_of(file: Path, args: argparse.Namespace) -> list[str]:
 
     data = [source for source in getattr(args, "data", []) if source not in ("python", "-")]
     is_model_s = file.name in (*COMPANIONS, "config.json", "adapter_config.json")
-    if not is_model_s and not file.name.endswith((".safetensors", ".safetensors.index.json")):
+    endings = (".safetensors", ".safetensors.index.json", ".jinja")
+    if not is_model_s and not file.name.endswith(endings):
         return data
     base = getattr(args, "base", None)
     return [*data, *getattr(args, "adapter", []), *([] if base is None else [base])]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -257,7 +256,7 @@ def _noted(folder: Path) -> tuple[list[Replaced], bool]:
 
 def _is_ours(path: Path, old: Any, new: Any) -> bool:
     """Whether a note can be ours: of a path within its folder, and an old file as we name them."""
-    within = re.fullmatch(r"(\w[\w. -]*/)?\w[\w. -]*", path.as_posix()) is not None
+    within = path.parts != () and ".." not in path.parts and "\0" not in path.name
     hidden = old is None or (isinstance(old, str) and HIDDEN.fullmatch(old) is not None)
     return within and hidden and type(new) is int
 

@@ -105,6 +105,16 @@ def test_an_output_does_not_replace_an_input(refused, quick, base, tmp_path, opt
 
 
 @pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_an_output_is_not_among_the_data_of_the_next_run(refused, cli, quick, tmp_path, option):
+    (tmp_path / "data" / "sub").mkdir(parents=True)
+    (tmp_path / "data" / "a.txt").write_bytes(quick[1].read_bytes())
+    words = [quick[0], "data", *quick[2:], option]
+    refused(f"{option} data/x.svg would be read from data the next", *words, "data/x.svg")
+    refused("would be read from data the next time", *words, "data/sub/new.png")
+    refused("would be read from data", "evaluate", "data", "--json", "data/new.json")
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
 def test_an_output_is_not_among_the_results(refused, quick, tmp_path, option):
     (tmp_path / "out").mkdir()
     words = (*quick, "--out", "out", option)

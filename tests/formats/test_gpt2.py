@@ -138,14 +138,20 @@ def test_what_a_base_has_beside_its_weights_is_carried_over(folder, tmp_path):
     fields = {"eos_token_id": [3, 4], "attn_pdrop": 0.1, "n_ctx": ..., "task": {"a": 1}}
     edit_config(folder, **fields, torch_dtype="float16", architectures=["GPT2Model"])
     carried = ("vocab.json", "added_tokens.json", "generation_config.json", "chat_template.jinja")
-    for name in (*carried, "README.md"):
+    (folder / "additional_chat_templates").mkdir()
+    carried += ("additional_chat_templates/tool use (1).jinja",)
+    for name in (*carried, "README.md", "additional_chat_templates/notes"):
         (folder / name).write_bytes(name.encode())
     before = json.loads((folder / "config.json").read_text())
     save_base(tmp_path / "new", *load_base(folder), like=folder)
     expected = {**before, "dtype": "float32", "architectures": ["GPT2LMHeadModel"]}
     del expected["torch_dtype"]
     assert json.loads((tmp_path / "new" / "config.json").read_text()) == expected
-    written = {path.name for path in (tmp_path / "new").iterdir()}
+    written = {
+        path.relative_to(tmp_path / "new").as_posix()
+        for path in (tmp_path / "new").rglob("*")
+        if path.is_file()
+    }
     assert written == {*carried, "config.json", "model.safetensors"}
     for name in carried:
         assert (tmp_path / "new" / name).read_bytes() == name.encode()
@@ -156,6 +162,10 @@ def test_a_companion_that_is_no_file_leaves_nothing_half_written(folder, tmp_pat
     with pytest.raises(MiniloraError, match=r"chat_template\.jinja is not a file"):
         save_base(tmp_path / "new", *load_base(folder), like=folder)
     (folder / "chat_template.jinja").rmdir()
+    (folder / "additional_chat_templates" / "x.jinja").mkdir(parents=True)
+    with pytest.raises(MiniloraError, match=r"x\.jinja is not a file"):
+        save_base(tmp_path / "new", *load_base(folder), like=folder)
+    (folder / "additional_chat_templates" / "x.jinja").rmdir()
     edit_config(folder, embd_pdrop=float("nan"))
     with pytest.raises(MiniloraError, match=r"config\.json holds a number that is not finite"):
         save_base(tmp_path / "new", *load_base(folder), like=folder)

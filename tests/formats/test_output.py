@@ -428,7 +428,7 @@ def test_a_folder_that_is_written_while_it_is_read_is_said(tmp_path):
         write_folder(tmp_path, parts(NEW))
 
 
-@pytest.mark.parametrize("name", ["../x", "/x", "a/../x", "", ".", "a/b/c", "a\0", "C:x", "a\\x"])
+@pytest.mark.parametrize("name", ["../x", "/x", "a/../x", "", ".", "a\0"])
 def test_a_note_of_no_file_of_the_folder_counts_for_nothing(tmp_path, name):
     (tmp_path / LOCK).write_text(json.dumps([[name, None, 1], ["gone", None, 1]]))
     assert shown(tmp_path) == {}

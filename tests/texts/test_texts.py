@@ -175,6 +175,7 @@ def test_no_output_of_a_run_and_no_base_is_read_as_text(tmp_path):
     write_files(tmp_path, {"stopped/checkpoint.safetensors": b"\0", "stopped/notes": "of the run"})
     for name in ("README.md", "config.json", "model.safetensors"):
         write_files(tmp_path, {f"copied/{name}": (BUILT_IN / name).read_bytes()})
+    write_files(tmp_path, {"copied/additional_chat_templates/a.jinja": "{{ text }}"})
     again = load_corpus(tmp_path, BYTES)
     assert np.array_equal(again.train, corpus.train)
     assert {entry.reason for entry in again.left_out} == {"with a model or a training run"}
