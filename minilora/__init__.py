@@ -11,6 +11,7 @@ this order.
 
 from typing import TYPE_CHECKING
 
+import minilora.start  # noqa: F401  # before NumPy
 from minilora.adapters import LoRAConfig, lora_init
 from minilora.data import corpus_from_text, load_corpus
 from minilora.errors import MiniloraError

@@ -618,8 +618,7 @@ def check_outputs(args: argparse.Namespace) -> None:
                 raise MiniloraError(f"{name} would replace what is read from {source}")
             if lies_in(file, source):
                 raise MiniloraError(
-                    f"{name} would be read from {source} the next time; "
-                    "expected a file elsewhere"
+                    f"{name} would be read from {source} the next time; expected a file elsewhere"
                 )
         taken[file] = option
 

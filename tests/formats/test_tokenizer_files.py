@@ -1,11 +1,13 @@
 """Tokenizer files that are hostile, damaged or no files: one sentence, soon, no wrong number."""
 
+import contextlib
 import json
 import os
 import random
 import time
 
 import pytest
+from damage import JSON_CHANGES, exchanged, places
 
 from minilora.errors import MiniloraError
 from minilora.formats.companions import COMPANIONS
@@ -332,15 +334,6 @@ VALUES += [
 ]
 
 
-def places(document):
-    """Every place of a JSON document, as the object or list that holds it and the key there."""
-    keys = document.keys() if isinstance(document, dict) else range(len(document))
-    for key in list(keys)[:40]:
-        yield document, key
-        if isinstance(document[key], (dict, list)):
-            yield from places(document[key])
-
-
 def value_changed(rng, document):
     holder, key = rng.choice(list(places(document)))
     holder[key] = rng.choice(VALUES)
@@ -431,21 +424,6 @@ def setting_made(rng, document):
     )
 
 
-def bytes_changed(rng, data):
-    changed = bytearray(data)
-    for _ in range(rng.choice([1, 1, 5])):
-        changed[rng.randrange(len(changed))] = rng.randrange(256)
-    return bytes(changed)
-
-
-def cut(rng, data):
-    return data[: rng.randrange(len(data))]
-
-
-def deep(rng, data):
-    return data[:-1] + b', "x": ' + b"[" * 10**5 + b"]" * 10**5 + b"}"
-
-
 SOME_TYPES = ("Precompiled", "Sequence", "Split", "Replace", "", "x")
 CHANGES = {
     "tokenizer.json": [part_made] * 4
@@ -468,9 +446,13 @@ def damaged(rng, folder):
         there = [name for name in CHANGES if (folder / name).exists()]
         name = rng.choice(there + [there[0]] * 9)
         path = folder / name
-        if rng.random() < 0.15:
-            change = rng.choice([bytes_changed, bytes_changed, cut, deep])
-            path.write_bytes(change(rng, path.read_bytes() or b"{}"))
+        if rng.random() < 0.01:
+            done.append(exchanged(rng, folder))
+            continue
+        if rng.random() < 0.2:
+            change = rng.choice(JSON_CHANGES)
+            with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+                path.write_bytes(change(rng, path.read_bytes()))
         else:
             change = rng.choice(CHANGES[name])
             try:

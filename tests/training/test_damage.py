@@ -1,12 +1,12 @@
 """A run's folder with a damaged file: one clear sentence, or the same result to the last bit."""
 
 import dataclasses
-import json
 import random
 import shutil
 
 import numpy as np
 import pytest
+from damage import JSON_CHANGES, WRONG, exchanged
 from helpers import Killed, bytes_of, killed_at
 
 from minilora.adapters import LoRAConfig
@@ -67,34 +67,13 @@ def folders(model):
 # --- what is done to a file ----------------------------------------------------------------------
 
 
-WRONG = [None, True, 0, -1, 12, 999, 1.5, float("nan"), 2**70, "", "x", [], [1], {}, {"a": 1}]
-
-
-def another_value(rng, document):
-    """One value, somewhere in a document, is of another kind."""
-    place = document
-    while True:
-        keys = sorted(place) if isinstance(place, dict) else range(len(place))
-        key = rng.choice(list(keys))
-        if not isinstance(place[key], dict | list) or not place[key] or rng.random() < 0.3:
-            break
-        place = place[key]
-    place[key] = rng.choice(WRONG)
-
-
-def json_of_wrong_kinds(rng, path):
-    document = json.loads(path.read_bytes())
-    another_value(rng, document)
-    path.write_text(json.dumps(document), encoding="utf-8")
-
-
 def metadata_of_wrong_kinds(rng, path):
     tensors, metadata = read_tensors(path)
     name = rng.choice(sorted(metadata))
     if name in ("settings", "history") and rng.random() < 0.7:
-        document = {name: json.loads(metadata[name])}
-        another_value(rng, document)
-        metadata[name] = json.dumps(document[name])
+        metadata[name] = rng.choice(JSON_CHANGES)(rng, metadata[name].encode()).decode(
+            "utf-8", "replace"
+        )
     else:
         metadata[name] = rng.choice([*map(str, WRONG), "[" * 50_000, "9" * 5000, '{"a":' * 9000])
     write_tensors(path, tensors, metadata)
@@ -120,7 +99,7 @@ def deleted(rng, path):
 def damage(rng, path, corrupted):
     """Do one thing to a file; its name."""
     if path.suffix == ".json":
-        changes = [*corrupted.JSON_CHANGES, json_of_wrong_kinds, json_of_wrong_kinds, deleted]
+        changes = [*JSON_CHANGES, deleted]
     else:
         changes = [*corrupted.TENSOR_CHANGES, numbers_changed, deleted]
         changes += [metadata_of_wrong_kinds, metadata_missing] * 3
@@ -129,6 +108,8 @@ def damage(rng, path, corrupted):
         change(rng, path)
     else:
         path.write_bytes(change(rng, path.read_bytes()))
+    if rng.random() < 0.02:
+        return f"{change.__name__}, {exchanged(rng, path.parent)}"
     return change.__name__
 
 
