@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import numpy as np
-
 from minilora.errors import MiniloraError
 
 LARGEST_SIZE = 2**24  # a product of two such sizes still counts bytes in 64 bits
@@ -48,8 +46,8 @@ def check_sizes(config: Any, *names: str) -> None:
 
 
 def plain(value: Any) -> Any:
-    """A NumPy scalar as the Python number that it is; anything else as it stands."""
-    return value.item() if isinstance(value, np.generic) else value
+    """What has a shape of no axes, as NumPy's scalars, as a Python number; else as it stands."""
+    return value.item() if getattr(value, "shape", None) == () else value
 
 
 def closest(word: str, words: list[str]) -> str | None:

@@ -629,7 +629,7 @@ def plain_file(path: Path) -> Path | None:
         file = path.resolve()
         is_plain = file.is_file() and not is_output(file) or not path.exists()
         return file if is_plain and file.parent.is_dir() else None
-    except (OSError, RuntimeError):  # a name that the system refuses, a ring of links
+    except (OSError, ValueError, RuntimeError):  # a name that no file can have, a ring of links
         return None
 
 

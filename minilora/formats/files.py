@@ -66,6 +66,8 @@ def written_beside(target: Path, content: Content) -> Iterator[Path]:
     """
     if target.exists() and not target.is_file():
         raise MiniloraError(f"cannot write {target}: it is not a plain file")
+    if target.exists() and not os.access(target, os.W_OK):  # which renaming would not ask
+        raise MiniloraError(f"cannot write {target}: it is write-protected")
     remove_temporaries(target.parent, older_than=HOUR)
     path = target.with_name(hidden_name("tmp"))
     try:

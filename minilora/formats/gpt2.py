@@ -181,8 +181,13 @@ def read_config(document: Mapping[str, Any], path: Path) -> GPTConfig:
                 f"{path}: {name} is {reprlib.repr(value)}, which minilora does not compute; "
                 f"expected {' or '.join(map(repr, accepted))}"
             )
+    for other, name in ALIASES.items():
+        if {name, other} <= document.keys() and document[name] != document[other]:
+            raise MiniloraError(
+                f"{path}: {name} is {reprlib.repr(document[name])}, but {other}, which is another "
+                f"name of it, {reprlib.repr(document[other])}"
+            )
     sizes = {ALIASES.get(name, name): value for name, value in document.items()}
-    sizes |= {name: document[name] for name in ALIASES.values() if name in document}
     names = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head"]
     if sizes.get("n_inner") is not None:
         names.append("n_inner")

@@ -98,10 +98,12 @@ class TrainConfig(Settings):
             object.__setattr__(self, "lr", RATES[self.method])
         if self.warmup is None:
             object.__setattr__(self, "warmup", self.steps // 10)
-        for name in ("steps", "batch", "context", "log_every", "eval_every", "eval_tokens",
-                     "checkpoint_every"):  # fmt: skip
+        counts = ("steps", "batch", "context", "log_every", "eval_every", "eval_tokens",
+                  "checkpoint_every")  # fmt: skip
+        for name in counts:
             if getattr(self, name) < 1:
                 raise MiniloraError(f"{name} {getattr(self, name)} is too small; it is at least 1")
+        for name in (*counts, "warmup", "threads", "short_context", "short_steps"):
             if getattr(self, name) >= 2**31:
                 raise MiniloraError(f"{name} {getattr(self, name)} is too large; it is below 2^31")
         for name in ("warmup", "weight_decay", "seed", "threads", "short_steps"):

@@ -137,6 +137,12 @@ def test_a_link_stays_and_its_file_is_written(cli, base, text, tmp_path):
     assert json.loads((tmp_path / "figures" / "real.json").read_text(encoding="utf-8"))["loss"]
 
 
+def test_a_name_that_no_file_can_have_is_said(refused, base, text):
+    refused(
+        "--json a\\\\x00b: expected a file name", "evaluate", text, "--base", base, "--json", "a\0b"
+    )
+
+
 @pytest.mark.parametrize("line", ["M --json /dev/stdout > log", "M --json /dev/null"])
 def test_a_device_is_not_replaced(base, text, tmp_path, line):
     if not os.path.exists("/dev/stdout"):

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import bytes_of
 
 from minilora.errors import MiniloraError
 from minilora.formats import files
+from minilora.formats.output import write_folder
 
 
 def test_text_and_json_are_written_as_they_are(tmp_path):
@@ -153,6 +155,18 @@ def test_what_is_no_plain_file_is_not_replaced(tmp_path):
         with pytest.raises(MiniloraError, match=rf"cannot write {path}: it is not a plain file"):
             files.write_bytes(path, b"new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "pipe"]
+
+
+def test_a_write_protected_file_is_not_replaced(tmp_path, monkeypatch):
+    """The system would allow it, as renaming asks the folder alone; and root may do all."""
+    (tmp_path / "x").write_bytes(b"kept")
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    with pytest.raises(MiniloraError, match="cannot write .*x: it is write-protected"):
+        files.write_bytes(tmp_path / "x", b"new")
+    with pytest.raises(MiniloraError, match="cannot write .*x: it is write-protected"):
+        write_folder(tmp_path, {"weights": [b"new"], "x": [b"new"]})
+    files.write_bytes(tmp_path / "y", b"new")
+    assert bytes_of(tmp_path) == {"x": b"kept", "y": b"new"}
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX systems")

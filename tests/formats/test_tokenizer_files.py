@@ -234,6 +234,13 @@ def test_only_plain_files_are_opened(tmp_path, name, kind):
         load_tokenizer(folder, SIZE)
 
 
+@pytest.mark.parametrize("config", [{"model_type": "llama"}, {"tokenizer_class": "Qwen2Tokenizer"}])
+def test_the_files_of_gpt2_s_tokenizer_are_no_other_s(tmp_path, config):
+    write(older(tmp_path), "config.json", config)
+    with pytest.raises(MiniloraError, match="vocab.json with merges.txt are read as GPT2Tokenizer"):
+        load_tokenizer(tmp_path, SIZE)
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "merges.txt"])
 def test_a_base_of_256_tokens_with_half_a_tokenizer_is_not_byte_level(tmp_path, name):
     entry(tmp_path / name, "link to nothing")
