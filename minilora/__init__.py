@@ -9,9 +9,10 @@ The mathematics is in `minilora.ops`, `loss`, `lora`, `gpt2`, `network` and `kee
 this order.
 """
 
+import minilora.start  # noqa: F401, I001  # before all others, see there
+
 from typing import TYPE_CHECKING
 
-import minilora.start  # noqa: F401  # before NumPy
 from minilora.adapters import LoRAConfig, lora_init
 from minilora.data import corpus_from_text, load_corpus
 from minilora.errors import MiniloraError

@@ -1,14 +1,13 @@
 """Ctrl-C while the command line is still being loaded: it ends in a line, not in a traceback.
 
 NumPy takes a tenth of a second to load, on a busy machine seconds, and is loaded before any code of
-the command line runs. So this module is imported first. In other programs it does nothing.
+the command line runs. So this module is imported first, and imports only what Python has loaded
+itself. In other programs than the command line it does nothing.
 """
 
 import os
 import signal
 import sys
-from contextlib import suppress
-from pathlib import Path
 
 
 def is_command() -> bool:
@@ -16,14 +15,15 @@ def is_command() -> bool:
     words = getattr(sys, "argv", None) or [""]
     if words[0] == "-m":  # until the module is found
         return sys.orig_argv[-len(words)] in ("minilora", "-mminilora")
-    return Path(words[0]).name in ("minilora", "minilora.exe")
+    return os.path.basename(words[0]) in ("minilora", "minilora.exe")
 
 
 def stop(*_: object) -> None:
     """End the process as Ctrl-C does later, when there is something to end in order."""
-    with suppress(OSError):
+    try:
         os.write(2, b"minilora: stopped\n")
-    os._exit(130)
+    finally:
+        os._exit(130)
 
 
 def loaded() -> None:

@@ -6,6 +6,7 @@ A folder is read as far as it is text; each file that is not is named, with the 
 from __future__ import annotations
 
 import codecs
+import errno
 import json
 import os
 import stat
@@ -92,8 +93,10 @@ def read_documents(source: Source) -> tuple[list[Document], list[LeftOut]]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The contents of a file; MiniloraError where the system refuses."""
+    """The contents of a file or pipe; MiniloraError where the system refuses, and for a device."""
     try:
+        if path.is_char_device() or path.is_block_device():  # /dev/zero has no end
+            raise OSError(errno.ENODEV, "it is a device")
         return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         reason = getattr(error, "strerror", None) or error

@@ -119,7 +119,9 @@ class Replaced(NamedTuple):
 
     def is_new(self) -> bool:
         """Whether the new file is in its place, as a whole."""
-        return self.target.is_file() and file_checksum(self.target) == self.new
+        with suppress(OSError):  # another process may just be replacing it
+            return self.target.is_file() and file_checksum(self.target) == self.new
+        return False
 
 
 class Hold:
@@ -315,6 +317,8 @@ class Busy(MiniloraError):
 
 def _locked(path: Path, only_locked: bool) -> BinaryIO:
     """The open file at a path, made where it is missing, and locked."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise MiniloraError(f"cannot write {path}: it is not a plain file")
     with errors_naming(path):
         while True:
             lock = path.open("a+b")

@@ -196,6 +196,22 @@ def test_a_file_where_the_lock_or_the_folder_should_be_is_said(tmp_path):
     assert (tmp_path / "out" / LOCK).is_dir()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="files of POSIX systems")
+def test_a_lock_that_leads_elsewhere_is_not_written_to(tmp_path):
+    """A folder that came from somewhere may hold it, and seem to be empty."""
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / LOCK).symlink_to("../mine")
+    with pytest.raises(MiniloraError, match="minilora-lock: it is not a plain file"):
+        write_folder(tmp_path / "out", parts(NEW))
+    assert (tmp_path / "mine").read_text() == "mine"
+    (tmp_path / "out" / LOCK).unlink()
+    os.mkfifo(tmp_path / "out" / LOCK)
+    with pytest.raises(MiniloraError, match="minilora-lock: it is not a plain file"):
+        write_folder(tmp_path / "out", parts(NEW))
+    assert shown(tmp_path / "out") == {}
+
+
 def test_a_write_into_a_held_folder_needs_no_lock_of_its_own(tmp_path):
     with held(tmp_path) as hold:
         hold.write({"config": [b"c"]})
@@ -383,6 +399,17 @@ def test_a_reader_leaves_the_work_of_a_living_writer(tmp_path):
     write_folder(tmp_path, parts(OLD))
     with held(tmp_path) as hold, hold.replaced(parts(NEW)):
         (tmp_path / "more").unlink()
+        assert shown(tmp_path)["weights"] == NEW["weights"]
+
+
+def test_a_file_that_goes_while_it_is_compared_is_not_the_new_one(tmp_path, monkeypatch):
+    write_folder(tmp_path, parts(OLD))
+    with held(tmp_path) as hold, hold.replaced(parts(NEW)), monkeypatch.context() as patched:
+
+        def gone(path):
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))
+
+        patched.setattr("minilora.formats.output.file_checksum", gone)
         assert shown(tmp_path)["weights"] == NEW["weights"]
 
 

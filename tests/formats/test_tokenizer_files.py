@@ -185,6 +185,18 @@ def test_a_panic_becomes_one_sentence(tmp_path):
         tokenizer.decode([1])
 
 
+@pytest.mark.parametrize("pattern", ["x*", "a?", "b{0,2}", "a|", "|a", "(?:|a)", "a?b*", "c|a?"])
+@pytest.mark.parametrize("kind", ["normalizer", "decoder"])
+def test_what_replaces_an_empty_text_is_refused(tmp_path, capfd, kind, pattern):
+    """The package panics of it in some texts, and writes lines of its own."""
+    part = {"type": "Replace", "pattern": {"Regex": pattern}, "content": "a"}
+    with pytest.raises(MiniloraError, match=f"{kind}: Replace has the pattern .* an empty text"):
+        use(write_folder(tmp_path, WHOLE | {kind: part}))
+    part["pattern"] = {"Regex": f"(?:{pattern[:1]}|b)z{{1,2}}y*" if pattern[0].isalpha() else "ab?"}
+    use(write_folder(tmp_path, WHOLE | {"normalizer": part})).encode("hello ab xz")
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("pattern", [*sorted(KNOWN), r"\d{1,3}", r"\w+|[^\w\s]+", r" ?\p{L}+|\s"])
 def test_the_time_of_a_pattern_that_is_read_grows_with_the_text(pattern):
     assert is_linear(pattern)

@@ -282,3 +282,11 @@ def test_the_command_line_says_what_was_left_out_beside_its_results(tmp_path, ca
     assert "bits per byte" in out and "left out" not in out
     name = os.path.join(str(tmp_path / "texts"), "b.txt")
     assert err == f"minilora: left out: 1 perhaps in cp1252 ({name})\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="devices of POSIX systems")
+@pytest.mark.parametrize("device", ["/dev/zero", "/dev/null"])
+def test_a_device_is_no_text(device):
+    """Of which one has no end."""
+    with pytest.raises(MiniloraError, match=f"cannot read {device} .it is a device.; expected a"):
+        read_documents(device)
