@@ -477,9 +477,9 @@ def damaged(rng, folder):
             try:
                 document = json.loads(path.read_text(encoding="utf-8"))
                 change(rng, document)
+                write(folder, name, document)
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                continue  # what an earlier change has left is no object any more
-            write(folder, name, document)
+                continue  # what an earlier change has left is no object any more, or too deep
         done.append(f"{change.__name__} {name}")
     return done
 
@@ -500,7 +500,7 @@ def fuzz(folder, case):
     for name in (*COMPANIONS, "config.json"):
         (folder / name).unlink(missing_ok=True)
     what = f"case {case}: {damaged(rng, folder)}"
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         tokenizer = use(folder)
         found = [ids.tolist() for ids in tokenizer.encode_batch(TEXTS)]
@@ -510,7 +510,7 @@ def fuzz(folder, case):
     except BaseException as error:
         raise AssertionError(what) from error
     finally:
-        assert time.perf_counter() - start < 10, what
+        assert time.process_time() - start < 10, what
     if "tokenizer.json" not in what or what.count(".json") > what.count("tokenizer.json"):
         return False
     whole = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
