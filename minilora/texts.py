@@ -22,7 +22,8 @@ from minilora.errors import MiniloraError
 PYTHON_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 NAMED = 3  # files that a report names for each reason
 
-NOT_TEXT, NOT_REGULAR, JSON_LINES = "not text", "not a regular file", "in JSON Lines"
+NOT_TEXT, NOT_REGULAR = "not text", "not a regular file"
+JSON_LINES, JSON_LIST = "in JSON Lines", "a JSON list of records"
 READ_ALREADY, OF_A_MODEL = "read by another path", "with a model or a training run"
 # The files of a folder that holds all of one of these sets are a model's or a run's.
 OF_MODELS = (
@@ -80,6 +81,11 @@ def read_documents(source: Source) -> tuple[list[Document], list[LeftOut]]:
             raise MiniloraError(
                 f"{name} is in JSON Lines; expected text (adapt, evaluate and load_records read "
                 "records; as standard input, `-`, the lines are text)"
+            )
+        if is_json_list(text):
+            raise MiniloraError(
+                f"{name} is {JSON_LIST}; expected text, or records one a line, in JSON Lines "
+                "(as standard input, `-`, it is text)"
             )
         return [Document(name, text)], []
     documents, left_out = read_folder(Path(name))
@@ -148,6 +154,15 @@ def is_json_lines(name: str, text: str) -> bool:
     return len(lines) > 1 and all(map(is_json_object, lines))
 
 
+def is_json_list(text: str) -> bool:
+    """Whether a text is one JSON list of objects, as data sets come, too."""
+    try:
+        found = json.loads(text) if text.lstrip()[:1] == "[" else None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, list) and found != [] and all(isinstance(x, dict) for x in found)
+
+
 def is_json_object(line: str) -> bool:
     try:
         return isinstance(json.loads(line), dict)
@@ -188,7 +203,9 @@ def read_file(path: Path) -> tuple[str, str]:
     text = decode_text(data)
     if text is None:
         return "", encoding_of(data)
-    return ("", JSON_LINES) if is_json_lines(path.name, text) else (text, "")
+    if is_json_lines(path.name, text):
+        return "", JSON_LINES
+    return ("", JSON_LIST) if is_json_list(text) else (text, "")
 
 
 def unreadable(error: OSError) -> str:

@@ -290,3 +290,12 @@ def test_a_device_is_no_text(device):
     """Of which one has no end."""
     with pytest.raises(MiniloraError, match=f"cannot read {device} .it is a device.; expected a"):
         read_documents(device)
+
+
+def test_a_json_list_of_records_is_not_learned_as_text(tmp_path):
+    write_files(
+        tmp_path, {"a.json": '\ufeff[\r\n{"prompt": "a"}, {}]\n', "b.json": "[1]", "c": "[{"}
+    )
+    with pytest.raises(MiniloraError, match="a.json is a JSON list of records; expected text, or"):
+        read_documents(tmp_path / "a.json")
+    assert read(tmp_path) == (["b.json", "c"], {"a.json": "a JSON list of records"})
