@@ -58,7 +58,7 @@ def write_folder(folder: str | Path, files: Mapping[str, Content]) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Callable[[Mapping[str, Content]], None]]:
-    """Hold a folder that is new or empty; yields what writes its files, all to stay or none.
+    """Hold a folder that is new or empty; yields what writes its files, once, all to stay or none.
 
     If the block fails or is killed, they go again. Raises MiniloraError as `held` does, and where
     the folder holds anything.
@@ -138,12 +138,11 @@ class Hold:
 
     @contextmanager
     def replaced(self, files: Mapping[str, Content]) -> Iterator[None]:
-        """Within, files are replaced: if the block fails or is killed, the old ones come back.
+        """Within, files are replaced; if the block fails or is killed, the old ones come back.
 
-        At its end they stay, and so ends the hold.
-        All are written and flushed before the first is renamed. The old are set aside before, the
-        last first, so that at no moment a reader finds the last beside others than its own. A
-        link stays and its target is replaced.
+        Else the new ones stay, and the hold must end. All are written and flushed before the first
+        is renamed. The old are set aside before, the last first, so that at no moment a reader
+        finds the last beside others than its own. A link stays and its target is replaced.
         """
         self._note([_replaced(self.folder / name, content) for name, content in files.items()])
         noted = self.lock.tell()
@@ -187,7 +186,7 @@ class Hold:
             with errors_naming(file.path):
                 if file.aside is not None and file.aside.exists() and not file.target.exists():
                     os.replace(file.aside, file.target)
-                remove_temporaries(file.target.parent)
+                remove_temporaries(file.path.parent)
                 if len(file.path.relative_to(self.folder).parts) > 1:
                     with suppress(OSError):  # it holds more
                         file.path.parent.rmdir()
@@ -270,7 +269,7 @@ def _is_ours(path: Path, old: Any, new: Any) -> bool:
 def steady(folder: Path, last: str) -> Iterator[None]:
     """Read files of a folder that belong together, of which `last` is written last.
 
-    What a killed process left half done there is undone before, unless the new files are whole.
+    Old files that a killed process left aside are put back before, unless the new ones are whole.
     Raises MiniloraError where the files are replaced meanwhile, and where there is something to
     undo and the system refuses.
     """
@@ -283,7 +282,8 @@ def steady(folder: Path, last: str) -> Iterator[None]:
 
 def _settle(folder: Path) -> None:
     files, _ = _noted(folder)
-    if all(file.is_new() for file in files):
+    asides = [file.aside for file in files if file.aside is not None]
+    if not any(aside.exists() for aside in asides) or all(file.is_new() for file in files):
         return
     try:
         for file in files:

@@ -347,7 +347,7 @@ def test_killed_while_it_undoes_the_rest_is_undone_later(tmp_path, monkeypatch):
         if not stopped_at(monkeypatch, "killed", at, lambda: shown(tmp_path)):
             break
     assert 3 < at < 11
-    assert bytes_of(tmp_path) in (OLD, OLD | {LOCK: b""})
+    assert shown(tmp_path) == OLD
 
 
 def test_the_same_files_again_on_a_full_disk_are_not_lost(tmp_path, monkeypatch):
@@ -395,6 +395,20 @@ def test_what_somebody_put_into_a_half_written_folder_stays(tmp_path, monkeypatc
     assert {path.name for path in tmp_path.iterdir()} == set(OLD)
 
 
+def test_a_reader_leaves_what_it_need_not_undo(tmp_path, monkeypatch):
+    """A new folder whose writer was killed after the renamings, and which somebody has changed."""
+    with pytest.raises(Killed), new_folder(tmp_path) as write:
+        write(parts(NEW))
+        renaming_fails(monkeypatch, 0, Killed)
+        raise Killed
+    monkeypatch.undo()
+    (tmp_path / "config").write_bytes(b"changed")
+    assert shown(tmp_path) == NEW | {"config": b"changed"}
+    with held(tmp_path):
+        pass
+    assert shown(tmp_path) == {"config": b"changed"}
+
+
 def test_a_reader_leaves_the_work_of_a_living_writer(tmp_path):
     write_folder(tmp_path, parts(OLD))
     with held(tmp_path) as hold, hold.replaced(parts(NEW)):
@@ -429,7 +443,9 @@ def test_a_reader_undoes_nothing_outside_of_its_folder(tmp_path, monkeypatch):
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "config").symlink_to("../outside")
-    notes = [["config", None, zlib.crc32(b"mine")], ["weights", None, 0]]
+    aside = LEFT.replace("tmp", "old")
+    (folder / aside).write_bytes(b"old")
+    notes = [["config", None, zlib.crc32(b"mine")], ["weights", aside, 0]]
     (folder / LOCK).write_text(json.dumps(notes))
     with pytest.raises(MiniloraError, match="left half-written .*config is a link"):
         shown(folder)
