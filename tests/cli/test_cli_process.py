@@ -157,6 +157,15 @@ def test_only_the_command_line_is_stopped_so(monkeypatch, words, original, expec
     assert start_of_command.is_command() == expected
 
 
+def test_once_it_is_loaded_ctrl_c_ends_in_order(base):
+    before = signal.signal(signal.SIGINT, start_of_command.stop)
+    try:
+        assert main(["evaluate", "missing.txt", "--base", str(base)]) == 2
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_reader_that_goes_away_ends_generation_quietly(base, tmp_path):
     process = start("generate", "--base", base, "--tokens", 100000, cwd=tmp_path)
     assert len(process.stdout.read(10)) == 10

@@ -215,6 +215,8 @@ def test_a_lock_that_leads_elsewhere_is_not_written_to(tmp_path):
 def test_a_write_into_a_held_folder_needs_no_lock_of_its_own(tmp_path):
     with held(tmp_path) as hold:
         hold.write({"config": [b"c"]})
+        with pytest.raises(MiniloraError, match="another run is writing"), held(tmp_path):
+            raise AssertionError("the hold ended with the write")
     assert [path.name for path in tmp_path.iterdir()] == ["config"]
 
 
