@@ -10,11 +10,13 @@ from minilora.adapters import LoRAConfig
 from minilora.bench.budget import Step
 from minilora.bench.case import Case
 from minilora.gpt2 import GPTConfig
+from minilora.llama import LlamaConfig
 from minilora.training.loop import TrainConfig
 
 SMALL = GPTConfig(256, 128, 8, 1, 2, n_inner=16)
 GIVEN = [
     SMALL,
+    LlamaConfig(rms_norm_eps=1e-5, head_dim=64),
     LoRAConfig(rank=2, alpha=2.5, rank_pattern={"o": 3}, alpha_pattern={"o": 1.5}),
     TrainConfig(),
     Case(SMALL),
