@@ -9,6 +9,8 @@ The mathematics is in `minilora.ops`, `loss`, `lora`, `gpt2`, `network` and `kee
 this order.
 """
 
+import minilora.start  # noqa: F401, I001  # before all others, see there
+
 from typing import TYPE_CHECKING
 
 from minilora.adapters import LoRAConfig, lora_init

@@ -27,12 +27,12 @@ from minilora.lora import (
     lora_embedding_backward,
     lora_embedding_forward,
 )
-from minilora.settings import check_sizes
+from minilora.settings import Settings, check_sizes
 from minilora.tree import Tree
 
 
 @dataclass(frozen=True)
-class GPTConfig:
+class GPTConfig(Settings):
     """The sizes of a GPT-2, by their names in Hugging Face's config.json; GPT-2 small by default.
 
     n_inner is the MLP's width, 4 n_embd when None. Raises MiniloraError for impossible sizes.
@@ -47,6 +47,7 @@ class GPTConfig:
     layer_norm_epsilon: float = 1e-5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_sizes(self, "vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
         if not 0.0 < self.layer_norm_epsilon < math.inf:
             raise MiniloraError(f"layer_norm_epsilon {self.layer_norm_epsilon} is not positive")

@@ -31,7 +31,7 @@ from minilora.lora import (
     lora_embedding_backward,
     lora_embedding_forward,
 )
-from minilora.settings import check_sizes
+from minilora.settings import Settings, check_sizes
 from minilora.tree import Tree
 
 
@@ -55,7 +55,7 @@ class Llama3Scaling(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LlamaConfig:
+class LlamaConfig(Settings):
     """The sizes of a Llama, by their names in Hugging Face's config.json; Llama 1's by default.
 
     `rms_norm_eps` is always given, as it is not the same in all. `rope_scaling` is for contexts
@@ -76,6 +76,7 @@ class LlamaConfig:
     head_dim: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_sizes(
             self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
             "num_attention_heads", "num_key_value_heads", "max_position_embeddings",

@@ -147,12 +147,15 @@ def load_model(
     downloaded.
     """
     from minilora.formats import load_base
+    from minilora.formats.base import CONFIG
     from minilora.formats.hub import check_folder, fetch_base, is_hub_id
+    from minilora.formats.output import steady
 
     hub_id = str(base) if base is not None and is_hub_id(base) else None
     folder = fetch_base(hub_id) if hub_id else check_folder(BUILT_IN if base is None else base)
-    weights, config = load_base(folder, dtype=dtype)
-    tokenizer = load_tokenizer(folder, config.vocab_size)
+    with steady(folder, CONFIG):
+        weights, config = load_base(folder, dtype=dtype)
+        tokenizer = load_tokenizer(folder, config.vocab_size)
     model = Model(weights, config, tokenizer=tokenizer, folder=folder, hub_id=hub_id)
     return model if adapter is None else model.with_adapters_from(adapter)
 

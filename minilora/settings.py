@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import numpy as np
-
 from minilora.errors import MiniloraError
 
 LARGEST_SIZE = 2**24  # a product of two such sizes still counts bytes in 64 bits
@@ -51,8 +49,8 @@ def check_sizes(config: object, *names: str, largest: int = LARGEST_SIZE) -> Non
 
 
 def plain(value: Any) -> Any:
-    """A NumPy scalar as a Python number; anything else unchanged."""
-    return value.item() if isinstance(value, np.generic) else value
+    """Of an array without axes, such as NumPy's scalars, the Python number; else the value."""
+    return value.item() if getattr(value, "shape", None) == () else value
 
 
 def closest(word: str, words: list[str]) -> str | None:

@@ -6,6 +6,7 @@ In a folder only text is read; every other file is listed, with the reason.
 from __future__ import annotations
 
 import codecs
+import errno
 import json
 import os
 import stat
@@ -21,7 +22,8 @@ from minilora.errors import MiniloraError
 PYTHON_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 NAMED = 3  # files that a summary names for each reason
 
-NOT_TEXT, NOT_REGULAR, JSON_LINES = "not text", "not a regular file", "in JSON Lines"
+NOT_TEXT, NOT_REGULAR = "not text", "not a regular file"
+JSON_LINES, JSON_LIST = "in JSON Lines", "a JSON list of records"
 READ_ALREADY, OF_A_MODEL = "read under another path", "of a model or a training run"
 # A folder that holds all files of one of these sets is a model's or a training run's.
 OF_MODELS = (
@@ -32,6 +34,7 @@ OF_MODELS = (
     {"config.json", "model.safetensors"},
     {"config.json", "model.safetensors.index.json"},
 )
+TEMPLATES = "additional_chat_templates"  # of a model, in a folder of their own
 MARKS = {  # UTF-32's first: its little-endian mark begins with UTF-16's
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -79,6 +82,11 @@ def read_documents(source: Source) -> tuple[list[Document], list[LeftOut]]:
                 f"{name} is in JSON Lines; expected text (adapt, evaluate and load_records read "
                 "records; as standard input, `-`, the lines are text)"
             )
+        if is_json_list(text):
+            raise MiniloraError(
+                f"{name} is {JSON_LIST}; expected text, or records one a line, in JSON Lines "
+                "(as standard input, `-`, it is text)"
+            )
         return [Document(name, text)], []
     documents, left_out = read_folder(Path(name))
     if not documents:
@@ -91,8 +99,10 @@ def read_documents(source: Source) -> tuple[list[Document], list[LeftOut]]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The contents of a file; MiniloraError if it cannot be read."""
+    """The contents of a file or pipe; MiniloraError if it cannot be read, and for a device."""
     try:
+        if path.is_char_device() or path.is_block_device():  # /dev/zero has no end
+            raise OSError(errno.ENODEV, "it is a device")
         return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         reason = getattr(error, "strerror", None) or error
@@ -144,6 +154,15 @@ def is_json_lines(name: str, text: str) -> bool:
     return len(lines) > 1 and all(map(is_json_object, lines))
 
 
+def is_json_list(text: str) -> bool:
+    """Whether a text is one JSON list of objects, as data sets come, too."""
+    try:
+        found = json.loads(text) if text.lstrip()[:1] == "[" else None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, list) and found != [] and all(isinstance(x, dict) for x in found)
+
+
 def is_json_object(line: str) -> bool:
     try:
         return isinstance(json.loads(line), dict)
@@ -184,7 +203,9 @@ def read_file(path: Path) -> tuple[str, str]:
     text = decode_text(data)
     if text is None:
         return "", encoding_of(data)
-    return ("", JSON_LINES) if is_json_lines(path.name, text) else (text, "")
+    if is_json_lines(path.name, text):
+        return "", JSON_LINES
+    return ("", JSON_LIST) if is_json_list(text) else (text, "")
 
 
 def unreadable(error: OSError) -> str:
@@ -215,7 +236,7 @@ def walk(folder: Path, skipped: Collection[str]) -> Iterator[tuple[tuple[str, ..
             yield parts, "" if stat.S_ISREG(kind) else NOT_REGULAR
         elif any(files <= set(names) for files in OF_MODELS):
             yield parts, OF_A_MODEL
-            names = [name for name in names if (path / name).is_dir()]
+            names = [name for name in names if (path / name).is_dir() and name != TEMPLATES]
         if place not in visited:
             visited.add(place)
             for name in names:

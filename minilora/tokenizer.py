@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -81,16 +82,14 @@ class ByteTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of bytes; those that are not UTF-8 become U+FFFD. Raises for an id above 255."""
-        values = np.fromiter(ids, np.int64)
-        check_ids(values, self.vocab_size)
+        values = checked(ids, self.vocab_size)
         return values.astype(np.uint8).tobytes().decode("utf-8", "replace")
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Text of bytes as they come; the bytes of an unfinished character wait for the rest."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for token in ids:
-            check_ids(np.array([token]), self.vocab_size)
-            if piece := decoder.decode(bytes([int(token)])):
+            if piece := decoder.decode(bytes(checked([token], self.vocab_size).tolist())):
                 yield piece
         if rest := decoder.decode(b"", final=True):
             yield rest
@@ -144,8 +143,7 @@ class BPETokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids, special tokens included. Raises for an id that the base lacks."""
-        values = np.fromiter(ids, np.int64)
-        check_ids(values, self.vocab_size)
+        values = checked(ids, self.vocab_size)
         with contained(f"the tokenizer in {self.source} cannot decode the tokens"):
             text: str = self.tokenizer.decode(values.tolist(), skip_special_tokens=False)
         return text
@@ -156,13 +154,20 @@ class BPETokenizer:
         new: list[int] = []
         piece = ""
         for token in ids:
-            new.append(int(token))
+            new += checked([token], self.vocab_size).tolist()
             piece = self.decode(before + new)[len(self.decode(before)) :]
             if piece and not piece.endswith("\ufffd"):
                 yield piece
                 before, new, piece = new, [], ""
         if piece:
             yield piece
+
+
+def checked(ids: Iterable[int], vocab_size: int) -> np.ndarray:
+    """Token ids as 1-D int64; MiniloraError for one that the vocabulary lacks, however large."""
+    values = np.array([operator.index(token) for token in ids], object)
+    check_ids(values, vocab_size)
+    return values.astype(np.int64)
 
 
 @contextmanager

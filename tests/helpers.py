@@ -1,7 +1,9 @@
 """What several test files need: random arrays and models, walks through caches, stops, streams."""
 
 import contextlib
+import errno
 import io
+import os
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
@@ -172,6 +174,93 @@ def adapter_bytes(folder: Path) -> list[bytes]:
         (folder / name).read_bytes()
         for name in ("adapter_model.safetensors", "adapter_config.json")
     ]
+
+
+# --- a disk on which something happens ---------------------------------------------------------
+
+NEEDS_SPACE = {"open", "write", "flush", "truncate", "fsync", "mkdir"}
+
+
+class Disk:
+    """Every change that the program makes to the disk, counted; at one of them something happens.
+
+    `killed`: the process ends there, so that nothing later happens either. `refused`: this one
+    operation fails. `full`: from there on, all that needs space fails.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, mode: str = "", at: int = -1) -> None:
+        self.mode, self.at = mode, at
+        self.done: list[str] = []
+        self.files: list[CountedFile] = []
+        for name in ("mkdir", "rmdir", "unlink", "chmod"):
+            monkeypatch.setattr(Path, name, self.counted(name, getattr(Path, name)))
+        for name in ("replace", "fsync"):
+            monkeypatch.setattr(os, name, self.counted(name, getattr(os, name)))
+        opened = Path.open
+
+        def open_counted(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
+            if not set(mode) & set("wax+"):
+                return opened(path, mode, *args, **options)
+            self.step("open", path)
+            self.files.append(CountedFile(self, opened(path, mode, *args, **options)))
+            return self.files[-1]
+
+        monkeypatch.setattr(Path, "open", open_counted)
+
+    def counted(self, name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
+        def run(subject: Any, *args: Any, **options: Any) -> Any:
+            self.step(name, subject)
+            return operation(subject, *args, **options)
+
+        return run
+
+    def step(self, name: str, subject: Any) -> None:
+        """Count an operation; here what happens at one of them does."""
+        index = len(self.done)
+        self.done.append(f"{name} {getattr(subject, 'name', subject)}")
+        if self.mode == "killed" and index >= self.at:
+            raise Killed
+        here = index == self.at and self.mode in ("refused", "full")
+        if here or (self.mode == "full" and index > self.at >= 0 and name in NEEDS_SPACE):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def end_of_process(self) -> None:
+        """Close what is open, as the system does."""
+        for file in self.files:
+            file.file.close()
+
+
+class CountedFile:
+    """A file that is open for writing; a write at which something happens is done by half."""
+
+    def __init__(self, disk: Disk, file: Any) -> None:
+        self.disk, self.file = disk, file
+
+    def write(self, data: Any) -> int:
+        try:
+            self.disk.step("write", self.file)
+        except BaseException:
+            self.file.write(bytes(data)[: len(data) // 2])
+            self.file.flush()
+            raise
+        return int(self.file.write(data))
+
+    def flush(self) -> None:
+        self.disk.step("flush", self.file)
+        self.file.flush()
+
+    def truncate(self, size: int) -> int:
+        self.disk.step("truncate", self.file)
+        return int(self.file.truncate(size))
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
 
 
 # --- files and streams -------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from minilora.errors import MiniloraError
 from minilora.gpt2 import GPTConfig
 from minilora.loss import VOCAB_CHUNK
 from minilora.ops import QUERY_TILE, query_tiles
-from minilora.settings import LARGEST_COUNT, check_sizes
+from minilora.settings import LARGEST_COUNT, Settings, check_sizes
 from minilora.tiles import TILE
 from minilora.workers import Workers, cores
 
@@ -100,7 +100,7 @@ def adapter_shapes(config: GPTConfig, lora_config: LoRAConfig) -> dict[str, tupl
 
 
 @dataclass(frozen=True)
-class Step:
+class Step(Settings):
     """A training step of adapters or, without `lora_config`, of the whole base.
 
     With `threads` the batch is shared as in `train`; without, it is one call of `loss_and_grads`.
@@ -119,6 +119,7 @@ class Step:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_sizes(self, "batch", "context", largest=LARGEST_COUNT)
         if self.context > self.config.n_positions:
             raise MiniloraError(

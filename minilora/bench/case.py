@@ -13,7 +13,7 @@ from minilora.adapters import LoRAConfig
 from minilora.errors import MiniloraError
 from minilora.formats.files import json_number
 from minilora.gpt2 import GPTConfig
-from minilora.settings import LARGEST_COUNT, check_sizes
+from minilora.settings import LARGEST_COUNT, Settings, check_sizes
 
 PROMPT = 8  # tokens of the prompt that a generation continues
 CLIP = 1.0
@@ -21,7 +21,7 @@ LEARNING_RATE = 1e-5
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(Settings):
     """One thing to time, and its sizes.
 
     `what` is a training step by `method`, the loss on a batch of that size (`evaluate`), or the
@@ -43,6 +43,7 @@ class Case:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_sizes(self, "batch", "context", "rank", "threads", "steps", largest=LARGEST_COUNT)
         prompt = PROMPT if self.what == "generate" else 0
         if self.context + prompt > self.config.n_positions:

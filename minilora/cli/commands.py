@@ -166,8 +166,6 @@ def lora_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-
-
 def pretrain_command(args: argparse.Namespace) -> int:
     from minilora.data import load_corpus
     from minilora.gpt2 import GPTConfig
@@ -629,6 +627,10 @@ def check_outputs(args: argparse.Namespace) -> None:
         for source in sources_of(file, args):
             if file.exists() and lies_in(file, source):
                 raise MiniloraError(f"{name} would replace what is read from {source}")
+            if lies_in(file, source):
+                raise MiniloraError(
+                    f"{name} would be read from {source} the next time; expected a file elsewhere"
+                )
         taken[file] = option
 
 
@@ -638,7 +640,7 @@ def plain_file(path: Path) -> Path | None:
         file = path.resolve()
         is_plain = file.is_file() and not is_output(file) or not path.exists()
         return file if is_plain and file.parent.is_dir() else None
-    except (OSError, RuntimeError):  # a name that the system refuses, a loop of links
+    except (OSError, ValueError, RuntimeError):  # a name that no file can have, a loop of links
         return None
 
 
@@ -648,7 +650,8 @@ def sources_of(file: Path, args: argparse.Namespace) -> list[str]:
 
     data = [source for source in getattr(args, "data", []) if source not in ("python", "-")]
     is_model_s = file.name in (*COMPANIONS, "config.json", "adapter_config.json")
-    if not is_model_s and not file.name.endswith((".safetensors", ".safetensors.index.json")):
+    endings = (".safetensors", ".safetensors.index.json", ".jinja")
+    if not is_model_s and not file.name.endswith(endings):
         return data
     base = getattr(args, "base", None)
     return [*data, *getattr(args, "adapter", []), *([] if base is None else [base])]

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from minilora import start
 from minilora.cli.commands import check_outputs, command_line
 from minilora.cli.register import COMMANDS, Command, Group, OneOf, Option, listed, natural, option
 from minilora.cli.streams import Output, one_line, standard_streams
@@ -40,6 +41,7 @@ def answer(words: list[str]) -> int:
     arguments = argparse.Namespace()
     with standard_streams() as out:
         try:
+            start.loaded()
             arguments = parser().parse_args(asked_for(words))
             if not arguments.command.parallel:
                 ranks.check_alone()

@@ -27,8 +27,8 @@ from minilora.formats.files import (
     json_bytes,
     read_json,
     shown,
-    write_folder,
 )
+from minilora.formats.output import steady, write_folder
 from minilora.formats.table import HEAD, Stored, place
 from minilora.formats.tensors import (
     Entry,
@@ -92,7 +92,11 @@ def load_base(folder: str | Path, *, dtype: Any = np.float32) -> tuple[Tree, Any
     configuration that is not computed here (naming the field), for tensors that are missing, left
     over or of another shape (listing them), and for a tied head that differs from the embedding.
     """
-    folder = Path(folder)
+    with steady(Path(folder), CONFIG):
+        return _load_base(Path(folder), dtype)
+
+
+def _load_base(folder: Path, dtype: Any) -> tuple[Tree, AnyConfig]:
     document = read_json(folder / CONFIG)
     config, tied = read_config(document, folder / CONFIG), is_tied(document, folder / CONFIG)
     layout = LAYOUT_OF[type(config)]

@@ -9,22 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from minilora.adapters import LoRAConfig
-from minilora.formats.files import Content, is_there, write_folder
+from minilora.formats.files import Content, is_there
 from minilora.formats.hub import HUB_ID
 
 CARD = "README.md"
 
 
-def write_card(folder: Path, base: str | None, facts: Mapping[str, Any]) -> None:
-    """Write the card of the adapter in a folder, unless there is a README.md already.
-
-    Arguments as of `card`. Raises MiniloraError where the system refuses to write.
-    """
-    write_folder(folder, card_file(folder, base, facts))
-
-
 def card_file(folder: Path, base: str | None, facts: Mapping[str, Any]) -> dict[str, Content]:
-    """The card by the name of its file, as `write_folder` takes it; {} if there is a README.md."""
+    """The card of the adapter in a folder by the name of its file; {} if there is a README.md.
+
+    `base` and `facts` are those of `card`.
+    """
     if is_there(folder / CARD):
         return {}
     text = card(folder.resolve().name, base, facts)

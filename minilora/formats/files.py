@@ -1,4 +1,4 @@
-"""Files replaced together or not at all, and JSON read with clear errors."""
+"""Files replaced in one step, and JSON read with clear errors."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import os
 import re
 import reprlib
 import secrets
+import time
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -21,55 +23,26 @@ Scalar = TypeVar("Scalar", int, float, bool, str)
 Content: TypeAlias = "Sequence[bytes | memoryview]"
 """What a file is to hold, in pieces: nothing is left to go wrong but the writing itself."""
 
-TEMPORARY = re.compile(r"\.minilora-[0-9a-f]{16}\.tmp")
+# A file that is being written (tmp), and an old one set aside until the new one stays (old).
+HIDDEN = re.compile(r"\.minilora-[0-9a-f]{16}\.(tmp|old)")
+HOUR = 3600.0  # seconds
 LIMIT = 100_000_000  # bytes of a file that is read whole, as safetensors has it for its header
 
 
 # --- writing -----------------------------------------------------------------------------------
 
 
-def write_folder(folder: str | Path, files: Mapping[str, Content]) -> None:
-    """Write files of a folder, made where it is missing, as `write_files` does; other files stay.
+def write_file(path: str | Path, content: Content) -> None:
+    """Replace a file in one step: at every moment, it is the old one or the new one.
 
-    The last should be the one without which no reader opens the folder: its configuration.
+    A link stays and its target is replaced. Raises MiniloraError where the system refuses to write,
+    and for what is no plain file.
     """
-    folder = make_folder(folder)
-    write_files({folder / name: content for name, content in files.items()})
-
-
-def write_files(files: Mapping[Path, Content]) -> None:
-    """Replace files, all or none: all are written and flushed before the first is renamed.
-
-    A link stays and its target is replaced. One file is the old or the new one at every moment; of
-    several, the old are set aside before, the last first, and come back if a renaming fails: a
-    program killed amid the renamings leaves the last one missing, never a mixture that a reader
-    would take. Raises MiniloraError where the system refuses to write, and for what is no plain
-    file.
-    """
-    with ExitStack() as temporaries, ExitStack() as undo:
-        written, aside = {}, []
-        for path, content in files.items():
-            with errors_naming(path):
-                target = Path(os.path.realpath(path))
-                written[path] = target, temporaries.enter_context(_temporary(target))
-                _write(*written[path], content)
-        for path, (target, _) in reversed(list(written.items()) if len(files) > 1 else []):
-            with errors_naming(path):
-                if target.exists():
-                    aside.append(_temporary_name(target))
-                    os.replace(target, aside[-1])
-                    undo.callback(os.replace, aside[-1], target)
-        for path, (target, temporary) in written.items():
-            with errors_naming(path):
-                os.replace(temporary, target)
-                if len(files) > 1:
-                    undo.callback(target.unlink)
-        undo.pop_all()
-        for old in aside:
-            with suppress(OSError):
-                old.unlink()
-        for folder in {target.parent for target, _ in written.values()}:
-            _flush_folder(folder)
+    with errors_naming(Path(path)):
+        target = Path(os.path.realpath(path))
+        with written_beside(target, content) as temporary:
+            os.replace(temporary, target)
+        flush_folder(target.parent)
 
 
 @contextmanager
@@ -84,37 +57,49 @@ def errors_naming(path: Path) -> Iterator[None]:
         raise MiniloraError(f"cannot write {path}: {problem}") from error
 
 
-def _temporary_name(target: Path) -> Path:
-    """A path beside a file that nobody else has."""
-    return target.with_name(f".minilora-{secrets.token_hex(8)}.tmp")
-
-
 @contextmanager
-def _temporary(target: Path) -> Iterator[Path]:
-    """A new file beside another, under a name of its own; at the end it is gone."""
-    path = _temporary_name(target)
-    path.open("xb").close()
+def written_beside(target: Path, content: Content) -> Iterator[Path]:
+    """What is to become a file, written and flushed beside it; at the end it is gone.
+
+    It has the permissions of the file that is there. A killed process leaves it behind, under a
+    name that nobody else would choose, and whoever writes there an hour later or more removes it.
+    """
+    if target.exists() and not target.is_file():
+        raise MiniloraError(f"cannot write {target}: it is not a plain file")
+    if target.exists() and not os.access(target, os.W_OK):  # which renaming would not ask
+        raise MiniloraError(f"cannot write {target}: it is write-protected")
+    remove_temporaries(target.parent, older_than=HOUR)
+    path = target.with_name(hidden_name("tmp"))
     try:
+        with path.open("xb") as file:
+            if target.exists():
+                path.chmod(target.stat().st_mode)
+            for part in content:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
         yield path
     finally:
         with suppress(OSError):
             path.unlink(missing_ok=True)
 
 
-def _write(target: Path, temporary: Path, content: Content) -> None:
-    """Write and flush what is to become a file, with the permissions of the one that is there."""
-    if target.exists():
-        if not target.is_file():
-            raise MiniloraError(f"cannot write {target}: it is not a plain file")
-        temporary.chmod(target.stat().st_mode)
-    with temporary.open("r+b") as file:
-        for part in content:
-            file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
+def hidden_name(kind: str) -> str:
+    """A file name of our own, as HIDDEN describes them, that no file has yet."""
+    return f".minilora-{secrets.token_hex(8)}.{kind}"
 
 
-def _flush_folder(folder: Path) -> None:
+def remove_temporaries(folder: Path, *, older_than: float = 0.0) -> None:
+    """Remove temporary files of some age in seconds, as far as the system allows it."""
+    with suppress(OSError):
+        for path in [*folder.iterdir()]:
+            if HIDDEN.fullmatch(path.name) and path.suffix == ".tmp":
+                with suppress(OSError):
+                    if time.time() - path.stat().st_mtime >= older_than:
+                        path.unlink()
+
+
+def flush_folder(folder: Path) -> None:
     """Have the system write down what a folder's files are called, where it can be asked to."""
     with suppress(OSError):  # Windows opens no folder
         descriptor = os.open(folder, os.O_RDONLY)
@@ -125,8 +110,8 @@ def _flush_folder(folder: Path) -> None:
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
-    """Replace one file, as `write_files` does."""
-    write_files({Path(path): [data]})
+    """`write_file` of these bytes."""
+    write_file(path, [data])
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -192,6 +177,15 @@ def read_file(path: str | Path) -> bytes:
     if len(data) > LIMIT:
         raise MiniloraError(f"{path} is larger than {LIMIT:,} bytes, the most that is read")
     return data
+
+
+def file_checksum(path: Path) -> int:
+    """CRC-32 of a file's bytes."""
+    crc = 0
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            crc = zlib.crc32(part, crc)
+    return crc
 
 
 def read_text(path: str | Path, what: str = "text") -> str:

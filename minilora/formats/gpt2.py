@@ -6,10 +6,12 @@ It stores its linear weights (in, out), as we do, so nothing is transposed here.
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from minilora.errors import MiniloraError
 from minilora.formats.files import field
 from minilora.formats.table import HEAD, Stored, require
 from minilora.gpt2 import GPTConfig
@@ -89,8 +91,13 @@ def sizes(document: Mapping[str, Any], path: Path) -> dict[str, Any]:
     Raises MiniloraError naming the field whose value is no size or asks for another mathematics.
     """
     require(document, REQUIRED, path)
+    for other, name in ALIASES.items():
+        if {name, other} <= document.keys() and document[name] != document[other]:
+            raise MiniloraError(
+                f"{path}: {name} is {reprlib.repr(document[name])}, but {other}, another name of "
+                f"it, is {reprlib.repr(document[other])}"
+            )
     given = {ALIASES.get(name, name): value for name, value in document.items()}
-    given |= {name: document[name] for name in ALIASES.values() if name in document}
     names = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head"]
     if given.get("n_inner") is not None:
         names.append("n_inner")

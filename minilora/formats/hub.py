@@ -7,13 +7,14 @@ from pathlib import Path
 
 from minilora.errors import MiniloraError
 from minilora.formats.base import CONFIG, INDEX
-from minilora.formats.companions import COMPANIONS
+from minilora.formats.companions import COMPANIONS, TEMPLATES
 from minilora.formats.files import is_there, shown
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 FILES = (
     *(CONFIG, "model*.safetensors", INDEX),
     *COMPANIONS,
+    f"{TEMPLATES}/*.jinja",
 )
 TIMEOUT = 5.0  # seconds
 

@@ -27,7 +27,8 @@ from minilora.backend import Array, to_host
 from minilora.errors import MiniloraError
 from minilora.formats.base import LAYOUT_OF, AnyConfig, refuse_pickled
 from minilora.formats.card import card_file, lora_facts
-from minilora.formats.files import Content, field, json_bytes, read_json, shown, write_folder
+from minilora.formats.files import Content, field, json_bytes, read_json, shown
+from minilora.formats.output import steady, write_folder
 from minilora.formats.table import HEAD
 from minilora.formats.tensors import (
     Entry,
@@ -299,7 +300,13 @@ def load_adapter(
     (naming the field), and for tensors that are missing, left over or of another shape than the
     base's and the configuration's (listing them with both shapes).
     """
-    folder = Path(folder)
+    with steady(Path(folder), CONFIG):
+        return _load_adapter(Path(folder), config, dtype, base)
+
+
+def _load_adapter(
+    folder: Path, config: AnyConfig, dtype: Any, base: Tree | None
+) -> tuple[Tree, LoRAConfig]:
     path = folder / CONFIG
     named = [] if path.exists() else sorted(found.parent for found in folder.glob(f"*/{CONFIG}"))
     if named:  # PEFT gives every adapter but the one called `default` a folder of its own

@@ -19,7 +19,7 @@ import numpy as np
 
 from minilora.backend import Array, to_host
 from minilora.errors import MiniloraError
-from minilora.formats.files import check_file, read_json, shown, write_files
+from minilora.formats.files import check_file, read_json, shown, write_file
 
 Shape = tuple[int, ...]
 
@@ -72,7 +72,7 @@ def read_header(path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:  # the latter if it was just replaced
         raise MiniloraError(
             f"{path} is no safetensors file, or a damaged one: {shown(str(error))}"
         ) from None
@@ -172,7 +172,12 @@ def _read(entry: Entry, start: int, count: int) -> Array:
     """`count` numbers of the flattened array from `start` on, bfloat16 as float32."""
     dtype = np.dtype(DTYPES[entry.dtype])
     offset = entry.offset + start * dtype.itemsize
-    numbers = np.fromfile(entry.path, dtype, count=count, offset=offset)
+    try:
+        numbers = np.fromfile(entry.path, dtype, count=count, offset=offset)
+    except OSError as error:  # it was there when its header was read
+        raise MiniloraError(f"{entry.path} cannot be read: {error.strerror or error}") from error
+    if numbers.size < count:
+        raise MiniloraError(f"{entry.path} was cut off while it was read")
     if entry.dtype != "BF16":
         return numbers
     wide = numbers.astype(np.uint32)
@@ -212,8 +217,8 @@ def listed(names: Sequence[str]) -> str:
 def write_tensors(
     path: str | Path, tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Replace one file by a safetensors file, as `write_files` does."""
-    write_files({Path(path): tensor_parts(tensors, metadata)})
+    """Replace one file by a safetensors file, as `write_file` does."""
+    write_file(path, tensor_parts(tensors, metadata))
 
 
 def tensor_parts(

@@ -69,6 +69,11 @@ def load_tokenizer(folder: str | Path, vocab_size: int) -> Tokenizer:
     document |= {"truncation": None, "padding": None, "post_processor": None}
     check_tokenizer_json(document, path)
     document["model"]["dropout"] = None
+    if not (whole or _is_gpt2(settings, config, document)):
+        raise MiniloraError(
+            f"{folder} has no tokenizer.json, and {VOCAB} with {MERGES} are read as {GPT2} alone; "
+            "its tokenizer_class or model_type is another"
+        )
     added = _added_tokens(settings, document, folder)
     stated = settings.get("eos_token")
     if _is_gpt2(settings, config, document):

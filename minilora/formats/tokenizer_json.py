@@ -104,6 +104,10 @@ def _check_part(part: Mapping[str, Any], kind: str, path: Path) -> None:
             "no more than a moment; expected that of a well-known tokenizer, or one whose "
             "alternatives have no repeat before their ends"
         )
+    if part["type"] == "Replace" and form == "Regex" and can_be_empty(text):
+        raise MiniloraError(
+            f"{path}: {kind}: Replace has the pattern {shown(text)!r}, which matches an empty text"
+        )
 
 
 def _growth(part: Mapping[str, Any]) -> float:
@@ -163,6 +167,11 @@ _ALTERNATIVE = (
 )
 LINEAR = re.compile(rf"{_ALTERNATIVE}(?:\|{_ALTERNATIVE})*")
 
+_OPTIONAL = (
+    rf"(?:{_ONE}(?:\?|\{{0(?:,\d)?\}})|{_CHARACTER}\*|\(\?i?:(?:[\w' |]*\|)?(?:\|[\w' |]*)?\))"
+)
+EMPTY = re.compile(rf"(?:{_ALTERNATIVE}\|)*{_OPTIONAL}*(?:\|{_ALTERNATIVE})*")
+
 _SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LETTERS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _O200K = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -189,3 +198,8 @@ def is_linear(pattern: str) -> bool:
     alternative: it cannot fail any more, so that the engine never goes back over what it took.
     """
     return pattern in KNOWN or (len(pattern) <= 1000 and LINEAR.fullmatch(pattern) is not None)
+
+
+def can_be_empty(pattern: str) -> bool:
+    """Whether a pattern that `is_linear` matches an empty text, too, where the package panics."""
+    return pattern not in KNOWN and EMPTY.fullmatch(pattern) is not None

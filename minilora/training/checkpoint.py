@@ -16,7 +16,7 @@ import numpy as np
 from minilora import tree
 from minilora.backend import Array, to_device, to_host
 from minilora.errors import MiniloraError
-from minilora.formats.files import json_number, write_folder
+from minilora.formats.files import json_number, make_folder, write_file
 from minilora.formats.tensors import check_shapes, read_tensors, tensor_parts
 from minilora.optim import Moments
 from minilora.tree import Tree
@@ -66,7 +66,7 @@ def save_checkpoint(folder: Path, state: State, settings: Mapping[str, Any]) -> 
         "history": json.dumps(dataclasses.asdict(state.history), default=json_number),
     }
     metadata["checksum"] = _checksum(flat, metadata)
-    write_folder(folder, {CHECKPOINT: tensor_parts(flat, metadata)})
+    write_file(make_folder(folder) / CHECKPOINT, tensor_parts(flat, metadata))
 
 
 def load_checkpoint(
@@ -169,12 +169,3 @@ def _checksum(arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> str:
     labels = [(name, str(arrays[name].dtype), arrays[name].shape) for name in names]
     text = json.dumps([labels, sorted(metadata.items())])
     return str(zlib.crc32(text.encode(), checksum(arrays[name] for name in names)))
-
-
-def file_checksum(path: Path) -> int:
-    """The CRC-32 of a file's bytes."""
-    crc = 0
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            crc = zlib.crc32(part, crc)
-    return crc

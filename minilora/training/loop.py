@@ -103,6 +103,11 @@ class TrainConfig(Settings):
             self, "steps", "batch", "context",
             "log_every", "eval_every", "eval_tokens", "checkpoint_every", largest=LARGEST_COUNT,
         )  # fmt: skip
+        for name in ("warmup", "threads", "short_context", "short_steps"):
+            if getattr(self, name) > LARGEST_COUNT:
+                raise MiniloraError(
+                    f"{name} {getattr(self, name)} is too large; the maximum is {LARGEST_COUNT:,}"
+                )
         for name in ("warmup", "weight_decay", "seed", "threads", "short_steps"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise MiniloraError(f"{name} {getattr(self, name)} is not a number of at least 0")

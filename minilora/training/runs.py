@@ -25,13 +25,13 @@ from minilora.adapters import LoRAConfig, lora_init
 from minilora.data import Data
 from minilora.errors import MiniloraError
 from minilora.formats.base import base_files
-from minilora.formats.card import lora_facts, write_card
+from minilora.formats.card import card_file, lora_facts
 from minilora.formats.companions import companions
 from minilora.formats.files import (
     errors_naming,
+    file_checksum,
     json_bytes,
     read_json,
-    write_folder,
     write_json,
 )
 from minilora.formats.output import entries, held
@@ -43,7 +43,6 @@ from minilora.training.checkpoint import (
     CHECKPOINT,
     History,
     check_same_run,
-    file_checksum,
     read_history,
     read_settings,
 )
@@ -144,7 +143,7 @@ def adapt_in_folder(
     the folder holds anything else, another process writes to it, or its run is damaged.
     """
     folder, ranks = Path(folder), ranks or Ranks()
-    with held(folder) if ranks.rank == 0 else nullcontext():
+    with held(folder) if ranks.rank == 0 else nullcontext() as hold:
         ranks.of_first(lambda: check_free(folder, resume=resume))
         start = _start(model, lora_config, settings)
         fingerprint = run_fingerprint(start, settings, corpus, device, ranks)
@@ -168,13 +167,13 @@ def adapt_in_folder(
                 files = adapter_files(
                     adapted.lora, adapted.lora_config, config, base_name=model.base_name
                 )
-            _remove(folder, *files)  # of a damaged or unfinished result
-            write_folder(folder, files)
+            assert hold is not None  # as this is the first rank
+            hold.write(files)
             weights = folder / WEIGHTS[settings.method]
             figures = _figures(model.base, trained, weights.stat().st_size, ranks)
             if adapted.lora_config is not None:
                 facts = _card_facts(adapted.lora_config, settings, figures)
-                write_card(folder, model.base_name, facts)
+                hold.write(card_file(folder, model.base_name, facts))
             _write_record(folder, fingerprint, figures, trained.history, list(files))
             _remove(folder, CHECKPOINT)
             return Run(figures, trained.history)

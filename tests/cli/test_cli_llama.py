@@ -48,7 +48,7 @@ def test_an_adapter_is_trained_and_used(cli, llama, text, tmp_path, targets):
     words = [] if targets is None else ["--targets", targets]
     result = cli("adapt", text, "--base", llama, *A_RUN, *words, "--out", "mine")
     assert result.status == 0, result.err
-    assert ("equal adapters of q_proj, k_proj and v_proj" in result.out) == (targets is None)
+    assert ("equivalent ones on q_proj, k_proj and v_proj" in result.out) == (targets is None)
     tensors = adapter_tensors(tmp_path / "mine")
     found = {re.search(r"(\w+)\.lora_", name)[1] for name in tensors}
     wanted = (targets or "q,k,v,o,up,down").split(",")

@@ -10,6 +10,7 @@ import sys
 import pytest
 from helpers import adapter_bytes
 
+from minilora import start as start_of_command
 from minilora.cli import main
 from minilora.formats.card import CARD
 
@@ -121,6 +122,48 @@ def test_ctrl_c_in_a_process(command, tmp_path, monkeypatch):
     assert main([*map(str, command), "--out", "out", "--resume"]) == 0
     assert main([*map(str, command), "--out", "whole"]) == 0
     assert adapter_bytes(tmp_path / "out") == adapter_bytes(tmp_path / "whole")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
+@pytest.mark.parametrize("module", ["minilora.start", "numpy.version", "minilora.cli.commands"])
+def test_ctrl_c_while_it_is_loaded(base, module, tmp_path):
+    """With a list of what is imported, as it is, to know the moment."""
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", "minilora", "evaluate", "-", "--base", base],
+        cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    while process.stderr.readline().split()[-1] != module.encode():
+        pass
+    process.send_signal(signal.SIGINT)
+    status, out, err = finish(process)
+    lines = [line for line in err.splitlines() if not line.startswith("import time:")]
+    assert (status, out, lines) == (130, "", ["minilora: stopped"])
+
+
+@pytest.mark.parametrize(
+    ("words", "original", "expected"),
+    [
+        (["-m", "x"], ["python", "-m", "minilora", "x"], True),
+        (["-m"], ["python", "-W", "error", "-mminilora"], True),
+        (["-m", "minilora"], ["python", "-m", "other", "minilora"], False),
+        (["/usr/bin/minilora", "x"], ["python", "/usr/bin/minilora", "x"], True),
+        (["minilora.py"], ["python", "minilora.py"], False),
+        ([""], ["python"], False),
+    ],
+)
+def test_only_the_command_line_is_stopped_so(monkeypatch, words, original, expected):
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(sys, "orig_argv", original)
+    assert start_of_command.is_command() == expected
+
+
+def test_once_it_is_loaded_ctrl_c_ends_in_order(base):
+    before = signal.signal(signal.SIGINT, start_of_command.stop)
+    try:
+        assert main(["evaluate", "missing.txt", "--base", str(base)]) == 2
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_reader_that_goes_away_ends_generation_quietly(base, tmp_path):

@@ -105,6 +105,16 @@ def test_an_output_does_not_replace_an_input(refused, quick, base, tmp_path, opt
 
 
 @pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_an_output_is_not_among_the_data_of_the_next_run(refused, cli, quick, tmp_path, option):
+    (tmp_path / "data" / "sub").mkdir(parents=True)
+    (tmp_path / "data" / "a.txt").write_bytes(quick[1].read_bytes())
+    words = [quick[0], "data", *quick[2:], option]
+    refused(f"{option} data/x.svg would be read from data the next", *words, "data/x.svg")
+    refused("would be read from data the next time", *words, "data/sub/new.png")
+    refused("would be read from data", "evaluate", "data", "--json", "data/new.json")
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
 def test_an_output_is_not_among_the_results(refused, quick, tmp_path, option):
     (tmp_path / "out").mkdir()
     words = (*quick, "--out", "out", option)
@@ -125,6 +135,12 @@ def test_a_link_stays_and_its_file_is_written(cli, base, text, tmp_path):
     assert cli("evaluate", text, "--base", base, "--json", "x.json").status == 0
     assert (tmp_path / "x.json").is_symlink()
     assert json.loads((tmp_path / "figures" / "real.json").read_text(encoding="utf-8"))["loss"]
+
+
+def test_a_name_that_no_file_can_have_is_said(refused, base, text):
+    refused(
+        "--json a\\\\x00b: expected a file name", "evaluate", text, "--base", base, "--json", "a\0b"
+    )
 
 
 @pytest.mark.parametrize("line", ["M --json /dev/stdout > log", "M --json /dev/null"])

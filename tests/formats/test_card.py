@@ -3,7 +3,8 @@
 import re
 
 from minilora.adapters import LoRAConfig, lora_init
-from minilora.formats.card import CARD, card, card_file, write_card
+from minilora.formats.card import CARD, card, card_file
+from minilora.formats.output import write_folder
 from minilora.formats.peft import save_adapter
 from minilora.gpt2 import GPTConfig, gpt_init
 
@@ -42,10 +43,10 @@ def test_the_facts_are_a_table():
 
 
 def test_a_readme_that_is_there_stays(tmp_path):
-    write_card(tmp_path, "minilora", FACTS)
+    write_folder(tmp_path, card_file(tmp_path, "minilora", FACTS))
     assert f"# {tmp_path.name}\n" in (tmp_path / CARD).read_text(encoding="utf-8")
     (tmp_path / CARD).write_text("mine", encoding="utf-8")
-    write_card(tmp_path, "minilora", FACTS)
+    write_folder(tmp_path, card_file(tmp_path, "minilora", FACTS))
     assert (tmp_path / CARD).read_text(encoding="utf-8") == "mine"
 
 

@@ -9,6 +9,8 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from damage import JSON_CHANGES, bit_flipped, lengthened, overwritten, truncated
+from damage import exchanged as files_exchanged
 
 from minilora.adapters import LoRAConfig, lora_init
 from minilora.errors import MiniloraError
@@ -37,27 +39,6 @@ def join(header, body):
 
 def pick(rng, header):
     return rng.choice([name for name in header if name != "__metadata__"])
-
-
-def truncated(rng, data):
-    return data[: rng.randrange(len(data))]
-
-
-def lengthened(rng, data):
-    return data + rng.randbytes(rng.randrange(1, 50))
-
-
-def bit_flipped(rng, data):
-    flipped = bytearray(data)
-    for _ in range(rng.choice([1, 1, 10])):
-        end = len(data) if rng.random() < 0.3 else min(len(data), 2000)
-        flipped[rng.randrange(end)] ^= 1 << rng.randrange(8)
-    return bytes(flipped)
-
-
-def overwritten(rng, data):
-    start = rng.randrange(len(data))
-    return data[:start] + rng.randbytes(8) + data[start + 8 :]
 
 
 def absurd_length(rng, data):
@@ -126,20 +107,6 @@ TENSOR_CHANGES = [
 ]
 
 
-def json_value(rng, data):
-    document = json.loads(data)
-    name = rng.choice(sorted(document))
-    values = [None, True, False, 0, 1, 3, -1, 2**70, 1e300, float("nan"), "", "(", "x", [], [1], {}]
-    document[name] = rng.choice([*values, {"a": 1}, [[]], {"(.*)*": 2}, ["c_attn"] * 1000])
-    return json.dumps(document).encode()
-
-
-def json_removed(rng, data):
-    document = json.loads(data)
-    del document[rng.choice(sorted(document))]
-    return json.dumps(document).encode()
-
-
 def hostile_pattern(rng, data):
     parts = [
         "(.*)",
@@ -171,7 +138,6 @@ def tricky_path(rng, data):
     return json.dumps(document).encode()
 
 
-JSON_CHANGES = [truncated, lengthened, bit_flipped, overwritten, json_value, json_removed]
 OWN_CHANGES = {
     "adapter_config.json": [hostile_pattern] * 3,
     "model.safetensors.index.json": [tricky_path] * 6,
@@ -232,6 +198,8 @@ def test_corrupted_files(tmp_path, folders, kind, cases):
         what = f"case {case}: {change.__name__} {name}"
         for file, data in (good | {name: change(rng, good[name])}).items():
             (folder / file).write_bytes(data)
+        if rng.random() < 0.02:
+            what += f", {files_exchanged(rng, folder)}"
         before = files_below(tmp_path)
         tracemalloc.reset_peak()
         start, memory = time.process_time(), tracemalloc.get_traced_memory()[0]

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from minilora.errors import MiniloraError
 from minilora.formats.tensors import (
     check_shapes,
+    read_array,
     read_header,
     read_tensors,
     read_weight,
@@ -186,3 +187,19 @@ def test_metadata_has_one_order_and_other_dtypes_are_named(tmp_path):
     with pytest.raises(MiniloraError, match="cannot save a: safetensors has no dtype complex128"):
         write_tensors(tmp_path / "3", {"a": np.zeros(2, complex)})
     assert not (tmp_path / "3").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: path.unlink(), "cannot be read: No such file"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-4]), "was cut off while it was read"),
+    ],
+)
+def test_a_file_that_changes_after_its_header_was_read_is_said(tmp_path, change, message):
+    write_tensors(tmp_path / "x", {"a": np.ones(3, np.float32)})
+    entries, _ = read_header(tmp_path / "x")
+    change(tmp_path / "x")
+    for read in (read_array, lambda entry: read_weight(entry, np.float32)):
+        with pytest.raises(MiniloraError, match=message):
+            read(entries["a"])

@@ -1,11 +1,13 @@
 """Tokenizer files that are hostile, damaged or no files: one sentence, soon, no wrong number."""
 
+import contextlib
 import json
 import os
 import random
 import time
 
 import pytest
+from damage import JSON_CHANGES, exchanged, places
 
 from minilora.errors import MiniloraError
 from minilora.formats.companions import COMPANIONS
@@ -183,6 +185,18 @@ def test_a_panic_becomes_one_sentence(tmp_path):
         tokenizer.decode([1])
 
 
+@pytest.mark.parametrize("pattern", ["x*", "a?", "b{0,2}", "a|", "|a", "(?:|a)", "a?b*", "c|a?"])
+@pytest.mark.parametrize("kind", ["normalizer", "decoder"])
+def test_what_replaces_an_empty_text_is_refused(tmp_path, capfd, kind, pattern):
+    """The package panics of it in some texts, and writes lines of its own."""
+    part = {"type": "Replace", "pattern": {"Regex": pattern}, "content": "a"}
+    with pytest.raises(MiniloraError, match=f"{kind}: Replace has the pattern .* an empty text"):
+        use(write_folder(tmp_path, WHOLE | {kind: part}))
+    part["pattern"] = {"Regex": f"(?:{pattern[:1]}|b)z{{1,2}}y*" if pattern[0].isalpha() else "ab?"}
+    use(write_folder(tmp_path, WHOLE | {"normalizer": part})).encode("hello ab xz")
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("pattern", [*sorted(KNOWN), r"\d{1,3}", r"\w+|[^\w\s]+", r" ?\p{L}+|\s"])
 def test_the_time_of_a_pattern_that_is_read_grows_with_the_text(pattern):
     assert is_linear(pattern)
@@ -230,6 +244,13 @@ def test_only_plain_files_are_opened(tmp_path, name, kind):
     entry(folder / name, kind)
     with pytest.raises(MiniloraError, match=rf"{name} (is not a file|does not exist)"):
         load_tokenizer(folder, SIZE)
+
+
+@pytest.mark.parametrize("config", [{"model_type": "llama"}, {"tokenizer_class": "Qwen2Tokenizer"}])
+def test_the_files_of_gpt2_s_tokenizer_are_no_other_s(tmp_path, config):
+    write(older(tmp_path), "config.json", config)
+    with pytest.raises(MiniloraError, match="vocab.json with merges.txt are read as GPT2Tokenizer"):
+        load_tokenizer(tmp_path, SIZE)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "merges.txt"])
@@ -332,15 +353,6 @@ VALUES += [
 ]
 
 
-def places(document):
-    """Every place of a JSON document, as the object or list that holds it and the key there."""
-    keys = document.keys() if isinstance(document, dict) else range(len(document))
-    for key in list(keys)[:40]:
-        yield document, key
-        if isinstance(document[key], (dict, list)):
-            yield from places(document[key])
-
-
 def value_changed(rng, document):
     holder, key = rng.choice(list(places(document)))
     holder[key] = rng.choice(VALUES)
@@ -431,21 +443,6 @@ def setting_made(rng, document):
     )
 
 
-def bytes_changed(rng, data):
-    changed = bytearray(data)
-    for _ in range(rng.choice([1, 1, 5])):
-        changed[rng.randrange(len(changed))] = rng.randrange(256)
-    return bytes(changed)
-
-
-def cut(rng, data):
-    return data[: rng.randrange(len(data))]
-
-
-def deep(rng, data):
-    return data[:-1] + b', "x": ' + b"[" * 10**5 + b"]" * 10**5 + b"}"
-
-
 SOME_TYPES = ("Precompiled", "Sequence", "Split", "Replace", "", "x")
 CHANGES = {
     "tokenizer.json": [part_made] * 4
@@ -468,17 +465,21 @@ def damaged(rng, folder):
         there = [name for name in CHANGES if (folder / name).exists()]
         name = rng.choice(there + [there[0]] * 9)
         path = folder / name
-        if rng.random() < 0.15:
-            change = rng.choice([bytes_changed, bytes_changed, cut, deep])
-            path.write_bytes(change(rng, path.read_bytes() or b"{}"))
+        if rng.random() < 0.01:
+            done.append(exchanged(rng, folder))
+            continue
+        if rng.random() < 0.2:
+            change = rng.choice(JSON_CHANGES)
+            with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+                path.write_bytes(change(rng, path.read_bytes()))
         else:
             change = rng.choice(CHANGES[name])
             try:
                 document = json.loads(path.read_text(encoding="utf-8"))
                 change(rng, document)
+                write(folder, name, document)
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                continue  # what an earlier change has left is no object any more
-            write(folder, name, document)
+                continue  # what an earlier change has left is no object any more, or too deep
         done.append(f"{change.__name__} {name}")
     return done
 
@@ -499,7 +500,7 @@ def fuzz(folder, case):
     for name in (*COMPANIONS, "config.json"):
         (folder / name).unlink(missing_ok=True)
     what = f"case {case}: {damaged(rng, folder)}"
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         tokenizer = use(folder)
         found = [ids.tolist() for ids in tokenizer.encode_batch(TEXTS)]
@@ -509,7 +510,7 @@ def fuzz(folder, case):
     except BaseException as error:
         raise AssertionError(what) from error
     finally:
-        assert time.perf_counter() - start < 10, what
+        assert time.process_time() - start < 10, what
     if "tokenizer.json" not in what or what.count(".json") > what.count("tokenizer.json"):
         return False
     whole = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))

@@ -175,6 +175,7 @@ def test_no_output_of_a_run_and_no_base_is_read_as_text(tmp_path):
     write_files(tmp_path, {"stopped/checkpoint.safetensors": b"\0", "stopped/notes": "of the run"})
     for name in ("README.md", "config.json", "model.safetensors"):
         write_files(tmp_path, {f"copied/{name}": (BUILT_IN / name).read_bytes()})
+    write_files(tmp_path, {"copied/additional_chat_templates/a.jinja": "{{ text }}"})
     again = load_corpus(tmp_path, BYTES)
     assert np.array_equal(again.train, corpus.train)
     assert {entry.reason for entry in again.left_out} == {"of a model or a training run"}
@@ -281,3 +282,20 @@ def test_the_command_line_says_what_was_left_out_beside_its_results(tmp_path, ca
     assert "bits per byte" in out and "left out" not in out
     name = os.path.join(str(tmp_path / "texts"), "b.txt")
     assert err == f"minilora: left out: 1 perhaps in cp1252 ({name})\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="devices of POSIX systems")
+@pytest.mark.parametrize("device", ["/dev/zero", "/dev/null"])
+def test_a_device_is_no_text(device):
+    """Of which one has no end."""
+    with pytest.raises(MiniloraError, match=f"cannot read {device} .it is a device.; expected a"):
+        read_documents(device)
+
+
+def test_a_json_list_of_records_is_not_learned_as_text(tmp_path):
+    write_files(
+        tmp_path, {"a.json": '\ufeff[\r\n{"prompt": "a"}, {}]\n', "b.json": "[1]", "c": "[{"}
+    )
+    with pytest.raises(MiniloraError, match="a.json is a JSON list of records; expected text, or"):
+        read_documents(tmp_path / "a.json")
+    assert read(tmp_path) == (["b.json", "c"], {"a.json": "a JSON list of records"})

@@ -39,6 +39,15 @@ def bpe(bpe_folder):
 # --- bytes -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("token", [-1, 256, 2**31, 2**63, 2**70, -(2**70)])
+def test_ids_of_any_size_are_refused_in_a_sentence(token):
+    for decode in (ByteTokenizer().decode, lambda ids: list(ByteTokenizer().stream(ids))):
+        with pytest.raises(MiniloraError, match=f"token id {token} is outside"):
+            decode([65, token])
+        with pytest.raises(TypeError):
+            decode([65.7])
+
+
 @given(st.text())
 def test_bytes_decode_to_the_text_they_encode(text):
     ids = BYTES.encode(text)

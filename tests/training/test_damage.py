@@ -1,12 +1,12 @@
 """A run's folder with a damaged file: one clear sentence, or the same result to the last bit."""
 
 import dataclasses
-import json
 import random
 import shutil
 
 import numpy as np
 import pytest
+from damage import JSON_CHANGES, WRONG, exchanged
 from helpers import Killed, bytes_of, killed_at
 
 from minilora.adapters import LoRAConfig
@@ -68,36 +68,14 @@ def folders(model):
 # --- what is done to a file ----------------------------------------------------------------------
 
 
-WRONG = [None, True, 0, -1, 12, 999, 1.5, float("nan"), 2**70, "", "x", [], [1], {}, {"a": 1}]
-
-
-def another_value(rng, document):
-    """One value, somewhere in a document, is of another kind."""
-    place = document
-    while True:
-        keys = sorted(place) if isinstance(place, dict) else range(len(place))
-        key = rng.choice(list(keys))
-        if not isinstance(place[key], dict | list) or not place[key] or rng.random() < 0.3:
-            break
-        place = place[key]
-    place[key] = rng.choice(WRONG)
-
-
-def json_of_wrong_kinds(rng, path):
-    document = json.loads(path.read_bytes())
-    another_value(rng, document)
-    path.write_text(json.dumps(document), encoding="utf-8")
-
-
 def metadata_of_wrong_kinds(rng, path):
     tensors, metadata = read_tensors(path)
     name = rng.choice(sorted(metadata))
     if name in ("settings", "history") and rng.random() < 0.7:
-        document = {name: json.loads(metadata[name])}
-        another_value(rng, document)
-        metadata[name] = json.dumps(document[name])
+        changed = rng.choice(JSON_CHANGES)(rng, metadata[name].encode())
+        metadata[name] = changed.decode("utf-8", "replace")
     else:
-        metadata[name] = rng.choice([*map(str, WRONG), "[" * 50_000, "9" * 5000, '{"a":' * 9000])
+        metadata[name] = rng.choice([*map(repr, WRONG), "[" * 50_000, "9" * 5000, '{"a":' * 9000])
     write_tensors(path, tensors, metadata)
 
 
@@ -121,7 +99,7 @@ def deleted(rng, path):
 def damage(rng, path, corrupted):
     """Do one thing to a file; its name."""
     if path.suffix == ".json":
-        changes = [*corrupted.JSON_CHANGES, json_of_wrong_kinds, json_of_wrong_kinds, deleted]
+        changes = [*JSON_CHANGES, deleted]
     else:
         changes = [*corrupted.TENSOR_CHANGES, numbers_changed, deleted]
         changes += [metadata_of_wrong_kinds, metadata_missing] * 3
@@ -148,7 +126,9 @@ def test_a_damaged_run_is_resumed_to_the_same_bytes_or_refused(
         folder = tmp_path / str(case)
         shutil.copytree(folders[method, kind], folder)
         path = rng.choice(sorted(path for path in folder.iterdir() if path.name != CARD))
-        what = f"case {case}: {damage(rng, path, corrupted)} {path.name}, {method} with {kind}"
+        is_swap = kind == "result" and rng.random() < 0.1
+        done = exchanged(rng, folder) if is_swap else damage(rng, path, corrupted)
+        what = f"case {case}: {done} {path.name}, {method} with {kind}"
         before = bytes_of(folder)
         try:
             end = run(model, folder, method, resume=True)

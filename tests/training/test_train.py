@@ -455,7 +455,7 @@ def test_settings_out_of_range_are_named(changes, message):
 
 def test_huge_settings_are_no_problem_of_floating_point():
     assert TrainConfig(seed=10**400).seed == 10**400
-    for name in ("steps", "batch", "context"):
+    for name in ("steps", "batch", "context", "warmup", "threads", "short_steps", "short_context"):
         with pytest.raises(MiniloraError, match=f"{name} 10+ is too large"):
             TrainConfig(**{name: 10**400})
 
