@@ -216,7 +216,8 @@ def restored() -> Iterator[list[str]]:
 
     Watched are the names of minilora's modules and classes, and of NumPy and Python's own.
     """
-    watched = [m for name, m in list(sys.modules.items()) if name.split(".")[0] == "minilora"]
+    modules = list(sys.modules.items())
+    watched: list[Any] = [module for name, module in modules if name.split(".")[0] == "minilora"]
     watched += [c for m in watched for c in vars(m).values()
                 if isinstance(c, type) and c.__module__.startswith("minilora")]  # fmt: skip
     watched += [sys.modules[name] for name in ("numpy", "numpy.linalg", "builtins")]

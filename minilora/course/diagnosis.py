@@ -179,7 +179,7 @@ def _kind(x: object) -> str:
 def _not_finite(answers: list[Answer], output: str) -> str:
     """Whether an output is NaN or infinite where it should not be."""
     for a in answers:
-        got, want = a.got.get(output), a.want.get(output)
+        got, want = a.got[output], a.want[output]
         if want is not None and np.isfinite(want).all() and not np.isfinite(got).all():
             return (
                 f"{output} is NaN or infinite in the case {a.case.name!r}: look for a division by "
@@ -265,11 +265,12 @@ def _raises_alike(guess: Guess, observed: Observed, exercise: Exercise) -> bool:
 def guesses(exercise: Exercise, names: tuple[str, ...]) -> Iterator[Guess]:
     """All guesses at outputs that are wrong: classic mistakes first, then the general ones."""
     lesson = LESSONS.get(exercise.name)
-    for program, sentence in lesson.classics() if lesson else ():
+    if lesson is None:  # a puzzle
+        yield from _general(exercise, names)
+        return
+    for program, sentence in lesson.classics():
         yield Guess(sentence, _by_program(lesson, program))
     yield from _general(exercise, names)
-    if lesson is None:
-        return
     case = next(normal_cases(exercise.tasks))
     known = tuple(k for k, v in lesson.bind(case.inputs).items() if not callable(v))
     subject = "Your result is"

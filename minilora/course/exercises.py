@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minilora import gpt2, keep, lora, ops, optim
+from minilora import gpt2, keep, lora, loss, ops, optim
 from minilora.adapters import Adapter, LoRAConfig, dropout_mask
 from minilora.adapters import adapters as adapters_of
 from minilora.backend import Array
@@ -33,7 +33,7 @@ from minilora.course.cases import (
 )
 from minilora.errors import MiniloraError
 from minilora.keep import Plan
-from minilora.pairs import PAIRS, Pair, Sizes
+from minilora.pairs import PAIRS, Pair, Sizes, page_of
 from minilora.tree import Tree, flatten, unflatten
 
 
@@ -88,51 +88,23 @@ def point_of(output: str) -> str:
 
 
 def of_pair(
-    name: str,
+    backward: Callable[..., Any],
     title: str,
     minutes: int,
     *needs: str,
-    page: str = "",
-    rows: str = "",
-    helpers: tuple[str, ...] = (),
-    tags_of: tuple[str, ...] = (),
     varied: Mapping[str, Pair] | None = None,
     task: Callable[[Pair], Task] = pair_task,
+    **more: Any,
 ) -> Exercise:
-    """The exercise of a pair of the package's register, in all its rows there."""
-    row = rows or name.replace("_", " ")
-    found = {key: pair for key, pair in PAIRS.items() if _is_of(key, row)} | dict(varied or {})
-    backward = next(iter(found.values())).backward
+    """The exercise of a pair, in all its rows of the package's register and in varied ones."""
+    rows = {key: pair for key, pair in PAIRS.items() if pair.backward is backward}
+    page = page_of(next(iter(rows)))
+    rows |= varied or {}
     return Exercise(
-        name=name,
-        title=title,
-        module=importlib.import_module(backward.__module__),
-        functions=(backward.__name__,),
-        page=f"docs/derivations/{page or name}.md",
-        minutes=minutes,
-        needs=needs,
-        tasks={key: task(pair) for key, pair in found.items()},
-        helpers=helpers,
-        tags_of=tags_of,
-        pairs=tuple(found.values()),
-    )
-
-
-def _is_of(key: str, row: str) -> bool:
-    """Whether a row of the register is of this pair; those of `lora, embedding` are not of lora."""
-    return (
-        key == row
-        or (key.startswith(f"{row}, ") and not key.startswith("lora, embedding"))
-        or (row == "lora, embedding" and key.startswith(row))
-    )
-
-
-def _offset(rng: Any, s: Sizes) -> dict[str, Any]:
-    return {"offset": int(rng.integers(3))}
-
-
-def _scale(rng: Any, s: Sizes) -> dict[str, Any]:
-    return {"scale": 3.0}
+        backward.__name__.removesuffix("_backward"), title,
+        importlib.import_module(backward.__module__), (backward.__name__,), page, minutes, needs,
+        {key: task(pair) for key, pair in rows.items()}, pairs=tuple(rows.values()), **more,
+    )  # fmt: skip
 
 
 def thirds_task(pair: Pair) -> Task:
@@ -309,7 +281,10 @@ def clip_task(share: float) -> Task:
 # --- merging and mixing ------------------------------------------------------------------------
 
 
-def _small_tree(rng: Any, s: Sizes, *, A: bool = True) -> Inputs:
+MERGING = {"merge": "merged", "unmerge": "unmerged"}
+
+
+def _small_tree(rng: Any, s: Sizes) -> Inputs:
     C, F = s.C, s.O + 1
     shapes = {"wte": (3, C), "qkv": (C, 3 * C), "up": (C, F), "down": (F, C)}
     return {name: whole(rng, shape) for name, shape in shapes.items()}
@@ -352,7 +327,7 @@ def merge_task() -> Task:
 
     def call(functions: Functions, v: Inputs) -> Outputs:
         outputs: Outputs = {}
-        for name, result in (("merge", "merged"), ("unmerge", "unmerged")):
+        for name, result in MERGING.items():
             tree = functions[name](_base(v), *_adapter(v))
             if not isinstance(tree, Mapping):
                 raise Malformed(f"{name} must return a tree; yours is {tree!r:.40}.")
@@ -380,7 +355,7 @@ def refusal_task() -> Task:
         tree = {"embedding": {"A": v["A"], "B": v["B"]}, "blocks": [{}]}
         config = LoRAConfig(rank=v["A"].shape[1], alpha=2.0, targets=("embedding",))
         outputs: Outputs = {}
-        for name, result in (("merge", "merged"), ("unmerge", "unmerged")):
+        for name, result in MERGING.items():
             try:
                 functions[name](_base(v), tree, config)
                 outputs[f"{result}.refused"] = np.array(0.0)
@@ -459,48 +434,49 @@ def rms_norm_task() -> Task:
 
 def _rows() -> list[Exercise]:
     model, adamw_page = "docs/derivations/model.md", "docs/derivations/adamw.md"
-    position = {
-        "position": PAIRS["position"]._replace(constants=_offset),
-        "position, frozen": PAIRS["position, frozen"]._replace(constants=_offset),
+    no_mask = PAIRS["dropout"]._replace(constants=lambda rng, s: {"mask": None})
+    offset = {
+        name: PAIRS[name]._replace(constants=lambda rng, s: {"offset": int(rng.integers(3))})
+        for name in ("position", "position, frozen")
     }
+    B_frozen = {
+        f"{name}, B frozen": PAIRS[name]._replace(dropped={cache: ("h",)}, frozen=("B",))
+        for name, cache in (("lora", lora.LoRACache), ("lora, embedding", lora.LoRAEmbeddingCache))
+    }
+    lora_B, embedding_B = ({name: pair} for name, pair in B_frozen.items())
     return [
         Exercise(
             "numeric_gradient", "The numeric gradient, by which all others are checked", given,
             ("numeric_gradient",), "docs/notation.md", 20, (),
             {"a matrix": numeric_task("...C"), "a vector": numeric_task("C")},
         ),
-        of_pair("linear", "The linear map, the model of all the others", 30, "numeric_gradient",
-                helpers=("matmul_backward",), tags_of=("matmul_backward",)),
-        of_pair("embedding", "The embedding: rows of a table", 20, "linear"),
-        of_pair("position", "Positions", 15, "embedding", page="embedding", varied=position),
-        of_pair("affine", "Scale and shift, the second half of the layer norm", 15, "linear",
-                page="layer_norm"),
-        of_pair("normalise", "Normalising a row", 60, "affine", page="layer_norm"),
-        of_pair("layer_norm", "The layer norm: affine and normalise", 20, "normalise",
+        of_pair(ops.linear_backward, "The linear map, the model of all the others", 30,
+                "numeric_gradient", helpers=("matmul_backward",), tags_of=("matmul_backward",)),
+        of_pair(ops.embedding_backward, "The embedding: rows of a table", 20, "linear"),
+        of_pair(ops.position_backward, "Positions", 15, "embedding", varied=offset),
+        of_pair(ops.affine_backward, "Scale and shift, the second half of the layer norm", 15,
+                "linear"),
+        of_pair(ops.normalise_backward, "Normalising a row", 60, "affine"),
+        of_pair(ops.layer_norm_backward, "The layer norm: affine and normalise", 20, "normalise",
                 tags_of=("affine_backward", "normalise_backward")),
         Exercise(
             "rms_norm", "RMSNorm, a pair of your own", given,
             ("rms_norm_forward", "rms_norm_backward"), "docs/derivations/layer_norm.md", 45,
             ("layer_norm",), {"rms norm": rms_norm_task()},
         ),
-        of_pair("gelu", "GELU", 25, "linear", helpers=("gelu_gradient",),
+        of_pair(ops.gelu_backward, "GELU", 25, "linear", helpers=("gelu_gradient",),
                 tags_of=("gelu_gradient",)),
-        of_pair("softmax", "The softmax", 30, "linear", page="attention"),
-        of_pair("attend", "Attention in one head", 45, "softmax", page="attention"),
-        of_pair("attention", "Causal attention in all heads", 45, "attend",
+        of_pair(ops.softmax_backward, "The softmax", 30, "linear"),
+        of_pair(ops.attend_backward, "Attention in one head", 45, "softmax"),
+        of_pair(ops.attention_backward, "Causal attention in all heads", 45, "attend",
                 tags_of=("attend_backward",), task=thirds_task),
-        of_pair("head", "The head: logits", 10, "linear"),
-        of_pair("cross_entropy", "The cross-entropy", 25, "softmax", page="head",
-                rows="cross-entropy"),
-        of_pair("dropout", "Dropout", 10, "linear", varied={
-            "dropout, none": PAIRS["dropout"]._replace(constants=lambda rng, s: {"mask": None})}),
-        of_pair("lora", "Low-rank adaptation", 40, "linear", varied={
-            "lora, B frozen": PAIRS["lora"]._replace(
-                dropped={lora.LoRACache: ("h",)}, frozen=("B",))}),
-        of_pair("lora_embedding", "LoRA of an embedding", 25, "lora", "embedding", page="lora",
-                rows="lora, embedding", varied={
-                    "lora, embedding, B frozen": PAIRS["lora, embedding"]._replace(
-                    dropped={lora.LoRAEmbeddingCache: ("h",)}, frozen=("B",))}),
+        of_pair(ops.head_backward, "The head: logits", 10, "linear"),
+        of_pair(loss.cross_entropy_backward, "The cross-entropy", 25, "softmax"),
+        of_pair(ops.dropout_backward, "Dropout", 10, "linear",
+                varied={"dropout, none": no_mask}),
+        of_pair(lora.lora_backward, "Low-rank adaptation", 40, "linear", varied=lora_B),
+        of_pair(lora.lora_embedding_backward, "LoRA of an embedding", 25, "lora", "embedding",
+                varied=embedding_B),
         Exercise(
             "adapted_linear", "A linear map with its adapters", lora, ("adapted_linear_backward",),
             model, 30, ("lora", "dropout"),
