@@ -114,15 +114,16 @@ def check(exercise: Exercise, source: str, filename: str = "") -> Verdict:
     filename = filename or exercise.file
     printed = Shortened()
     out, err = contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed)
-    with restored() as changed, out, err:
-        verdict = _check(exercise, source, filename)
+    with restored() as changed, out, err, np.errstate():
+        found = _check(exercise, source, filename)
     if changed:
         what = f"{filename} changes {changed[0]}, with which it is checked: leave it as it is."
-        verdict = refused(exercise, Failure("error", what))
+        found = Failure("error", what)
+    verdict = refused(exercise, found) if isinstance(found, Failure) else found
     return verdict._replace(printed=printed.text())
 
 
-def _check(exercise: Exercise, source: str, filename: str) -> Verdict:
+def _check(exercise: Exercise, source: str, filename: str) -> Verdict | Failure:
     try:
         with out_of_reach(exercise):
             functions = load(exercise, source, filename)
@@ -130,9 +131,9 @@ def _check(exercise: Exercise, source: str, filename: str) -> Verdict:
     except SyntaxError as error:
         text = (error.text or "").strip()
         what = f"{filename}, line {error.lineno}: {error.msg}" + (f": {text}" if text else "")
-        return refused(exercise, Failure("error", what))
+        return Failure("error", what)
     except BaseException as error:
-        return refused(exercise, Failure("error", told(error, filename)))
+        return Failure("error", told(error, filename))
 
 
 class Missing(Exception):
@@ -152,9 +153,12 @@ def load(exercise: Exercise, source: str, filename: str) -> Functions:
 
 
 class Shortened(io.StringIO):
-    """Takes what is printed, and keeps the first PRINTED characters."""
+    """Takes what is printed, and keeps the first PRINTED characters; it cannot be closed."""
 
     left_out = 0
+
+    def close(self) -> None:
+        """Nothing, so that what was printed can still be read."""
 
     def write(self, text: str) -> int:
         """Keep what there is room for."""
@@ -175,7 +179,9 @@ def told(error: BaseException, filename: str) -> str:
         return str(error)
     if isinstance(error, SystemExit):
         return f"{filename} ends Python: take exit() out."
-    what = "".join(traceback.format_exception_only(type(error), error)).strip()
+    what = type(error).__name__
+    with contextlib.suppress(Exception):  # its own __str__ may fail
+        what += f": {error}" if str(error) else ""
     own = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == filename]
     return what + (f"\n  line {own[-1].lineno}: {own[-1].line}" if own else "")
 
@@ -221,16 +227,22 @@ def restored() -> Iterator[list[str]]:
     watched += [c for m in watched for c in vars(m).values()
                 if isinstance(c, type) and c.__module__.startswith("minilora")]  # fmt: skip
     watched += [sys.modules[name] for name in ("numpy", "numpy.linalg", "builtins")]
-    before = [(place, dict(vars(place))) for place in dict.fromkeys(watched)]
+    before = [
+        (place, name, value, getattr(value, "__code__", None))
+        for place in dict.fromkeys(watched)
+        for name, value in vars(place).items()
+    ]
     changed: list[str] = []
     try:
         yield changed
     finally:
-        for place, names in before:
-            for name, value in names.items():
-                if vars(place).get(name, changed) is not value:
-                    changed.append(f"{place.__name__}.{name}")
-                    setattr(place, name, value)
+        for place, name, value, code in before:
+            if vars(place).get(name, changed) is not value:
+                changed.append(f"{place.__name__}.{name}")
+                setattr(place, name, value)
+            elif getattr(value, "__code__", None) is not code:
+                changed.append(f"{place.__name__}.{name}")
+                value.__code__ = code
 
 
 class Changed(Exception):

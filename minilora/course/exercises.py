@@ -216,8 +216,8 @@ def block_task(plan: Plan, *adapted: str) -> Task:
     return Task(make, call, tuple(s for s in SIZES if s.C * s.H > 1 and s.lead[-1] < 5)[:6])
 
 
-def block_parts(v: Inputs) -> tuple[Tree, Any, gpt2.GPTConfig]:
-    """The block's weights, its adapters and its sizes, from a case's inputs."""
+def block_cache(v: Inputs, plan: Plan) -> Any:
+    """What the block's forward pass keeps, for a case's inputs."""
     block = unflatten({k: x for k, x in v.items() if k.startswith(("ln_", "attn.", "mlp."))})
     places: dict[str, dict[str, Adapter]] = {name: {} for name in MAPS}
     for name in MAPS:
@@ -226,14 +226,8 @@ def block_parts(v: Inputs) -> tuple[Tree, Any, gpt2.GPTConfig]:
             places[name][name] = Adapter(*factors, 2.0, None, slice(None))
     width = v["x"].shape[-1]
     config = gpt2.GPTConfig(n_embd=width, n_head=v["heads"], layer_norm_epsilon=0.1)
-    return block, places, config
-
-
-def block_cache(v: Inputs, plan: Plan) -> Any:
-    """What the block's forward pass keeps."""
-    block, places, config = block_parts(v)
-    options: dict[str, Any] = {"config": config, "plan": plan, "attend": ops.attention_forward}
-    return gpt2.block_forward(v["x"], block, places, **options)[1]
+    attend = ops.attention_forward
+    return gpt2.block_forward(v["x"], block, places, config=config, plan=plan, attend=attend)[1]
 
 
 # --- the optimiser -----------------------------------------------------------------------------

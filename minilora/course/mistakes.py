@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minilora import gpt2, lora, ops
+from minilora import lora, ops
 from minilora.course.cases import Inputs
 from minilora.course.edits import FUNCTIONS, Equation, Factor, equations
-from minilora.course.exercises import block_parts
+from minilora.course.exercises import block_cache
 from minilora.keep import Plan
 
 Values = dict[str, Any]
@@ -166,10 +166,7 @@ def of_adapted(inputs: Inputs) -> Values:
 
 
 def of_block(inputs: Inputs) -> Values:
-    block, places, config = block_parts(inputs)
-    plan = Plan(base=True, lora=True)
-    options: dict[str, Any] = {"config": config, "plan": plan, "attend": ops.attention_forward}
-    _, cache = gpt2.block_forward(inputs["x"], block, places, **options)
+    cache = block_cache(inputs, Plan(base=True, lora=True))
     values: Values = {"dy": inputs["dy"], "x": inputs["x"]}
     for name in ("qkv", "o", "up", "down"):
         values |= _of_map(name, cache[name])

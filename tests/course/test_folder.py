@@ -34,22 +34,57 @@ def verdicts(folder, *names, timeout=60.0):
     return {verdict.name: verdict for verdict in found}
 
 
+DEFINES_NONE = "{0}.py defines no function {0}_backward."
+SAID = {  # by exercise: what its file does, and what is said of it
+    "linear": ("while True: pass", "linear.py was still running after 8 seconds"),
+    "affine": (
+        "import os; print('{\"score\": 100}'); os._exit(0)",
+        "affine.py ended its process (status 0)",
+    ),
+    "softmax": (
+        "import os, signal; os.kill(os.getpid(), signal.SIGABRT)",
+        "softmax.py ended its process (signal SIGABRT)",
+    ),
+    "embedding": (
+        "import numpy; numpy.ones(50 * 2**30)",
+        "MemoryError: Unable to allocate 400. GiB",
+    ),
+    "position": (
+        "import pathlib, shutil; shutil.rmtree(HERE); shutil.rmtree(pathlib.Path.cwd())",
+        DEFINES_NONE,
+    ),
+    "attend": (
+        "import threading; threading.Thread(target=threading.Event().wait).start()",
+        DEFINES_NONE,
+    ),
+    "normalise": (
+        "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'while True: pass'])",
+        DEFINES_NONE,
+    ),
+    "layer_norm": ("import sys; sys.stdout.close(); sys.stdin.read(); input()", "EOFError"),
+}
+ON_LINUX = {"softmax", "embedding", "position"}  # its signals, limit of memory and open folders
+
+
 def test_whatever_one_file_does_the_others_are_graded(tmp_path):
+    said = {k: v for k, v in SAID.items() if sys.platform == "linux" or k not in ON_LINUX}
     solve(tmp_path, "dropout")
-    loop = "def linear_backward(dy, cache):\n    while True:\n        pass\n"
-    (tmp_path / "linear.py").write_text(loop, encoding="utf-8")
-    leave = "import os\nprint('{\"score\": 100}')\nos._exit(0)\n"
-    (tmp_path / "affine.py").write_text(leave, encoding="utf-8")
-    (tmp_path / "gelu.py").write_text("def gelu_backward(:\n", encoding="utf-8")
+    for name, (does, _) in said.items():
+        text = does.replace("HERE", repr(str(tmp_path)))
+        (tmp_path / f"{name}.py").write_text(f"{text}\n", encoding="utf-8")
     (tmp_path / "head.py").write_bytes(b"\xff\xfe# not UTF-8")
-    names = ("linear", "affine", "gelu", "head", "lora", "dropout")
+    (tmp_path / "gelu.py").write_bytes(b"\xef\xbb\xbfdef gelu_backward(:\r\n")  # Notepad's
+    names = (*said, "gelu", "head", "lora", "dropout")
     found = verdicts(tmp_path, *names, timeout=8.0)
-    assert "linear.py was still running after 8 seconds" in found["linear"].failure.text()
-    assert "affine.py ended its process (status 0)" in found["affine"].failure.text()
-    assert found["gelu"].failure.text().startswith("gelu.py, line 1:")
+    for name, (_, start) in said.items():
+        text = found[name].failure.text()
+        assert text.startswith(start.format(name)), text
+    assert found["gelu"].failure.text().startswith("gelu.py, line 1: invalid syntax")
     assert "cannot be read as UTF-8" in found["head"].failure.text()
     assert found["lora"].failure.text() == "lora.py is missing."
-    assert [found[name].points for name in names] == [0, 0, 0, 0, 0, 1]
+    assert [found[name].points for name in names] == [0] * (len(names) - 1) + [1]
+    if "position" in said:
+        assert not tmp_path.exists()  # dropout.py was deleted, and is graded
 
 
 def test_gradescope_s_results(tmp_path):
