@@ -124,12 +124,20 @@ def _exchanged(answers: list[Answer], wrong: list[str]) -> str:
     return ""
 
 
+REFUSED = {
+    "merged.refused": "An adapter of the embedding is merged although the head is tied",
+    "unmerged.refused": "An adapter of the embedding is unmerged although the head is tied",
+    "refused.weights": "Fewer weights than adapters are taken",
+    "refused.infinite": "A weight that is infinite is taken",
+    "refused.blocks": "Adapters of bases with different numbers of blocks are mixed",
+    "refused.sides": "Adapters of weights with different sides are mixed",
+}
+
+
 def _of_form(answers: list[Answer], output: str) -> str:
     """What is wrong with the kind or the shape of an output, in every case where it is wrong."""
-    if output.endswith(".refused"):
-        return (
-            "An adapter of the embedding is merged although the head is tied: raise MiniloraError."
-        )
+    if output in REFUSED:
+        return f"{REFUSED[output]}: raise MiniloraError."
     wrong = [a for a in answers if not a.is_right(output)]
     for a in wrong:
         if a.want.get(output) is None:
@@ -144,8 +152,8 @@ def _of_form(answers: list[Answer], output: str) -> str:
                 "cache."
             )
     both = [(a.got[output], a.want[output]) for a in wrong]
-    for got, want in both:
-        if np.ndim(want) and not is_plain(got):
+    for got, _ in both:
+        if not is_plain(got):
             kind = f"an array of {got.dtype}" if type(got) is np.ndarray else f"a {_kind(got)}"
             return f"{output} is {kind}: return a NumPy array of the dtype of what you are given."
     if all(
@@ -179,8 +187,13 @@ def _kind(x: object) -> str:
 def _not_finite(answers: list[Answer], output: str) -> str:
     """Whether an output is NaN or infinite where it should not be."""
     for a in answers:
-        got, want = a.got[output], a.want[output]
-        if want is not None and np.isfinite(want).all() and not np.isfinite(got).all():
+        got, want = a.got.get(output), a.want.get(output)
+        if (
+            got is not None
+            and want is not None
+            and np.isfinite(want).all()
+            and not np.isfinite(got).all()
+        ):
             return (
                 f"{output} is NaN or infinite in the case {a.case.name!r}: look for a division by "
                 "0, or the root or logarithm of a number that is not positive."

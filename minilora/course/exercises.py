@@ -292,18 +292,13 @@ def _base(v: Inputs) -> Tree:
 
 
 def _adapter(v: Inputs, end: str = "") -> tuple[Tree, LoRAConfig]:
-    block = {
-        "attn": {"k": {"A": v[f"A_k{end}"], "B": v[f"B_k{end}"]}},
-        "mlp": {"up": {"A": v[f"A_up{end}"], "B": v[f"B_up{end}"]}},
-    }
-    ranks = {"up": v[f"A_up{end}"].shape[1]}
-    config = LoRAConfig(
-        rank=v[f"A_k{end}"].shape[1],
-        alpha=float(v[f"alpha{end}"]),
-        targets=("k", "up"),
-        rank_pattern=ranks,
-    )
-    return {"blocks": [block]}, config
+    k = {"A": v[f"A_k{end}"], "B": v[f"B_k{end}"]}
+    up = {"A": v[f"A_up{end}"], "B": v[f"B_up{end}"]}
+    names = tuple(v.get("adapters", "k up").split())
+    rank, others = k["A"].shape[1], {"up": up["A"].shape[1]}
+    config = LoRAConfig(rank, v[f"alpha{end}"], targets=names, rank_pattern=others)
+    attn = {name: k for name in names if name != "up"}
+    return {"blocks": [{"attn": attn, "mlp": {"up": up}}]}, config
 
 
 def _factors(rng: Any, s: Sizes, end: str = "", more: int = 0) -> Inputs:
@@ -313,11 +308,11 @@ def _factors(rng: Any, s: Sizes, end: str = "", more: int = 0) -> Inputs:
     return {**drawn, f"alpha{end}": (6.0 + more) * R}
 
 
-def merge_task() -> Task:
-    """A base of one block, with adapters on k, a third of a fused weight, and on up."""
+def merge_task(adapters: str) -> Task:
+    """A base of one block, with an adapter on up and another on thirds of the fused weight."""
 
     def make(rng: Any, s: Sizes) -> Inputs:
-        return {**_small_tree(rng, s), **_factors(rng, s)}
+        return {**_small_tree(rng, s), **_factors(rng, s), "adapters": adapters}
 
     def call(functions: Functions, v: Inputs) -> Outputs:
         outputs: Outputs = {}
@@ -339,22 +334,30 @@ def merge_task() -> Task:
     return Task(make, call, SIZES)
 
 
-def refusal_task() -> Task:
-    """An adapter of the embedding on a base whose head is tied: merging must refuse it."""
+def refuses(function: Callable[..., Any], *arguments: Any) -> Array:
+    """1 where a call raises MiniloraError, else 0."""
+    try:
+        function(*arguments)
+    except MiniloraError:
+        return np.array(1.0)
+    return np.array(0.0)
+
+
+def table_task() -> Task:
+    """An adapter of the embedding: merged where the head is another table, refused where not."""
 
     def make(rng: Any, s: Sizes) -> Inputs:
-        return {**_small_tree(rng, s), "A": whole(rng, (3, s.R)), "B": whole(rng, (s.R, s.C))}
+        factors = {"A": whole(rng, (3, s.R)), "B": whole(rng, (s.R, s.C))}
+        return {**_small_tree(rng, s), **factors, "head": whole(rng, (3, s.C))}
 
     def call(functions: Functions, v: Inputs) -> Outputs:
-        tree = {"embedding": {"A": v["A"], "B": v["B"]}, "blocks": [{}]}
+        adapter = {"embedding": {"A": v["A"], "B": v["B"]}, "blocks": [{}]}
         config = LoRAConfig(rank=v["A"].shape[1], alpha=2.0, targets=("embedding",))
         outputs: Outputs = {}
         for name, result in MERGING.items():
-            try:
-                functions[name](_base(v), tree, config)
-                outputs[f"{result}.refused"] = np.array(0.0)
-            except MiniloraError:
-                outputs[f"{result}.refused"] = np.array(1.0)
+            tied, untied = _base(v), {**_base(v), "head": v["head"]}
+            outputs[f"{result}.table"] = functions[name](untied, adapter, config)["wte"]
+            outputs[f"{result}.refused"] = refuses(functions[name], tied, adapter, config)
         return outputs
 
     return Task(make, call, SIZES[:2])
@@ -386,11 +389,32 @@ def mix_task(*, negative: bool = False) -> Task:
     return Task(make, call, SIZES)
 
 
+def mix_refusal_task() -> Task:
+    """What is not to be mixed: 1 where it is refused."""
+
+    def make(rng: Any, s: Sizes) -> Inputs:
+        return _factors(rng, s)
+
+    def call(functions: Functions, v: Inputs) -> Outputs:
+        lora, config = _adapter(v)
+        wider = {**v, "A_k": np.concatenate([v["A_k"], v["A_k"]])}
+        asked = {
+            "weights": ([(lora, config)] * 2, [1.0]),
+            "infinite": ([(lora, config)], [np.inf]),
+            "blocks": ([(lora, config), ({"blocks": lora["blocks"] * 2}, config)], [1.0, 1.0]),
+            "sides": ([(lora, config), _adapter(wider)], [1.0, 1.0]),
+        }
+        mix = functions["mix"]
+        return {f"refused.{name}": refuses(mix, *arguments) for name, arguments in asked.items()}
+
+    return Task(make, call, SIZES[:2])
+
+
 # --- one's own ---------------------------------------------------------------------------------
 
 
 def numeric_task(shape: str) -> Task:
-    """f(x) = (x W)², whose central differences are exact but for rounding."""
+    """f(x) = (x W)² + x W, whose central differences are exact but for rounding."""
 
     def make(rng: Any, s: Sizes) -> Inputs:
         x = whole(rng, s.shape(shape))
@@ -399,8 +423,8 @@ def numeric_task(shape: str) -> Task:
 
     def call(functions: Functions, v: Inputs) -> Outputs:
         def f(x: Array) -> Array:
-            y: Array = (x @ v["w"]) ** 2
-            return y
+            y: Array = x @ v["w"]
+            return y * y + y
 
         return {"dx": functions["numeric_gradient"](f, v["x"], v["dy"], h=v["h"])}
 
@@ -508,13 +532,21 @@ def _rows() -> list[Exercise]:
         Exercise(
             "merging", "Merging and unmerging", lora, ("merge", "unmerge"),
             "docs/derivations/lora.md", 30, ("lora",),
-            {"adapters of k and up": merge_task(), "an embedding, head tied": refusal_task()},
+            {
+                "adapters of k and up": merge_task("k up"),
+                "adapters of k, v and up": merge_task("k v up"),
+                "an adapter of the embedding": table_task(),
+            },
             helpers=("_with_updates",), tags_of=("_with_updates",),
         ),
         Exercise(
             "mixing", "The weighted sum of adapters", importlib.import_module("minilora.mix"),
             ("mix",), "docs/mixing.md", 30, ("merging",),
-            {"two adapters": mix_task(), "a negative weight": mix_task(negative=True)},
+            {
+                "two adapters": mix_task(),
+                "a negative weight": mix_task(negative=True),
+                "what is refused": mix_refusal_task(),
+            },
         ),
     ]  # fmt: skip
 

@@ -84,6 +84,10 @@ def of_softmax(inputs: Inputs) -> Values:
     return v | {"y": FUNCTIONS["softmax"](v["x"]), "C": float(v["x"].shape[-1])}
 
 
+def of_rms(inputs: Inputs) -> Values:
+    return matrices(inputs) | dict(zip("BnC", map(float, inputs["x"].shape), strict=True))
+
+
 def of_attend(inputs: Inputs) -> Values:
     q, k, v, dy = (inputs[name] for name in ("q", "k", "v", "dy"))
     P = ops.attention_weights(q, k, mask=inputs["mask"])
@@ -197,19 +201,20 @@ def _of_map(name: str, cache: Any) -> Values:
 def of_merging(inputs: Inputs) -> Values:
     if "A_k" not in inputs:
         return dict(inputs)
-    C = inputs["up"].shape[0]
+    C, thirds = inputs["up"].shape[0], (1, 2) if "v" in inputs["adapters"] else (1,)
     scales = {f"s_{n}": inputs["alpha"] / inputs[f"A_{n}"].shape[1] for n in ("k", "up")}
 
-    def place(update: np.ndarray, third: int = 1) -> np.ndarray:
-        wide = np.zeros((C, 3 * C))
-        wide[:, third * C : (third + 1) * C] = update
-        return wide
+    def place(update: np.ndarray, *thirds: int) -> np.ndarray:
+        return np.concatenate([thirds.count(i) * update for i in range(3)], axis=1)
 
     return {
-        **inputs, **scales, "base_scale": scales["s_k"],
-        "others": lambda w: w * (place(np.ones((C, C))) == 0),
-        "at_k": place, "at_q": lambda u: place(u, 0), "at_v": lambda u: place(u, 2),
-        "at_all": lambda u: np.concatenate([u, u, u], axis=1),
+        **{name: x for name, x in inputs.items() if name != "adapters"}, **scales,
+        "base_scale": scales["s_k"],
+        "others": lambda w: w * (place(np.ones((C, C)), *thirds) == 0),
+        "at_k": lambda u: place(u, *thirds),
+        "at_q": lambda u: place(u, *(0 for _ in thirds)),
+        "at_v": lambda u: place(u, *(2 for _ in thirds)),
+        "at_all": lambda u: place(u, *(3 * [0, 1, 2])[: 3 * len(thirds)]),
     }  # fmt: skip
 
 
@@ -222,19 +227,20 @@ def of_mixing(inputs: Inputs) -> Values:
 def of_numeric(inputs: Inputs) -> Values:
     x, w, dy, h = (inputs[k] for k in ("x", "w", "dy", "h"))
 
-    def along(step: float, d: np.ndarray) -> np.ndarray:
+    def f(x: np.ndarray, d: np.ndarray) -> np.ndarray:
+        y = x @ w
+        return np.asarray(np.sum(d * (y * y + y)))
+
+    def along(step: float, d: np.ndarray, at: np.ndarray = x, others: float = 0.0) -> np.ndarray:
         dx = np.zeros_like(x)
         for i in np.ndindex(x.shape):
-            e = np.zeros_like(x)
+            e = np.full_like(x, others)
             e[i] = step
-            dx[i] = np.sum(d * ((x + e) @ w) ** 2)
+            dx[i] = f(at + e, d)
         return dx
 
-    def together(step: float, d: np.ndarray) -> np.ndarray:
-        return np.full_like(x, np.sum(d * ((x + step) @ w) ** 2))
-
     return {"x": x, "w": w, "dy": dy, "h": h, "D": along, "size_y": float(dy.size),
-            "together": together, "one": np.ones_like(dy)}  # fmt: skip
+            "together": lambda step, d: np.full_like(x, f(x + step, d)), "one": np.ones_like(dy)}  # fmt: skip
 
 
 # --- words -------------------------------------------------------------------------------------
@@ -384,11 +390,11 @@ LESSONS: dict[str, Lesson] = {
     ),
     "rms_norm": Lesson(
         """
-        r = 1 / sqrt(mean(x ** 2) + eps)
+        r = 1 / sqrt(sums(x ** 2) / C + eps)
         xhat = x * r
         y = w * xhat
         dxhat = dy * w
-        dx = (dxhat - xhat * mean(dxhat * xhat)) * r
+        dx = (dxhat - xhat * sums(dxhat * xhat) / C) * r
         dw = total(dy * xhat)
         """,
         """
@@ -398,8 +404,9 @@ LESSONS: dict[str, Lesson] = {
         dx = dxhat * r → dx is that of a plain scaling: the root of the mean square depends on x too, and its term is missing.
         dx = (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat)) * r → dx has the term mean(dx̂) of the layer norm; RMSNorm subtracts no mean, so it has none.
         dx = (dxhat - x * mean(dxhat * x)) * r → dx has x in both places of the second term where x̂ = x r belongs.
+        dxhat = dy * r; dx = (dxhat - xhat * sums(dxhat * xhat) / C) * w → w and r are exchanged: the cache is unpacked in another order than it was packed.
         """,
-        VECTOR | {"r": "r", "y": "y"}, (BY_N, BY_2, BY_C), lambda v: matrices(v) | {"C": float(v["x"].shape[-1])},
+        VECTOR | {"n": "T", "B": "the number of sequences"}, (BY_N, BY_2, BY_C), of_rms,
     ),
     "gelu": Lesson(
         """
@@ -661,8 +668,8 @@ LESSONS: dict[str, Lesson] = {
         mhat = m_ / (1 - beta1 ** t)                                            # ADAMW.4
         update = lr * mhat / (sqrt(vhat) + eps)                                 # ADAMW.4
         p = p * (1 - lr * weight_decay * matrix) - update                       # ADAMW.5
-        m = m_  # given
-        v = v_  # given
+        m = m_
+        v = v_
         """,
         """
         update = lr * mhat / sqrt(vhat + eps) → ε is under the root: it is added to √v̂. [ADAMW.4]
@@ -678,6 +685,10 @@ LESSONS: dict[str, Lesson] = {
         update = lr * g / (sqrt(vhat) + eps) → The gradient itself stands where its running mean m̂ belongs. [ADAMW.4]
         vhat = v / (1 - beta2 ** t); mhat = m / (1 - beta1 ** t) → The update is made of the moments before this step. [ADAMW.4]
         m_ = beta2 * m + (1 - beta2) * g; v_ = beta1 * v + (1 - beta1) * (g * g) → β₁ and β₂ are exchanged in the running means. [ADAMW.1]
+        update = lr * (sqrt(vhat) + eps) / m_ / (1 - beta1 ** t) → The quotient m / (√v̂ + ε) is upside down. [ADAMW.4]
+        update = (1 - beta1 ** t) / lr * m_ / (sqrt(vhat) + eps) → η / (1 − β₁ᵗ) divides the update: it multiplies it. [ADAMW.4]
+        update = lr * (sqrt(vhat) + eps) / (1 - beta1 ** t) → The update lacks m̂: it is η m̂ / (√v̂ + ε). [ADAMW.4]
+        update = lr / (1 - beta1 ** t) + 0 * g → The update is η / (1 − β₁ᵗ) alone, the same for every entry. [ADAMW.4]
         p = p * (1 - lr * weight_decay * matrix) + update → The step goes uphill: the update is subtracted. [ADAMW.5]
         """,
         LETTERS | {"m_": "m", "v_": "v", "p": "θ"}, (BY_2,), lambda v: {**v, "matrix": float(v["p"].ndim >= 2), "t": v["step"]},
@@ -749,6 +760,7 @@ LESSONS: dict[str, Lesson] = {
         update_X = weight ** 2 * s_X * (A_X @ B_X) + weight_2 ** 2 * s_X_2 * (A_X_2 @ B_X_2) → The weights are there twice: give them to A or to B, not to both.
         update_X = weight * s_X ** 2 * (A_X @ B_X) + weight_2 * s_X_2 ** 2 * (A_X_2 @ B_X_2)
             → The scales are there twice: in a factor and in the new configuration, or in both factors.
+        update_X = weight / s_X * (A_X @ B_X) + weight_2 / s_X_2 * (A_X_2 @ B_X_2) → The scales divide the updates: they multiply them.
         update_X = weight * s_X * (A_X @ B_X) → Only the first adapter is there.
         update_X = weight_2 * s_X_2 * (A_X_2 @ B_X_2) → Only the last adapter is there.
         update_X = weight_2 * s_X * (A_X @ B_X) + weight * s_X_2 * (A_X_2 @ B_X_2) → The weights are exchanged between the adapters.
@@ -785,6 +797,10 @@ LESSONS: dict[str, Lesson] = {
         dx = (D(h, dy) - D(0, dy)) / (2 * h) → The difference is one-sided but divided by 2h, so it is half of the gradient.
         dx = (D(h, absolute(dy)) - D(-h, absolute(dy))) / (2 * h) → The sign of dy is lost.
         dx = (D(h, dy ** 2) - D(-h, dy ** 2)) / (2 * h) → dy multiplies twice.
+        dx = (D(h, dy, x, 1.0) - D(-h, dy, x, -1.0)) / (2 * h) → The other entries move as well: e is h at entry i and 0 elsewhere.
+        dx = (D(h, dy, 0 * x) - D(-h, dy)) / (2 * h) → x is missing on the upper side: f(h e) stands where f(x + h e) belongs.
+        dx = (D(h, dy) - D(h, dy, 0 * x)) / (2 * h) → x is missing on the lower side: f(h e) stands where f(x − h e) belongs.
+        dx = (D(h, dy) - D(h, dy, -x)) / (2 * h) → The lower side is f(h e − x): it is f(x − h e).
         dx = (D(2 * h, dy) - D(0, dy)) / (2 * h) → The difference is taken about x + h e, not about x: one side is x + 2h e, the other x itself.
         """,
         {"D": "", "dx": "dx"}, (BY_2,), of_numeric,
