@@ -543,8 +543,8 @@ print(f"adapter {table_losses[-1]:.3f}, merged {SEEN['16 embedding merged']:.3f}
 #
 # An adapted map has two ways from $x$ to $y$, so two ways lead back:
 # $\mathrm{d}x = \mathrm{d}y\,W^\top + s\,(\mathrm{d}y\,B^\top) A^\top$. It is easy to return the
-# first term alone: the weight is frozen, its own backward pass is there already, and the factors get
-# their gradients. But every map *below* then gets a wrong one. At the start $B = 0$, so the
+# first term alone: the weight is frozen, its own backward pass is there, and the factors get their
+# gradients. But every map *below* then gets a wrong one. At the start $B = 0$, so the
 # forgotten term is zero and every gradient is right to the last bit: a check at the start sees
 # nothing. Later the error grows, and the further down, the more; the loss hardly shows it.
 #

@@ -196,7 +196,7 @@ def _not_finite(answers: list[Answer], output: str) -> str:
         ):
             return (
                 f"{output} is NaN or infinite in the case {a.case.name!r}: look for a division by "
-                "0, or the root or logarithm of a number that is not positive."
+                "0, for ∞ − ∞, or for the root or logarithm of a number that is not positive."
             )
     return ""
 

@@ -3,8 +3,10 @@
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
+import time
 import venv
 import zipfile
 from pathlib import Path
@@ -154,29 +156,101 @@ def test_the_zip_is_what_gradescope_takes(tmp_path):
         write_autograder(first, [EXERCISES["lora"]], timeout=30.0, every=False)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(os.name == "nt", reason="Gradescope's scripts are for bash")
-def test_the_zip_grades_a_submission_in_a_fresh_environment(tmp_path):
-    """Without a network: setup.sh is read, but the packages are those of this environment."""
-    path = tmp_path / "autograder.zip"
-    write_autograder(path, [EXERCISES["lora"], EXERCISES["gelu"]], timeout=60.0, every=False)
-    root = tmp_path / "autograder"
+on_unix = pytest.mark.skipif(os.name == "nt", reason="Gradescope's scripts are for bash")
+
+
+@pytest.fixture
+def unpacked(tmp_path):
+    """A folder like the platform's /autograder, with the zip's files and an empty submission."""
+    path, root = tmp_path / "autograder.zip", tmp_path / "autograder"
+    chosen = [EXERCISES[name] for name in ("linear", "gelu", "dropout", "lora")]
+    write_autograder(path, chosen, timeout=60.0, every=False)
     with zipfile.ZipFile(path) as archive:
         archive.extractall(root / "source")
     (root / "submission").mkdir()
-    solve(root / "submission", "lora")
-    venv.create(root / "source" / "venv", with_pip=False)
-    (site,) = (root / "source" / "venv").glob("lib/python*/site-packages")
+    return root
+
+
+def results_of(root):
+    """The score of each test; NaN and Infinity, which are not JSON, are an error."""
+    text = (root / "results" / "results.json").read_text(encoding="utf-8")
+    results = json.loads(text, parse_constant=lambda word: pytest.fail(word))
+    for test in results["tests"]:
+        assert 0 <= test["score"] <= test["max_score"] == 1
+        assert test["status"] == ("passed" if test["score"] else "failed")
+    assert sum(test["max_score"] for test in results["tests"]) == 8
+    return {test["name"]: test["score"] for test in results["tests"]}
+
+
+@pytest.mark.slow
+@on_unix
+def test_the_zip_grades_submissions_in_a_fresh_environment(unpacked, tmp_path):
+    """Right, half-done and broken; without a network the packages are those of this environment."""
+    venv.create(unpacked / "source" / "venv", with_pip=False)
+    (site,) = (unpacked / "source" / "venv").glob("lib/python*/site-packages")
     here = [p for p in sys.path if p.endswith("site-packages")]
     (site / "here.pth").write_text("\n".join(here), encoding="utf-8")
-    environment = {"PATH": os.environ["PATH"], "AUTOGRADER": str(root)}
-    script = ["bash", str(root / "source" / "run_autograder")]
-    done = subprocess.run(script, env=environment, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    results = json.loads((root / "results" / "results.json").read_text(encoding="utf-8"))
-    scores = {test["name"]: test["score"] for test in results["tests"]}
-    assert scores == {"lora: dx": 1, "lora: dA": 1, "lora: dB": 1, "gelu: dx": 0}
-    assert subprocess.run(["bash", "-n", str(root / "source" / "setup.sh")]).returncode == 0
+    environment = {"PATH": os.environ["PATH"], "AUTOGRADER": str(unpacked)}
+    script = ["bash", str(unpacked / "source" / "run_autograder")]
+
+    def grade():
+        done = subprocess.run(script, env=environment, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return results_of(unpacked), done.stdout
+
+    submission = unpacked / "submission"
+    solve(submission, "linear", "gelu", "dropout", "lora")
+    assert set(grade()[0].values()) == {1}
+    (submission / "gelu.py").unlink()
+    text = (submission / "lora.py").read_text(encoding="utf-8")
+    (submission / "lora.py").write_text(text.replace("dB = h", "dB = s * h"), encoding="utf-8")
+    scores, said = grade()
+    assert [name for name, score in scores.items() if not score] == ["gelu: dx", "lora: dB"]
+    assert grade() == (scores, said), "two runs differ"
+    for name in ("linear", "dropout", "lora"):
+        (submission / f"{name}.py").write_text("import os; os._exit(0)", encoding="utf-8")
+    assert set(grade()[0].values()) == {0}
+
+
+@pytest.mark.slow
+@on_unix
+def test_a_grader_that_is_killed_leaves_valid_results(unpacked):
+    solve(unpacked / "submission", "linear")
+    loop = "while True: pass"
+    (unpacked / "submission" / "gelu.py").write_text(loop, encoding="utf-8")
+    results = unpacked / "results.json"
+    words = ["course", "check", str(unpacked / "submission"), "--gradescope", str(results)]
+    command = [sys.executable, "-m", "minilora", *words, "--only", "linear", "gelu"]
+    with subprocess.Popen(command, cwd=Path(__file__).parents[2], text=True,
+                          stdout=subprocess.PIPE, start_new_session=True) as grader:  # fmt: skip
+        assert grader.stdout.readline().startswith("right  linear")
+        while '"score": 1' not in results.read_text(encoding="utf-8"):
+            time.sleep(0.05)
+        os.killpg(grader.pid, signal.SIGKILL)
+    tests = json.loads(results.read_text(encoding="utf-8"))["tests"]
+    assert [test["score"] for test in tests] == [1, 1, 1, 0]
+    assert tests[-1]["output"] == "It was not graded: the grader was stopped before."
+
+
+@on_unix
+def test_setup_sh_installs_python_where_an_image_has_none(unpacked):
+    """With stand-ins for Python and apt-get that write down how they were called."""
+    folder, log = unpacked / "bin", unpacked / "log.txt"
+    folder.mkdir()
+    scripts = {
+        "python3": f'echo "python3 $*" >> {log}; case "$*" in *ensurepip*) exit 1;; esac\n'
+        "[ -d venv ] || { mkdir -p venv/bin; cp $0 venv/bin/pip; }",
+        "apt-get": f'echo "apt-get $*" >> {log}',
+    }
+    for name, script in scripts.items():
+        (folder / name).write_text(f"#!/bin/bash\n{script}\n", encoding="utf-8")
+        (folder / name).chmod(0o755)
+    environment = {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    subprocess.run(["bash", str(unpacked / "source" / "setup.sh")], env=environment, check=True)
+    said = log.read_text(encoding="utf-8").splitlines()
+    assert [line for line in said if line.startswith("apt-get")] == [
+        "apt-get update -qq", "apt-get install -qq -y python3 python3-venv"]  # fmt: skip
+    assert said[-2] == "python3 -m venv venv" and "numpy>=2.0" in said[-1]
 
 
 def test_the_engine_imports_no_process_and_no_thread():
