@@ -152,8 +152,8 @@ def _of_form(answers: list[Answer], output: str) -> str:
                 "cache."
             )
     both = [(a.got[output], a.want[output]) for a in wrong]
-    for got, _ in both:
-        if not is_plain(got):
+    for got, want in both:
+        if is_plain(want) and not is_plain(got):
             kind = f"an array of {got.dtype}" if type(got) is np.ndarray else f"a {_kind(got)}"
             return f"{output} is {kind}: return a NumPy array of the dtype of what you are given."
     if all(

@@ -470,9 +470,12 @@ def is_close(got: Any, want: Any) -> bool:
     """Whether two gradients agree: both None, or of one shape and equal but for rounding."""
     if got is None or want is None:
         return got is None and want is None
-    if not is_plain(got):
+    if is_plain(want) and not is_plain(got):
         return False
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    try:
+        got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    except (TypeError, ValueError):
+        return False
     if got.shape != want.shape or not got.size:
         return bool(got.shape == want.shape)
     with np.errstate(all="ignore"):

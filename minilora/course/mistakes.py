@@ -394,7 +394,7 @@ LESSONS: dict[str, Lesson] = {
         xhat = x * r
         y = w * xhat
         dxhat = dy * w
-        dx = (dxhat - xhat * sums(dxhat * xhat) / C) * r
+        dx = (dxhat - xhat * mean(dxhat * xhat)) * r
         dw = total(dy * xhat)
         """,
         """
@@ -404,7 +404,7 @@ LESSONS: dict[str, Lesson] = {
         dx = dxhat * r → dx is that of a plain scaling: the root of the mean square depends on x too, and its term is missing.
         dx = (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat)) * r → dx has the term mean(dx̂) of the layer norm; RMSNorm subtracts no mean, so it has none.
         dx = (dxhat - x * mean(dxhat * x)) * r → dx has x in both places of the second term where x̂ = x r belongs.
-        dxhat = dy * r; dx = (dxhat - xhat * sums(dxhat * xhat) / C) * w → w and r are exchanged: the cache is unpacked in another order than it was packed.
+        dxhat = dy * r; dx = (dxhat - xhat * mean(dxhat * xhat)) * w → w and r are exchanged: the cache is unpacked in another order than it was packed.
         """,
         VECTOR | {"n": "T", "B": "the number of sequences"}, (BY_N, BY_2, BY_C), of_rms,
     ),

@@ -89,6 +89,19 @@ def test_whatever_one_file_does_the_others_are_graded(tmp_path):
         assert not tmp_path.exists()  # dropout.py was deleted, and is graded
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="Windows tells no child's time")
+def test_twelve_exercises_take_under_ten_seconds_of_two_cores(tmp_path):
+    """By the time that the processes compute, whatever else the machine does meanwhile."""
+    solve(tmp_path, *TWELVE)
+    before = os.times()
+    found = verdicts(tmp_path, *TWELVE)
+    after = os.times()
+    assert all(verdict.failure is None for verdict in found.values())
+    user, system = (b - a for a, b in zip(before[2:4], after[2:4], strict=True))
+    assert 0 < user + system < 2 * 10.0
+
+
 def test_gradescope_s_results(tmp_path):
     solve(tmp_path, "dropout", "lora")
     text = (tmp_path / "lora.py").read_text(encoding="utf-8")
