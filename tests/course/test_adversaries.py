@@ -98,7 +98,7 @@ def test_a_changed_checker_is_named_and_put_right(plain, first, changed):
         ("dA.astype(object)", "dA is an array of object: return a NumPy array"),
         ("dA.view(np.matrix)", "dA is a matrix: return a NumPy array"),
         ("np.ma.array(dA)", "dA is a MaskedArray: return a NumPy array"),
-        ("7", "dA is a int: return a NumPy array"),
+        ("7", "dA has the shape (), A has"),
         ("'dA'", "dA is a str: return a NumPy array"),
         ("dA * np.nan", "dA is NaN or infinite in the case"),
         ("dA.astype(np.float32)", "dA is float32 where float64 came in"),
