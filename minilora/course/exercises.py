@@ -96,10 +96,11 @@ def of_pair(
     task: Callable[[Pair], Task] = pair_task,
     **more: Any,
 ) -> Exercise:
-    """The exercise of a pair, in all its rows of the package's register and in varied ones."""
-    rows = {key: pair for key, pair in PAIRS.items() if pair.backward is backward}
-    page = page_of(next(iter(rows)))
-    rows |= varied or {}
+    """The exercise of a pair, in all rows of its name in the package's register and varied ones."""
+    keys = [key for key, pair in PAIRS.items() if pair.backward is backward]
+    first = keys[0].split(",")[0]  # which "grouped attention" is not
+    page = page_of(first)
+    rows = {key: PAIRS[key] for key in keys if key.startswith(first)} | dict(varied or {})
     return Exercise(
         backward.__name__.removesuffix("_backward"), title,
         importlib.import_module(backward.__module__), (backward.__name__,), page, minutes, needs,
