@@ -1,7 +1,7 @@
 # %% [markdown]
 # # The bug zoo
 #
-# LoRA is a few lines of code, and each of them can be wrong in a way that raises no error. Sixteen
+# LoRA is a few lines of code, and each of them can be wrong in a way that raises no error. Eighteen
 # such bugs live here. We let each one run on the base that comes with minilora, look at what it
 # does, and name the test of this repository that catches it. (That it does is tested as well:
 # `tests/zoo/test_zoo.py` plants every bug in a copy of the package and runs the named test.)
@@ -36,11 +36,17 @@ from minilora.adapters import (
 )
 from minilora.data import draw_batch
 from minilora.keep import Kept, Plan
-from minilora.lora import adapted_linear_forward, lora_backward, lora_forward, merge
+from minilora.lora import (
+    adapted_linear_backward,
+    adapted_linear_forward,
+    lora_backward,
+    lora_forward,
+    merge,
+)
 from minilora.loss import cross_entropy_forward
 from minilora.mixing import mix
 from minilora.network import Net, loss_and_grads, net_logits, trunk_forward
-from minilora.ops import dropout_forward
+from minilora.ops import dropout_forward, linear_backward
 from minilora.optim import adamw, adamw_init
 from minilora.tree import count, flatten, map_leaves, unflatten
 
@@ -531,6 +537,106 @@ SEEN["16 embedding merged"] = loss_of({**base, "wte": wte})
 print(f"adapter {table_losses[-1]:.3f}, merged {SEEN['16 embedding merged']:.3f}")
 
 # %% [markdown]
+# ## Bugs of the way back
+#
+# ### 17. The gradient's way through the adapter forgotten
+#
+# An adapted map has two ways from $x$ to $y$, so two ways lead back:
+# $\mathrm{d}x = \mathrm{d}y\,W^\top + s\,(\mathrm{d}y\,B^\top) A^\top$. It is easy to return the
+# first term alone: the weight is frozen, its own backward pass is there, and the factors get their
+# gradients. But every map *below* then gets a wrong one. At the start $B = 0$, so the
+# forgotten term is zero and every gradient is right to the last bit: a check at the start sees
+# nothing. Later the error grows, and the further down, the more; the loss hardly shows it.
+#
+# Caught by `test_the_gradients_of_an_adapted_linear_map_agree_with_central_differences`
+# (`tests/lora/test_lora_laws.py`), where neither factor is zero.
+
+
+# %%
+def pathless_backward(dy, cache):
+    _, dlinear, dadapters = adapted_linear_backward(dy, cache)
+    dx, _, _ = linear_backward(dy, cache.linear)
+    return dx, dlinear, dadapters
+
+
+def adapter_gradients(lora, targets=targets, rows=slice(None), count=None):
+    net = Net(base, sizes, lora, CONFIG)
+    return loss_and_grads(net, tokens=tokens[rows], targets=targets[rows], count=count)[::2]
+
+
+def off(wrong, right):
+    """How far gradients are from the right ones, as a share of these."""
+    return np.sqrt(
+        sum(np.sum((a - b) ** 2) for a, b in zip(leaves(wrong), leaves(right), strict=True))
+        / sum(np.sum(b**2) for b in leaves(right))
+    )
+
+
+pathless_errors = {}
+for name, lora in {"at the start": fresh, "after training": healthy}.items():
+    right = adapter_gradients(lora)[1]["blocks"]
+    with patch("minilora.gpt2.adapted_linear_backward", pathless_backward):
+        wrong = adapter_gradients(lora)[1]["blocks"]
+    pathless_errors[name] = [off(a, b) for a, b in zip(wrong, right, strict=True)]
+    print(f"{name:15} error by block:", " ".join(f"{e:6.1%}" for e in pathless_errors[name]))
+with patch("minilora.gpt2.adapted_linear_backward", pathless_backward):
+    _, pathless_losses = train(fresh, CONFIG)
+print(f"no bug: loss {after:.3f}; without the way through the adapter {pathless_losses[-1]:.3f}")
+
+# %% [markdown]
+# ### 18. Shards divided by their own count
+#
+# A batch that is too large is computed in shards, and their gradients are added up. The loss is a
+# mean over the *targets*, and some of those are ignored (padding, or a prompt that is not to be
+# learned), so shards have different numbers of them. If each shard divides by its own number and
+# the results are averaged, a target in a short shard weighs more than one in a long shard: the mean
+# of means is not the mean. Here the second shard has 8 targets in each row, the first one 64. Each
+# shard has to divide by the count of the whole batch. (Gradient accumulation did this wrong in
+# widely used libraries until October 2024. With shards of one length nothing shows.)
+#
+# Caught by `test_two_halves_of_a_batch_add_up_to_the_whole` (`tests/network/test_network.py`).
+
+# %%
+ragged = targets.copy()
+middle = len(ragged) // 2
+ragged[middle:, 8:] = -100  # ignored
+shards = slice(0, middle), slice(middle, None)
+all_targets = int((ragged != -100).sum())
+whole_loss, whole = adapter_gradients(healthy, ragged)
+
+
+def in_shards(shard_targets, *, count, share):
+    """The loss and the gradients of the whole, summed from those of the shards."""
+    parts = [adapter_gradients(healthy, shard_targets, rows, count) for rows in shards]
+    summed = map_leaves(lambda *grads: share * sum(grads), *(grads for _, grads in parts))
+    return share * sum(float(loss) for loss, _ in parts), summed
+
+
+by_count = {
+    "all counts": in_shards(ragged, count=all_targets, share=1.0),
+    "own counts": in_shards(ragged, count=None, share=0.5),
+    "own counts, equal shards": in_shards(targets, count=None, share=0.5),
+}
+expected = {"own counts, equal shards": adapter_gradients(healthy)}
+shard_errors = {}
+for name, (loss, grads) in by_count.items():
+    right_loss, right = expected.get(name, (whole_loss, whole))
+    shard_errors[name] = off(grads, right)
+    print(f"{name:25} loss {loss:.3f}, should be {right_loss:.3f}; gradients off by "
+          f"{shard_errors[name]:.1%}")  # fmt: skip
+
+figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
+for shift, (name, errors) in zip((-0.2, 0.2), pathless_errors.items(), strict=True):
+    left.bar(np.arange(len(errors)) + shift, errors, 0.4, label=name)
+left.set(xlabel="block", ylabel="error of its adapters' gradients")
+left.set_title("17 wrong, but not at the start")
+left.set_xticks(range(sizes.n_layer))
+left.legend()
+right.barh(list(shard_errors), list(shard_errors.values()), color=["#2171b5", "#d94801", "#6baed6"])
+right.invert_yaxis()
+_ = right.set(xlabel="error of the gradients", title="18 a mean of means")
+
+# %% [markdown]
 # ## The zoo at a glance
 #
 # What a user sees of the bugs that strike after training. Each bar is the loss of the model that
@@ -556,7 +662,7 @@ _ = axes.set(xlabel="loss (nats per byte)")
 # %% [markdown]
 # ## What to remember
 #
-# - A falling loss proves little. Bugs 3, 4, 5, 9 and 12 train well enough to be believed.
+# - A falling loss proves little. Bugs 3, 4, 5, 9, 12 and 17 train well enough to be believed.
 # - Each of these bugs breaks a *law* that is easy to state: a fresh adapter changes nothing; merged
 #   equals unmerged; the base keeps its bits; gradients agree with differences of the loss. Test
 #   laws, not examples.
@@ -567,7 +673,7 @@ _ = axes.set(xlabel="loss (nats per byte)")
 #
 # 1. Bug 4 hides from Adam. Replace `adamw` by plain gradient descent. Does it show now? When would
 #    it not?
-# 2. Find a seventeenth bug: change one character of `minilora/lora.py`, and run the tests. If none
+# 2. Find a nineteenth bug: change one character of `minilora/lora.py`, and run the tests. If none
 #    fails, you have found either a bug in the tests or a change that changes nothing. Which?
 # 3. A colleague multiplies the mask of dropout by nothing: entries are 0 or 1, not 0 or $1/(1-p)$.
 #    Which law is broken, and which test says so? (Look into `tests/lora/test_lora_laws.py`.)
@@ -593,6 +699,11 @@ assert kept_for_nothing > 1.2 * kept, "12: nothing more is kept"
 assert abs(merge_losses[1] - after) < 1e-4, "13: one merge is not the adapter"
 assert abs(SEEN["14 saved while merged"] - merge_losses[2]) < 1e-4, "14: not the same as twice"
 assert "embedding" in refused, "16: merging was not refused"
+assert max(pathless_errors["at the start"]) == 0.0, "17: the start shows it"
+assert pathless_errors["after training"][0] > 0.01, "17: the lowest block's gradients are right"
+assert shard_errors["all counts"] < 1e-5, "18: with the whole count the shards do not add up"
+assert shard_errors["own counts, equal shards"] < 1e-5, "18: equal shards do not add up"
+assert shard_errors["own counts"] > 0.05, "18: the mean of means is the mean"
 if not SMALL:
     assert SEEN["7 o transposed"] > after, "7: the transpose is as good"
     assert merge_losses[2] > after + 0.1, "13: twice is as good as once"

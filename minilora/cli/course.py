@@ -63,7 +63,7 @@ def _new(args: argparse.Namespace, chosen: list[Any], figures: dict[str, Any]) -
 def _check(args: argparse.Namespace, chosen: list[Any], figures: dict[str, Any]) -> int:
     from minilora.course.check import Failure, Verdict, refused
     from minilora.course.results import gradescope, printed
-    from minilora.course.runner import check_folder, document
+    from minilora.course.runner import check_folder
     from minilora.formats.files import write_json
 
     if not args.path.is_dir() and args.gradescope is None:
@@ -78,7 +78,7 @@ def _check(args: argparse.Namespace, chosen: list[Any], figures: dict[str, Any])
         if args.gradescope is not None:
             write_json(args.gradescope, gradescope(verdicts))
     figures["points"] = sum(verdict.points for verdict in verdicts)
-    figures["exercises"] = {v.name: document(v) for v in verdicts}
+    figures["exercises"] = {v.name: v.document() for v in verdicts}
     print(f"{figures['points']} of {figures['max_points']} points")
     return 0 if all(verdict.failure is None for verdict in verdicts) else 1
 

@@ -184,6 +184,8 @@ def shown(value: Any) -> str:
         return str(value)
     if isinstance(value, slice):
         return f"{value.start}:{value.stop}"
+    if isinstance(value, np.ndarray) and value.dtype.kind not in "biuf":
+        return f"an array of {value.dtype}"
     try:
         array = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError):

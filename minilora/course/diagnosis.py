@@ -13,15 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minilora.course.cases import Case, Functions, Outputs, normal_cases
-from minilora.course.edits import (
-    Equation,
-    computed,
-    equations,
-    hypotheses,
-    is_close,
-)
+from minilora.course.edits import Equation, computed, hypotheses, is_close, is_plain
 from minilora.course.exercises import Exercise
-from minilora.course.mistakes import LESSONS, Lesson, Mistake
+from minilora.course.mistakes import LESSONS, Lesson
 
 
 class Answer(NamedTuple):
@@ -31,26 +25,29 @@ class Answer(NamedTuple):
     got: Outputs
     want: Outputs
 
+    def is_right(self, name: str) -> bool:
+        """Whether an output is."""
+        return is_close(self.got.get(name), self.want.get(name))
+
 
 class Observed(NamedTuple):
     """What a student's functions do: their answers, and the cases in which they raise an error."""
 
-    functions: Functions
     answers: list[Answer]
     raising: list[Case]
 
     @staticmethod
-    def of(exercise: Exercise, functions: Functions, seeds: tuple[int, ...] = (1,)) -> Observed:
+    def of(exercise: Exercise, functions: Functions) -> Observed:
         """The answers to cases of normal numbers."""
         answers, raising = list[Answer](), list[Case]()
-        reference = exercise.reference()
-        for case in normal_cases(exercise.tasks, seeds):
-            want = case.outputs(reference)
+        for case in normal_cases(exercise.tasks, (1,)):
             try:
-                answers.append(Answer(case, case.outputs(functions), want))
+                got = case.outputs(functions)
             except Exception:
                 raising.append(case)
-        return Observed(functions, answers, raising)
+            else:
+                answers.append(Answer(case, got, case.outputs(exercise.reference())))
+        return Observed(answers, raising)
 
 
 class Found(NamedTuple):
@@ -70,25 +67,19 @@ class Guess(NamedTuple):
 def diagnosed(exercise: Exercise, observed: Observed, output: str | None) -> Found:
     """The sentence for what is wrong, first of all with this output."""
     answers = observed.answers
-    wrong = [name for name in names_of(answers) if not _agrees(answers, name)]
-    if not answers:
+    wrong = [name for name in names_of(answers) if not all(a.is_right(name) for a in answers)]
+    if not wrong:
         return Found("none", "")
-    if output is None or output not in wrong:
-        output = wrong[0] if wrong else None
-    if output is None:
-        return Found("none", "")
+    if output not in wrong:
+        output = wrong[0]
     told = _exchanged(answers, wrong) or _of_form(answers, output)
-    if told:
-        return Found("exact", told)
     for names in dict.fromkeys((tuple(wrong), (output,))):
         for others in (True, False):  # first a guess that leaves right what is right
-            found = _fitting(exercise, observed, names, others)
-            if found:
-                return Found("exact", found)
-    found = _in_some_tasks(exercise, observed, output)
-    if found:
-        return Found("exact", found)
-    where = _where(exercise, answers, output)
+            told = told or _fitting(exercise, observed, names, others)
+    told = told or _in_some_tasks(exercise, answers, output)
+    if told:
+        return Found("exact", told)
+    where = _where(answers, output) or _not_finite(answers, output)
     return Found("where", where) if where else Found("none", "")
 
 
@@ -97,24 +88,22 @@ def names_of(answers: list[Answer]) -> list[str]:
     return list(dict.fromkeys(name for a in answers for name in (*a.want, *a.got)))
 
 
-def _agrees(answers: list[Answer], name: str) -> bool:
-    return all(is_close(a.got.get(name), a.want.get(name)) for a in answers)
-
-
-def _in_some_tasks(exercise: Exercise, observed: Observed, output: str) -> str:
+def _in_some_tasks(exercise: Exercise, answers: list[Answer], output: str) -> str:
     """The sentence for an output that is right in all cases of some tasks, and wrong in others."""
-    tasks = list(
-        dict.fromkeys(a.case.name for a in observed.answers if a.want.get(output) is not None)
-    )
-    of_task = {name: [a for a in observed.answers if a.case.name == name] for name in tasks}
-    wrong = [name for name, answers in of_task.items() if not _agrees(answers, output)]
-    if len(wrong) == len(tasks):
+    of_task: dict[str, list[Answer]] = {}
+    for a in answers:
+        of_task.setdefault(a.case.name, []).append(a)
+    tasks = [
+        name for name, own in of_task.items() if any(a.want.get(output) is not None for a in own)
+    ]
+    right = [name for name in tasks if all(a.is_right(output) for a in of_task[name])]
+    wrong = [name for name in tasks if name not in right]
+    if not right:
         return ""
-    answers = [a for name in wrong for a in of_task[name]]
-    found = _fitting(exercise, observed._replace(answers=answers, raising=[]), (output,))
-    cases = " and ".join(map(repr, wrong))
-    right = " and ".join(repr(name) for name in tasks if name not in wrong)
-    return f"Right in the case {right}; in the case {cases}: {found}" if found else ""
+    seen = Observed([a for name in wrong for a in of_task[name]], [])
+    found = _fitting(exercise, seen, (output,))
+    right_in, wrong_in = (" and ".join(map(repr, names)) for names in (right, wrong))
+    return f"Right in the case {right_in}; in the case {wrong_in}: {found}" if found else ""
 
 
 # --- the form ----------------------------------------------------------------------------------
@@ -135,55 +124,81 @@ def _exchanged(answers: list[Answer], wrong: list[str]) -> str:
     return ""
 
 
+REFUSED = {
+    "merged.refused": "An adapter of the embedding is merged although the head is tied",
+    "unmerged.refused": "An adapter of the embedding is unmerged although the head is tied",
+    "refused.weights": "Fewer weights than adapters are taken",
+    "refused.infinite": "A weight that is infinite is taken",
+    "refused.blocks": "Adapters of bases with different numbers of blocks are mixed",
+    "refused.sides": "Adapters of weights with different sides are mixed",
+}
+
+
 def _of_form(answers: list[Answer], output: str) -> str:
     """What is wrong with the kind or the shape of an output, in every case where it is wrong."""
-    if output.endswith(".refused"):
-        return (
-            "An adapter of the embedding is merged although the head is tied: raise MiniloraError."
-        )
-    wrong = [a for a in answers if not is_close(a.got.get(output), a.want.get(output))]
-    needless = [a for a in wrong if a.want.get(output) is None]
-    if needless:
-        return (
-            f"{output} must be None in the case {needless[0].case.name!r}: what it is made "
-            "of is not in the cache, as nothing wants it."
-        )
-    absent = [a for a in wrong if a.got.get(output) is None]
-    if absent:
-        case = absent[0].case.name
-        return f"{output} is None in the case {case!r}, where what it is made of is in the cache."
-    if all(getattr(a.got[output], "dtype", None) == np.float32 for a in wrong) and all(
-        np.shape(a.got[output]) == np.shape(a.want[output])
-        and np.allclose(a.got[output], a.want[output], rtol=1e-5, atol=1e-5)
-        for a in wrong
+    if output in REFUSED:
+        return f"{REFUSED[output]}: raise MiniloraError."
+    wrong = [a for a in answers if not a.is_right(output)]
+    for a in wrong:
+        if a.want.get(output) is None:
+            return (
+                f"{output} must be None in the case {a.case.name!r}: what it is made of is not in "
+                "the cache, as nothing wants it."
+            )
+    for a in wrong:
+        if a.got.get(output) is None:
+            return (
+                f"{output} is None in the case {a.case.name!r}, where what it is made of is in the "
+                "cache."
+            )
+    both = [(a.got[output], a.want[output]) for a in wrong]
+    for got, want in both:
+        if is_plain(want) and not is_plain(got):
+            kind = f"an array of {got.dtype}" if type(got) is np.ndarray else f"a {_kind(got)}"
+            return f"{output} is {kind}: return a NumPy array of the dtype of what you are given."
+    if all(
+        np.dtype(getattr(got, "dtype", float)) == np.float32
+        and np.shape(got) == np.shape(want)
+        and np.allclose(got, want, rtol=1e-5, atol=1e-5)
+        for got, want in both
     ):
         return f"{output} is float32 where float64 came in: keep the dtype of what you are given."
-    shapes = [(np.shape(a.got[output]), np.shape(a.want[output])) for a in wrong]
-    off = [(got, want) for got, want in shapes if got != want]
+    off = [(np.shape(got), np.shape(want)) for got, want in both if np.shape(got) != np.shape(want)]
     if not off:
         return ""
-    got, want = off[-1]
-    argument = output.removeprefix("d")
-    if all(g == w[::-1] and is_close(np.transpose(a.got[output]), a.want[output])
-           for (g, w), a in zip(shapes, wrong, strict=True)):  # fmt: skip
+    shape, argument = off[-1][0], f"{output.removeprefix('d')} has {off[-1][1]}"
+    if all(is_close(np.transpose(got), want) for got, want in both):
+        return f"{output} is the transpose of the gradient: it has the shape {shape}, {argument}."
+    if all(
+        np.size(got) == np.size(want) and is_close(np.reshape(got, np.shape(want)), want)
+        for got, want in both
+    ):
         return (
-            f"{output} is the transpose of the gradient: it has the shape {got}, "
-            f"{argument} has {want}."
+            f"{output} has the right numbers in the shape {shape}: reshape them to that of "
+            f"{argument.replace(' has', ',')}."
         )
-    is_flat = all(
-        np.size(a.got[output]) == np.size(a.want[output])
-        and is_close(np.reshape(a.got[output], np.shape(a.want[output])), a.want[output])
-        for a in wrong
-    )
-    if is_flat:
-        return (
-            f"{output} has the right numbers in the shape {got}: reshape them to that of "
-            f"{argument}, {want}."
-        )
-    return (
-        f"{output} has the shape {got}, {argument} has {want}: a gradient has the shape of its "
-        "argument."
-    )
+    return f"{output} has the shape {shape}, {argument}: a gradient has the shape of its argument."
+
+
+def _kind(x: object) -> str:
+    return type(x).__name__
+
+
+def _not_finite(answers: list[Answer], output: str) -> str:
+    """Whether an output is NaN or infinite where it should not be."""
+    for a in answers:
+        got, want = a.got.get(output), a.want.get(output)
+        if (
+            got is not None
+            and want is not None
+            and np.isfinite(want).all()
+            and not np.isfinite(got).all()
+        ):
+            return (
+                f"{output} is NaN or infinite in the case {a.case.name!r}: look for a division by "
+                "0, for ∞ − ∞, or for the root or logarithm of a number that is not positive."
+            )
+    return ""
 
 
 # --- hypotheses --------------------------------------------------------------------------------
@@ -196,43 +211,46 @@ def _fitting(
 
     And "" where another guess gives them too and is another function.
     """
-    answers = observed.answers
-    every = tuple(names_of(answers)) if others else names
-    fitting = [g for g in guesses(exercise, names) if _fits(g, answers, names, every)]
+    every = tuple(names_of(observed.answers)) if others else names
+    fitting = [g for g in guesses(exercise, names) if _fits(g, observed.answers, names, every)]
     fitting = [g for g in fitting if _raises_alike(g, observed, exercise)]
     if not fitting:
         return ""
-    first = fitting[0]
-    for other in fitting[1:]:
-        if not _same_function(first, other, exercise, names, {a.case.name for a in answers}):
-            return ""
-    return first.sentence
+    tasks = {a.case.name: a.case.task for a in observed.answers}
+    for case in normal_cases(tasks, (5,)):
+        want = case.outputs(exercise.reference())
+        results = [_given(guess, Answer(case, want, want)) for guess in fitting]
+        for name in names:
+            if want.get(name) is not None:
+                first, *rest = (_like(result.get(name), want[name]) for result in results)
+                if not all(is_close(first, other) for other in rest):
+                    return ""
+    return fitting[0].sentence
+
+
+def _given(guess: Guess, answer: Answer) -> Outputs:
+    """What a guess gives; nothing where it raises."""
+    try:
+        return guess.gives(answer)
+    except Exception:
+        return {}
 
 
 def _fits(
     guess: Guess, answers: list[Answer], names: tuple[str, ...], every: tuple[str, ...]
 ) -> bool:
+    """Whether a guess gives the student's outputs `names`, and where it can those of `every`."""
     told = False
     for answer in answers:
-        wanted = [n for n in names if answer.want.get(n) is not None]
-        if not wanted:
+        if all(answer.want.get(name) is None for name in names):
             continue
-        try:
-            gives = guess.gives(answer)
-        except Exception:
-            return False
-        for name in wanted:
-            if name not in gives or not is_close(
-                _like(gives[name], answer.want[name]), answer.got[name]
-            ):
+        gives, told = _given(guess, answer), True
+        for name in dict.fromkeys((*names, *every)):
+            if answer.want.get(name) is None or (name not in gives and name not in names):
+                continue
+            mine = _like(gives.get(name), answer.want[name])
+            if name not in gives or not is_close(mine, answer.got.get(name)):
                 return False
-        for name in every:
-            is_other = name in gives and answer.want.get(name) is not None and name not in names
-            if is_other and not is_close(
-                _like(gives[name], answer.want[name]), answer.got.get(name)
-            ):
-                return False
-        told = told or bool(wanted)
     return told or not names
 
 
@@ -240,110 +258,49 @@ def _like(x: Any, want: Any) -> Any:
     """A result of the equations, which are of matrices, in the shape of the gradient."""
     if x is None:
         return None
-    x = np.asarray(x)
-    if x.shape == np.shape(want):
-        return x
-    if (
-        x.size == np.size(want)
-        and x.ndim == 2
-        and np.ndim(want) > 2
-        and x.shape[1] == want.shape[-1]
-    ):
-        return x.reshape(np.shape(want))
-    if np.ndim(want) > 2 and x.ndim <= 2:
-        try:
-            return np.broadcast_to(x, (int(np.prod(want.shape[:-1])), want.shape[-1])).reshape(
-                want.shape
-            )
-        except ValueError:
-            return x
+    x, shape = np.asarray(x), np.shape(want)
     try:
-        return np.broadcast_to(x, np.shape(want))
+        if len(shape) > 2 and x.ndim <= 2:
+            return np.broadcast_to(x, (np.prod(shape[:-1], dtype=int), shape[-1])).reshape(shape)
+        return np.broadcast_to(x, shape)
     except ValueError:
         return x
 
 
 def _raises_alike(guess: Guess, observed: Observed, exercise: Exercise) -> bool:
     """Whether the guess is an error wherever the student's code is one."""
-    reference = exercise.reference()
-    for case in observed.raising:
-        try:
-            guess.gives(Answer(case, {}, case.outputs(reference)))
-        except Exception:
-            continue
-        return False
-    return True
-
-
-def _same_function(
-    a: Guess, b: Guess, exercise: Exercise, names: tuple[str, ...], tasks: set[str]
-) -> bool:
-    """Whether two guesses agree on cases that neither has seen."""
-    reference = exercise.reference()
-    for case in normal_cases({k: t for k, t in exercise.tasks.items() if k in tasks}, (5,)):
-        want = case.outputs(reference)
-        answer = Answer(case, want, want)
-        results = []
-        for guess in (a, b):
-            try:
-                results.append(guess.gives(answer))
-            except Exception:
-                results.append({})
-        for name in names:
-            if want.get(name) is not None:
-                x, y = (_like(r.get(name), want[name]) for r in results)
-                if not is_close(x, y):
-                    return False
-    return True
+    return not any(
+        _given(guess, Answer(case, {}, case.outputs(exercise.reference())))
+        for case in observed.raising
+    )
 
 
 def guesses(exercise: Exercise, names: tuple[str, ...]) -> Iterator[Guess]:
     """All guesses at outputs that are wrong: classic mistakes first, then the general ones."""
     lesson = LESSONS.get(exercise.name)
-    if lesson is not None:
-        yield from _classic(exercise.name, lesson)
+    if lesson is None:  # a puzzle
+        yield from _general(exercise, names)
+        return
+    for program, sentence in lesson.classics():
+        yield Guess(sentence, _by_program(lesson, program))
     yield from _general(exercise, names)
-    if lesson is not None:
-        case = next(normal_cases(exercise.tasks))
-        known = tuple(k for k, v in lesson.bind(case.inputs).items() if not callable(v))
-        for h in hypotheses(lesson.equations, known, tuple(lesson.letters.items()), lesson.scalars):
-            subject = "Your result" if len(names) != 1 else f"Your {names[0]}"
-            if len(names) > 1:
-                subject = (
-                    f"Your {', '.join(names[:-1])} and {names[-1]}" if len(names) < 5 else subject
-                )
-            verb = "are" if len(names) > 1 and len(names) < 5 else "is"
-            yield Guess(
-                f"{subject} {verb} what {h.where} gives {h.words}.", _by_program(lesson, h.program)
-            )
-
-
-def _classic(name: str, lesson: Lesson) -> Iterator[Guess]:
-    for mistake in lesson.mistakes:
-        tag = (
-            f" [{mistake.tag}]"
-            if mistake.tag and f"[{mistake.tag}]" not in mistake.sentence
-            else ""
-        )
-        yield Guess(mistake.sentence + tag, _by_program(lesson, replaced(lesson, mistake)))
-
-
-def replaced(lesson: Lesson, mistake: Mistake) -> tuple[Equation, ...]:
-    """The exercise's equations with the mistake's in their places."""
-    new = {e.name: e for e in equations(mistake.equation)}
-    program = tuple(new.pop(e.name, e) for e in equations(lesson.equations))
-    assert not new, f"{', '.join(new)}: no equation of that name"
-    return program
+    case = next(normal_cases(exercise.tasks))
+    known = tuple(k for k, v in lesson.bind(case.inputs).items() if not callable(v))
+    subject = "Your result is"
+    if len(names) == 1:
+        subject = f"Your {names[0]} is"
+    elif 1 < len(names) < 5:
+        subject = f"Your {', '.join(names[:-1])} and {names[-1]} are"
+    letters = tuple(lesson.letters.items())
+    for h in hypotheses(lesson.equations, known, letters, lesson.factors):
+        yield Guess(f"{subject} what {h.where} gives {h.words}.", _by_program(lesson, h.program))
 
 
 def _by_program(lesson: Lesson, program: tuple[Equation, ...]) -> Callable[[Answer], Outputs]:
     def gives(answer: Answer) -> Outputs:
         found = computed(program, lesson.bind(answer.case.inputs))
-        return {
-            name: found[name.replace(".", "_")]
-            for name in answer.want
-            if name.replace(".", "_") in found
-        }
+        by_name = {name: found.get(name.replace(".", "_")) for name in answer.want}
+        return {name: x for name, x in by_name.items() if name.replace(".", "_") in found}
 
     return gives
 
@@ -352,28 +309,23 @@ def _general(exercise: Exercise, names: tuple[str, ...]) -> Iterator[Guess]:
     """Guesses that need no equation: exchanged, zero, another's, an argument itself."""
     if not names:
         return
-    case = next(normal_cases(exercise.tasks))
-    outputs = list(case.outputs(exercise.reference()))
+
+    def turned(f: Callable[[Any], Any]) -> Callable[[Answer], Outputs]:
+        return lambda v: {n: f(v.want[n]) for n in names if v.want[n] is not None}
+
+    one, name = len(names) == 1, names[0]
     listed = " and ".join(names) if len(names) < 4 else "The results"
-    be = "is" if len(names) == 1 else "are"
     if len(names) == 2:
-        a, b = names
         yield Guess(
-            f"{a} and {b} are exchanged.",
-            lambda v: {a: v.want[b], b: v.want[a]},
+            f"{listed} are exchanged.",
+            lambda v: {names[0]: v.want[names[1]], names[1]: v.want[names[0]]},
         )
-    yield Guess(
-        f"{listed} {be} zero everywhere.",
-        lambda v: {n: 0 * v.want[n] for n in names if v.want[n] is not None},
-    )
-    yield Guess(
-        f"{listed} {'has' if len(names) == 1 else 'have'} the wrong sign.",
-        lambda v: {n: -v.want[n] for n in names if v.want[n] is not None},
-    )
-    if len(names) > 1:
+    yield Guess(f"{listed} {'is' if one else 'are'} zero everywhere.", turned(lambda x: 0 * x))
+    yield Guess(f"{listed} {'has' if one else 'have'} the wrong sign.", turned(lambda x: -x))
+    if not one:
         return
-    (name,) = names
-    for other in outputs:
+    case = next(normal_cases(exercise.tasks))
+    for other in case.outputs(exercise.reference()):
         if other != name:
             yield Guess(
                 f"What you return as {name} is {other}: the gradients stand in the order of the "
@@ -391,8 +343,8 @@ def _general(exercise: Exercise, names: tuple[str, ...]) -> Iterator[Guess]:
             f"{name} was added to {argument} itself: a gradient starts at zero.",
             lambda v: {name: v.want[name] + v.case.inputs[argument]},
         )
-    for word, turned in _TURNED.items():
-        yield Guess(f"{name} {word}.", lambda v, turned=turned: {name: turned(v.want[name])})  # type: ignore[misc]
+    for word, f in _TURNED.items():
+        yield Guess(f"{name} {word}.", turned(f))
 
 
 _TURNED: dict[str, Callable[[Any], Any]] = {
@@ -401,25 +353,13 @@ _TURNED: dict[str, Callable[[Any], Any]] = {
     "is one larger in every entry": lambda x: x + 1,
     "has lost its sign: all entries are positive": np.abs,
     "is rounded to whole numbers": np.round,
-    "is correct only in its first row, and zero elsewhere": lambda x: np.where(_first(x), x, 0),
+    "is correct only in its first row, and zero elsewhere": lambda x: np.concatenate(
+        [x[:1], 0 * x[1:]]
+    ),
 }
 
 
-def _first(x: Any) -> Any:
-    mask = np.zeros(np.shape(x), bool)
-    if np.ndim(x):
-        mask[0] = True
-    return mask
-
-
 # --- what separates right from wrong -----------------------------------------------------------
-
-
-class Feature(NamedTuple):
-    """Something that a case may have, in words that follow "is right"."""
-
-    words: str
-    has: Callable[[Case], bool]
 
 
 def _size(case: Case, name: str, axis: int) -> int:
@@ -427,53 +367,54 @@ def _size(case: Case, name: str, axis: int) -> int:
     return int(x.shape[axis]) if isinstance(x, np.ndarray) and x.ndim > axis else 0
 
 
-def _main(case: Case) -> Any:
-    return next(x for x in case.inputs.values() if isinstance(x, np.ndarray) and x.ndim)
+def _shape(case: Case) -> tuple[int, ...]:
+    """The shape of the first array."""
+    return next(x.shape for x in case.inputs.values() if isinstance(x, np.ndarray) and x.ndim)
 
 
-FEATURES = (
-    Feature("only for a single row (T = 1 and one sequence)",
-            lambda c: np.prod(_main(c).shape[:-1]) == 1),
-    Feature("only for T = 1", lambda c: _main(c).ndim > 1 and _main(c).shape[-2] == 1),
-    Feature("only for a single sequence", lambda c: _main(c).ndim > 2 and _main(c).shape[0] == 1),
-    Feature("only for rows of one entry", lambda c: _main(c).shape[-1] == 1),
-    Feature("only for a square weight", lambda c: any(
-        _size(c, name, 0) == _size(c, name, 1) > 0 for name in ("w", "table"))),
-    Feature("only for rank 1", lambda c: _size(c, "B", 0) == 1),
-    Feature("only for one head", lambda c: c.inputs.get("heads") == 1),
-    Feature("only where no index comes twice", lambda c: "index" in c.inputs
-            and len(np.unique(c.inputs["index"])) == c.inputs["index"].size),
-    Feature("only where no target is ignored", lambda c: "targets" in c.inputs
-            and not (c.inputs["targets"] == c.inputs.get("ignore_index", -100)).any()),
-    Feature("only for T up to 64, where all queries are one tile",
-            lambda c: _main(c).ndim > 1 and _main(c).shape[-2] <= 64),
-    Feature("only where the offset is 0", lambda c: c.inputs.get("offset") == 0),
-)  # fmt: skip
+# What a case may have, in words that follow "is right".
+FEATURES: dict[str, Callable[[Case], Any]] = {
+    "only for a single row (T = 1 and one sequence)": lambda c: np.prod(_shape(c)[:-1]) == 1,
+    "only for T = 1": lambda c: _shape(c)[-2:-1] == (1,),
+    "only for a single sequence": lambda c: len(_shape(c)) > 2 and _shape(c)[0] == 1,
+    "only for rows of one entry": lambda c: _shape(c)[-1] == 1,
+    "only for a square weight": lambda c: any(
+        _size(c, name, 0) == _size(c, name, 1) > 0 for name in ("w", "table")),
+    "only for rank 1": lambda c: _size(c, "B", 0) == 1,
+    "only for one head": lambda c: c.inputs.get("heads") == 1,
+    "only where no index comes twice": lambda c: "index" in c.inputs
+        and len(np.unique(c.inputs["index"])) == c.inputs["index"].size,
+    "only where no target is ignored": lambda c: "targets" in c.inputs
+        and not (c.inputs["targets"] == c.inputs.get("ignore_index", -100)).any(),
+    "only for T up to 64, where all queries are one tile":
+        lambda c: len(_shape(c)) > 1 and _shape(c)[-2] <= 64,
+    "only where the offset is 0": lambda c: c.inputs.get("offset") == 0,
+}  # fmt: skip
 
 
-def _where(exercise: Exercise, answers: list[Answer], output: str) -> str:
+def _where(answers: list[Answer], output: str) -> str:
     """What the cases have in which the output is right, and the others have not; "" if nothing."""
     telling = [a for a in answers if a.want.get(output) is not None and np.any(a.want[output])]
-    right = {id(a): is_close(a.got.get(output), a.want[output]) for a in telling}
-    if not any(right.values()):
+    right = [a.is_right(output) for a in telling]
+    if not any(right):
         return ""
-    for feature in FEATURES:
-        if all(feature.has(a.case) == right[id(a)] for a in telling):
-            return f"{output} is right {feature.words}."
+    has = {words: [bool(f(a.case)) for a in telling] for words, f in FEATURES.items()}
+    for words, cases in has.items():
+        if cases == right:
+            return f"{output} is right {words}."
     by_task: dict[str, list[bool]] = {}
-    for a in telling:
-        by_task.setdefault(a.case.name, []).append(right[id(a)])
-    good = [name for name, k in by_task.items() if all(k)]
-    bad = [name for name, k in by_task.items() if not all(k)]
+    for a, is_right in zip(telling, right, strict=True):
+        by_task.setdefault(a.case.name, []).append(is_right)
+    good = " and ".join(repr(name) for name, own in by_task.items() if all(own))
+    bad = " and ".join(repr(name) for name, own in by_task.items() if not all(own))
     if good and bad:
-        right_in, wrong_in = (" and ".join(map(repr, names)) for names in (good, bad))
-        return f"{output} is right in the case {right_in}, wrong in {wrong_in}: compare the two."
-    for feature in FEATURES:
-        if all(right[id(a)] for a in telling if feature.has(a.case)) and any(
-            feature.has(a.case) for a in telling
-        ):
-            words = feature.words.removeprefix("only ")
-            return f"{output} is right {words}, and wrong in some other cases."
+        return f"{output} is right in the case {good}, wrong in {bad}: compare the two."
+    for words, cases in has.items():
+        of_them = [is_right for is_right, here in zip(right, cases, strict=True) if here]
+        if of_them and all(of_them):
+            return (
+                f"{output} is right {words.removeprefix('only ')}, and wrong in some other cases."
+            )
     return ""
 
 

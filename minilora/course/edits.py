@@ -13,6 +13,7 @@ from __future__ import annotations
 import ast
 import copy
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
@@ -20,34 +21,8 @@ import numpy as np
 
 from minilora import ops
 from minilora.backend import Array
-from minilora.ops import rows
 
 # --- what equations are made of ----------------------------------------------------------------
-
-
-def mean(x: Array) -> Array:
-    """The mean of each row, kept as a column."""
-    return x.mean(axis=-1, keepdims=True)
-
-
-def sums(x: Array) -> Array:
-    """The sum of each row, kept as a column."""
-    return x.sum(axis=-1, keepdims=True)
-
-
-def total(x: Array) -> Array:
-    """The sum over the rows."""
-    return x.sum(axis=0)
-
-
-def T(x: Array) -> Array:
-    """The transpose of the last two axes."""
-    return x.swapaxes(-1, -2)
-
-
-def softmax(x: Array) -> Array:
-    """The softmax of each row."""
-    return ops.softmax_forward(x)[0]
 
 
 def scatter(index: Array, values: Array, like: Array) -> Array:
@@ -64,59 +39,193 @@ def last_use(index: Array, values: Array, like: Array) -> Array:
     return y
 
 
-def first_use(index: Array, values: Array, like: Array) -> Array:
-    """`scatter` of the first use of each index alone."""
-    return last_use(index[::-1], values[::-1], like)
-
-
 def mean_use(index: Array, values: Array, like: Array) -> Array:
     """`scatter` with the mean of the uses of an index for their sum."""
     uses = np.maximum(np.bincount(index, minlength=len(like)), 1)
     return scatter(index, values, like) / uses.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def scatter_plus_one(index: Array, values: Array, like: Array) -> Array:
-    """`scatter` that starts from ones."""
-    return scatter(index, values, like) + 1
-
-
 def in_order(index: Array, values: Array, like: Array) -> Array:
     """The values in the order in which they come, whatever their index."""
-    y = np.zeros_like(like)
-    n = min(len(like), len(values))
+    y, n = np.zeros_like(like), min(len(like), len(values))
     y[:n] = values[:n]
     return y
 
 
+# Rows are examples: mean and sums go along a row and keep a column, totals go down the rows.
 FUNCTIONS: dict[str, Callable[..., Any]] = {
-    f.__name__: f
-    for f in (mean, sums, total, T, softmax, scatter, last_use, first_use, mean_use)
-    + (scatter_plus_one, in_order, rows)
-} | {
-    "exp": np.exp,
-    "log": np.log,
-    "sqrt": np.sqrt,
-    "tanh": np.tanh,
-    "minimum": np.minimum,
-    "maximum": np.maximum,
-    "absolute": np.abs,
-    "size": np.size,
-    "number": len,
-    "ones": np.ones_like,
+    "exp": np.exp, "log": np.log, "sqrt": np.sqrt, "tanh": np.tanh, "absolute": np.abs,
+    "minimum": np.minimum, "maximum": np.maximum, "size": np.size, "number": len,
+    "ones": np.ones_like, "rows": ops.rows, "scatter": scatter, "last_use": last_use,
+    "first_use": lambda index, values, like: last_use(index[::-1], values[::-1], like),
+    "mean_use": mean_use, "in_order": in_order,
+    "scatter_plus_one": lambda index, values, like: scatter(index, values, like) + 1,
+    "T": lambda x: x.swapaxes(-1, -2),
+    "softmax": lambda x: ops.softmax_forward(x)[0],
+    "mean": lambda x: x.mean(axis=-1, keepdims=True),
+    "mean_all": lambda x: x.mean(),
+    "mean_down": lambda x: x.mean(axis=0, keepdims=True),
+    "sums": lambda x: x.sum(axis=-1, keepdims=True),
+    "sums_all": lambda x: x.sum(),
+    "sums_down": lambda x: x.sum(axis=-2, keepdims=True),
+    "largest": lambda x: x.max(axis=-1, keepdims=True),
+    "total": lambda x: x.sum(axis=0),
     "total_mean": lambda x: x.mean(axis=0),
     "total_first": lambda x: x[0],
     "total_last": lambda x: x[-1],
     "total_all": lambda x: np.broadcast_to(x.sum(), x.shape[1:]),
     "total_columns": lambda x: x.sum(axis=1),
-    "mean_all": lambda x: x.mean(),
-    "mean_down": lambda x: x.mean(axis=0, keepdims=True),
-    "sums_all": lambda x: x.sum(),
-    "sums_down": lambda x: x.sum(axis=-2, keepdims=True),
-    "largest": lambda x: x.max(axis=-1, keepdims=True),
-}
+}  # fmt: skip
 
-# Another function in the place of one, and in words.
-SWAPS: dict[str, tuple[tuple[str, str], ...]] = {
+
+# --- equations ---------------------------------------------------------------------------------
+
+
+class Equation(NamedTuple):
+    """name = expression; `given` where a forward pass has computed it."""
+
+    name: str
+    expression: ast.expr
+    tag: str
+    given: bool
+
+
+@functools.cache
+def equations(text: str) -> tuple[Equation, ...]:
+    """The equations of a text; after "#" stands the tag, or the word given."""
+    found = []
+    for line in re.split(r"\n|;", text.strip()):
+        left, _, note = line.partition("#")
+        name, _, expression = left.partition("=")
+        tag = note.strip()
+        parsed = ast.parse(expression.strip(), mode="eval").body
+        found.append(Equation(name.strip(), parsed, "" if tag == "given" else tag, tag == "given"))
+    return tuple(found)
+
+
+def computed(program: tuple[Equation, ...], values: Mapping[str, Any]) -> dict[str, Any]:
+    """What the equations give for these values, by name; raises what NumPy raises."""
+    scope = {**FUNCTIONS, **values}
+    found = {}
+    with np.errstate(all="ignore"):
+        for equation in program:
+            found[equation.name] = scope[equation.name] = eval(code(equation.expression), scope)
+    return found
+
+
+@functools.cache
+def code(expression: ast.expr) -> Any:
+    """The compiled expression."""
+    return compile(ast.fix_missing_locations(ast.Expression(expression)), "<equation>", "eval")
+
+
+# --- in the letters of the pages ---------------------------------------------------------------
+
+NAMES = {"sqrt": "√", "total": "Σ_rows", "sums": "Σ", "scatter": "Σ_index", "minimum": "min"}
+SCALARS = {"scale", "lr", "beta1", "beta2", "eps", "weight_decay", "N", "root", "dloss", "max_norm"}
+POWERS = str.maketrans("0123456789-t", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻ᵗ")
+
+
+def maths(node: ast.AST, letters: Mapping[str, str]) -> str:
+    """An expression as the pages write it."""
+
+    def of(child: ast.AST) -> str:
+        return maths(child, letters)
+
+    def tight(child: ast.AST) -> str:
+        is_sum = isinstance(child, ast.BinOp) and isinstance(child.op, ast.Add | ast.Sub)
+        return f"({of(child)})" if is_sum else of(child)
+
+    match node:
+        case ast.Name(name):
+            return letters.get(name, name)
+        case ast.Constant(int() | float() as value):
+            return f"{value:g}"
+        case ast.Attribute(value, "T") | ast.Call(ast.Name("T"), [value]):
+            return f"{tight(value)}ᵀ"
+        case ast.UnaryOp(ast.USub(), operand):
+            return f"−{tight(operand)}"
+        case ast.BinOp(left, ast.Add(), right):
+            return f"{of(left)} + {of(right)}"
+        case ast.BinOp(left, ast.Sub(), right):
+            return f"{of(left)} − {tight(right)}"
+        case ast.BinOp(left, ast.Div(), ast.BinOp() as right):
+            return f"{tight(left)} / ({of(right)})"
+        case ast.BinOp(left, ast.Div(), right):
+            return f"{tight(left)} / {of(right)}"
+        case ast.BinOp(left, ast.Pow(), right):
+            return f"{tight(left)}{of(right).translate(POWERS)}"
+        case ast.BinOp(left, ast.Mult(), right) if is_array(left) and is_array(right):
+            return f"{tight(left)} ∘ {tight(right)}"
+        case ast.BinOp(left, ast.Mult() | ast.MatMult(), right):
+            return f"{tight(left)} {tight(right)}"
+        case ast.Call(ast.Name(name), arguments):
+            inside = ", ".join(of(a) for a in arguments)
+            return f"{NAMES.get(name, letters.get(name, name))}({inside})"
+        case ast.Subscript(value, index):
+            return f"{of(value)}[{ast.unparse(index)}]"
+    return ast.unparse(node)
+
+
+def is_array(node: ast.AST) -> bool:
+    """Whether an expression is an array, as far as its names tell."""
+    return bool({n.id for n in ast.walk(node) if isinstance(n, ast.Name)} - SCALARS)
+
+
+# --- every small change ------------------------------------------------------------------------
+
+Rule: TypeAlias = tuple[str, str]
+"""What stands in the place of an expression with the parts a and b, and its words."""
+
+CHANGES: dict[type, tuple[Rule, ...]] = {
+    ast.Add: (
+        ("a", "without the term {b}"),
+        ("b", "without the term {a}"),
+        ("a + 2 * b", "with the term {b} twice"),
+        ("a - b", "with − in place of + before {b}"),
+        ("b - a", "with − before {a}"),
+    ),
+    ast.Sub: (
+        ("a", "without the term {b}, which is subtracted"),
+        ("-b", "without the term {a}"),
+        ("a - 2 * b", "with the term {b} subtracted twice"),
+        ("a + b", "with + in place of − before {b}"),
+        ("b - a", "with {b} and {a} exchanged in the difference"),
+        ("b", "with {b} alone in place of the difference from {a}"),
+    ),
+    ast.Mult: (
+        ("a", "without the factor {b}"),
+        ("b", "without the factor {a}"),
+        ("a * b * b", "with the factor {b} twice"),
+        ("a * b * a", "with the factor {a} twice"),
+        ("a / b", "divided by {b} instead of multiplied"),
+        ("b / a", "divided by {a} instead of multiplied"),
+        ("a + b", "with + in place of × between {a} and {b}"),
+    ),
+    ast.Div: (
+        ("a", "without the division by {b}"),
+        ("a * b", "multiplied by {b} instead of divided"),
+        ("a / b / b", "divided by {b} twice"),
+        ("b / a", "with the quotient {a / b} upside down"),
+        ("b", "with {b} alone in place of the quotient {a / b}"),
+    ),
+    ast.MatMult: (
+        ("a", "without the factor {b}"),
+        ("b", "without the factor {a}"),
+        ("b @ a", "with {b} and {a} in the other order"),
+    ),
+    ast.Pow: (
+        ("a", "with {a} in place of {a ** b}"),
+        ("a * b", "with the product of {a} and {b} in place of the power"),
+    ),
+}
+LEFT_TURNED: tuple[Rule, ...] = (("T(a) @ b", "with {T(a)} in place of {a}"),)
+RIGHT_TURNED: tuple[Rule, ...] = (("a @ T(b)", "with {T(b)} in place of {b}"),)
+OF_ONE_ROW: tuple[Rule, ...] = (  # of a.T @ b
+    ("T(a[:1]) @ b[:1]", "with the first row alone in place of the sum over all rows"),
+    ("T(a[-1:]) @ b[-1:]", "with the last row alone in place of the sum over all rows"),
+)
+SWAPS: dict[str, tuple[Rule, ...]] = {  # another function in the place of one
     "total": (
         ("total_mean", "the mean over the rows in place of their sum"),
         ("total_first", "the first row alone in place of the sum over the rows"),
@@ -147,125 +256,12 @@ SWAPS: dict[str, tuple[tuple[str, str], ...]] = {
     "exp": (("tanh", "tanh in place of exp"),),
     "minimum": (("maximum", "the larger in place of the smaller"),),
 }
-UNARY = {"exp", "sqrt", "tanh", "softmax", "total", "mean", "sums", "log"}
-NAMES = {
-    "exp": "exp", "sqrt": "√", "tanh": "tanh", "softmax": "softmax", "total": "Σ_rows",
-    "mean": "mean", "sums": "Σ", "T": "T", "scatter": "Σ_index", "minimum": "min", "log": "log",
-}  # fmt: skip
-
-
-# --- equations ---------------------------------------------------------------------------------
-
-
-class Equation(NamedTuple):
-    """name = expression; `given` where a forward pass has computed it."""
-
-    name: str
-    expression: ast.expr
-    tag: str
-    given: bool
-
-
-@functools.cache
-def equations(text: str) -> tuple[Equation, ...]:
-    """The equations of a text; after "#" stands the tag, or the word given."""
-    found = []
-    for line in text.strip().splitlines():
-        left, _, note = line.partition("#")
-        name, _, expression = left.partition("=")
-        tag = note.strip()
-        parsed = ast.parse(expression.strip(), mode="eval").body
-        found.append(Equation(name.strip(), parsed, "" if tag == "given" else tag, tag == "given"))
-    return tuple(found)
-
-
-def computed(program: tuple[Equation, ...], values: Mapping[str, Any]) -> dict[str, Any]:
-    """What the equations give for these values, by name; raises what NumPy raises."""
-    scope = {**FUNCTIONS, **values}
-    found = {}
-    with np.errstate(all="ignore"):
-        for equation in program:
-            found[equation.name] = scope[equation.name] = eval(code(equation), scope)
-    return found
-
-
-def code(equation: Equation) -> Any:
-    """The compiled expression of an equation."""
-    key = id(equation.expression)
-    if key not in _CODES:
-        tree = ast.fix_missing_locations(ast.Expression(copy.deepcopy(equation.expression)))
-        _CODES[key] = (compile(tree, "<equation>", "eval"), equation.expression)
-    return _CODES[key][0]
-
-
-_CODES: dict[int, tuple[Any, ast.expr]] = {}  # with the expression, so that no other has its id
-
-
-# --- in the letters of the pages ---------------------------------------------------------------
-
-
-def maths(node: ast.AST, letters: Mapping[str, str]) -> str:
-    """An expression as the pages write it."""
-
-    def of(child: ast.AST) -> str:
-        return maths(child, letters)
-
-    def tight(child: ast.AST) -> str:
-        is_sum = isinstance(child, ast.BinOp) and isinstance(child.op, ast.Add | ast.Sub)
-        return f"({of(child)})" if is_sum else of(child)
-
-    match node:
-        case ast.Name(name):
-            return letters.get(name, name)
-        case ast.Constant(value):
-            return f"{value:g}" if isinstance(value, int | float) else str(value)
-        case ast.Attribute(value, "T"):
-            return f"{tight(value)}ᵀ"
-        case ast.Attribute(value, name):
-            return f"{of(value)}.{name}"
-        case ast.UnaryOp(ast.USub(), operand):
-            return f"−{tight(operand)}"
-        case ast.BinOp(left, ast.Add(), right):
-            return f"{of(left)} + {of(right)}"
-        case ast.BinOp(left, ast.Sub(), right):
-            return f"{of(left)} − {tight(right)}"
-        case ast.BinOp(left, ast.Div(), right):
-            compound = isinstance(right, ast.BinOp)
-            return f"{tight(left)} / {f'({of(right)})' if compound else of(right)}"
-        case ast.BinOp(left, ast.MatMult(), right):
-            return f"{tight(left)} {tight(right)}"
-        case ast.BinOp(left, ast.Pow(), right):
-            power = of(right).translate(str.maketrans("0123456789-t", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻ᵗ"))
-            return f"{tight(left)}{power}"
-        case ast.BinOp(left, ast.Mult(), right):
-            return (
-                f"{tight(left)} ∘ {tight(right)}"
-                if entrywise(node)
-                else f"{tight(left)} {tight(right)}"
-            )
-        case ast.Call(ast.Name("T"), [argument]):
-            return f"{tight(argument)}ᵀ"
-        case ast.Call(ast.Name(name), arguments):
-            inside = ", ".join(of(a) for a in arguments)
-            return f"{NAMES.get(name, letters.get(name, name))}({inside})"
-        case ast.Subscript(value, index):
-            return f"{of(value)}[{ast.unparse(index)}]"
-    return ast.unparse(node)
-
-
-SCALARS = {"scale", "lr", "beta1", "beta2", "eps", "weight_decay", "N", "root", "dloss", "max_norm"}
-
-
-def entrywise(node: ast.BinOp) -> bool:
-    """Whether a product is one of arrays, entry by entry, as far as its names tell."""
-
-    def is_array(child: ast.AST) -> bool:
-        return any(isinstance(n, ast.Name) and n.id not in SCALARS for n in ast.walk(child))
-
-    return is_array(node.left) and is_array(node.right)
-
-
-# --- every small change ------------------------------------------------------------------------
+LEFT_OUT = {"exp", "sqrt", "tanh", "softmax", "total", "mean", "sums", "log", "minimum", "T"}
+EVERYWHERE = {
+    "sums": "sums in place of all its means",
+    "mean_all": "means over all rows together in place of each row's own",
+    "mean_down": "means of the columns in place of those of the rows",
+}  # for mean, where it stands twice or more
 
 
 class Change(NamedTuple):
@@ -295,9 +291,46 @@ def changes(node: ast.AST, others: tuple[str, ...], letters: Mapping[str, str]) 
                 yield Change(whole, change.words, (*change.around, maths(node, letters)))
 
 
-def binary(left: ast.expr, operator: ast.operator, right: ast.expr) -> ast.BinOp:
-    """left operator right."""
-    return ast.BinOp(left, operator, right)
+def variants(
+    node: ast.AST, others: tuple[str, ...], letters: Mapping[str, str]
+) -> Iterator[tuple[ast.expr, str]]:
+    """The changed forms of one node, each in words."""
+
+    def of(rules: tuple[Rule, ...], a: ast.expr, b: ast.expr) -> Iterator[tuple[ast.expr, str]]:
+        for new, words in rules:
+            told = re.sub(r"\{(.+?)\}", lambda m: maths(filled(m[1], a, b), letters), words)
+            yield filled(new, a, b), told
+
+    def instead(new: ast.expr) -> tuple[ast.expr, str]:
+        return new, f"with {maths(new, letters)} in place of {maths(node, letters)}"
+
+    match node:
+        case ast.BinOp(left, ast.Pow(), ast.Constant(int(power))):
+            yield instead(left)
+            yield instead(ast.BinOp(left, ast.Pow(), ast.Constant(power + 1)))
+        case ast.BinOp(left, operator, right):
+            yield from of(CHANGES[type(operator)], left, right)
+            if isinstance(operator, ast.MatMult):
+                yield from of(() if is_transposed(left) else LEFT_TURNED, left, right)
+                yield from of(() if is_transposed(right) else RIGHT_TURNED, left, right)
+                if isinstance(left, ast.Attribute):
+                    yield from of(OF_ONE_ROW, left.value, right)
+        case ast.UnaryOp(ast.USub(), operand):
+            yield operand, "without the minus sign"
+        case ast.Attribute(value, "T"):
+            yield instead(value)
+        case ast.Call(ast.Name(name), arguments):
+            for other, words in SWAPS.get(name, ()):
+                yield call(other, *arguments), f"with {words}"
+            yield from map(instead, arguments if name in LEFT_OUT else ())
+        case ast.Constant(int() | float() as value):
+            for new in (value + 1, value - 1, value * 2, value / 2, -value):
+                yield ast.Constant(new), f"with {new:g} in place of {value:g}"
+        case ast.Name(name):
+            for other in others:
+                if other != name:
+                    yield instead(ast.Name(other, ast.Load()))
+            yield call("ones", node), f"with ones in place of {maths(node, letters)}"
 
 
 def call(name: str, *arguments: ast.expr) -> ast.Call:
@@ -305,112 +338,15 @@ def call(name: str, *arguments: ast.expr) -> ast.Call:
     return ast.Call(ast.Name(name, ast.Load()), list(arguments), [])
 
 
-def variants(
-    node: ast.AST, others: tuple[str, ...], letters: Mapping[str, str]
-) -> Iterator[tuple[ast.expr, str]]:
-    """The changed forms of one node, each in words."""
+def filled(form: str, a: ast.expr, b: ast.expr) -> ast.expr:
+    """The expression of a form in a and b."""
 
-    def m(part: ast.AST) -> str:
-        return maths(part, letters)
+    class Fill(ast.NodeTransformer):
+        def visit_Name(self, node: ast.Name) -> ast.expr:
+            return {"a": a, "b": b}.get(node.id, node)
 
-    match node:
-        case ast.BinOp(left, ast.Add(), right):
-            yield left, f"without the term {m(right)}"
-            yield right, f"without the term {m(left)}"
-            doubled = binary(ast.Constant(2), ast.Mult(), right)
-            yield binary(left, ast.Add(), doubled), f"with the term {m(right)} twice"
-            yield binary(left, ast.Sub(), right), f"with − in place of + before {m(right)}"
-            yield binary(right, ast.Sub(), left), f"with − before {m(left)}"
-        case ast.BinOp(left, ast.Sub(), right):
-            yield left, f"without the term {m(right)}, which is subtracted"
-            yield ast.UnaryOp(ast.USub(), right), f"without the term {m(left)}"
-            doubled = binary(ast.Constant(2), ast.Mult(), right)
-            yield binary(left, ast.Sub(), doubled), f"with the term {m(right)} subtracted twice"
-            yield binary(left, ast.Add(), right), f"with + in place of − before {m(right)}"
-            yield (
-                binary(right, ast.Sub(), left),
-                f"with {m(right)} and {m(left)} exchanged in the difference",
-            )
-            yield right, f"with {m(right)} alone in place of the difference from {m(left)}"
-        case ast.BinOp(left, ast.Mult(), right):
-            yield left, f"without the factor {m(right)}"
-            yield right, f"without the factor {m(left)}"
-            yield binary(node, ast.Mult(), right), f"with the factor {m(right)} twice"
-            yield binary(node, ast.Mult(), left), f"with the factor {m(left)} twice"
-            yield binary(left, ast.Div(), right), f"divided by {m(right)} instead of multiplied"
-            yield binary(right, ast.Div(), left), f"divided by {m(left)} instead of multiplied"
-            yield (
-                binary(left, ast.Add(), right),
-                f"with + in place of × between {m(left)} and {m(right)}",
-            )
-        case ast.BinOp(left, ast.Div(), right):
-            yield left, f"without the division by {m(right)}"
-            yield binary(left, ast.Mult(), right), f"multiplied by {m(right)} instead of divided"
-            yield binary(node, ast.Div(), right), f"divided by {m(right)} twice"
-            yield binary(right, ast.Div(), left), f"with the quotient {m(node)} upside down"
-            yield right, f"with {m(right)} alone in place of the quotient {m(node)}"
-        case ast.BinOp(left, ast.MatMult(), right):
-            yield left, f"without the factor {m(right)}"
-            yield right, f"without the factor {m(left)}"
-            yield (
-                binary(right, ast.MatMult(), left),
-                f"with {m(right)} and {m(left)} in the other order",
-            )
-            for side, (a, b) in {"left": (left, right), "right": (right, left)}.items():
-                if not is_transposed(a):
-                    turned = call("T", a)
-                    pair = (turned, b) if side == "left" else (b, turned)
-                    yield (
-                        binary(pair[0], ast.MatMult(), pair[1]),
-                        f"with {m(turned)} in place of {m(a)}",
-                    )
-            if is_transposed(left):
-                inner = left.value if isinstance(left, ast.Attribute) else left.args[0]  # type: ignore[attr-defined]
-                for which, words in ((slice(None, 1), "first"), (slice(-1, None), "last")):
-                    lower, upper = (ast.Constant(which.start), ast.Constant(which.stop))
-                    cut = ast.Slice(lower if which.start else None, upper if which.stop else None)
-                    if isinstance(left, ast.Attribute):
-                        a = ast.Subscript(inner, cut, ast.Load())
-                        b = ast.Subscript(right, cut, ast.Load())
-                        yield (
-                            binary(call("T", a), ast.MatMult(), b),
-                            f"with the {words} row alone in place of the sum over all rows",
-                        )
-        case ast.BinOp(left, ast.Pow(), ast.Constant(int(power))):
-            yield left, f"with {m(left)} in place of {m(node)}"
-            higher = binary(left, ast.Pow(), ast.Constant(power + 1))
-            yield higher, f"with {m(higher)} in place of {m(node)}"
-        case ast.BinOp(left, ast.Pow(), right):
-            yield left, f"with {m(left)} in place of {m(node)}"
-            yield (
-                binary(left, ast.Mult(), right),
-                f"with the product of {m(left)} and {m(right)} in place of the power",
-            )
-        case ast.Attribute(value, "T"):
-            yield value, f"with {m(value)} in place of {m(node)}"
-        case ast.Call(ast.Name("T"), [value]):
-            yield value, f"with {m(value)} in place of {m(node)}"
-        case ast.Call(ast.Name(name), arguments):
-            for other_name, words in SWAPS.get(name, ()):
-                yield call(other_name, *arguments), f"with {words}"
-            if name in UNARY:
-                yield arguments[0], f"with {m(arguments[0])} in place of {m(node)}"
-            if name == "minimum":
-                yield arguments[0], f"with {m(arguments[0])} in place of {m(node)}"
-                yield arguments[1], f"with {m(arguments[1])} in place of {m(node)}"
-        case ast.UnaryOp(ast.USub(), operand):
-            yield operand, "without the minus sign"
-        case ast.Constant(int() | float() as value):
-            for new in (value + 1, value - 1, value * 2, value / 2, -value):
-                yield ast.Constant(new), f"with {new:g} in place of {value:g}"
-        case ast.Name(name):
-            for other in others:
-                if other != name:
-                    replaced = ast.Name(str(other), ast.Load())
-                    yield replaced, f"with {m(replaced)} in place of {m(node)}"
-            yield call("ones", node), f"with ones in place of {m(node)}"
-        case _:
-            return
+    found: ast.expr = Fill().visit(ast.parse(form, mode="eval").body)
+    return found
 
 
 def is_transposed(node: ast.AST) -> bool:
@@ -419,23 +355,20 @@ def is_transposed(node: ast.AST) -> bool:
     return is_call or (isinstance(node, ast.Attribute) and node.attr == "T")
 
 
-EVERYWHERE = {
-    "mean": (("sums", "sums in place of all its means"),
-             ("mean_all", "means over all rows together in place of each row's own"),
-             ("mean_down", "means of the columns in place of those of the rows")),
-}  # fmt: skip
-
-
 def everywhere(node: ast.expr) -> Iterator[tuple[ast.expr, str]]:
-    """The expression with a function exchanged wherever it stands, if twice or more."""
-    for name, swaps in EVERYWHERE.items():
-        is_there = [n for n in ast.walk(node) if isinstance(n, ast.Name) and n.id == name]
-        for other, words in swaps if len(is_there) > 1 else ():
-            new = copy.deepcopy(node)
-            for part in ast.walk(new):
-                if isinstance(part, ast.Name) and part.id == name:
-                    part.id = other
-            yield new, f"with {words}"
+    """The expression with another function for mean wherever it stands, if twice or more."""
+    means = [n for n in ast.walk(node) if isinstance(n, ast.Name) and n.id == "mean"]
+    for other, words in EVERYWHERE.items() if len(means) > 1 else ():
+        yield renamed(node, {"mean": other}), f"with {words}"
+
+
+def renamed(node: ast.expr, new: Mapping[str, str]) -> ast.expr:
+    """The expression with other names in the place of these."""
+    node = copy.deepcopy(node)
+    for part in ast.walk(node):
+        if isinstance(part, ast.Name):
+            part.id = new.get(part.id, part.id)
+    return node
 
 
 # --- hypotheses --------------------------------------------------------------------------------
@@ -460,71 +393,59 @@ def hypotheses(
     letters: tuple[tuple[str, str], ...],
     scalars: tuple[Factor, ...],
 ) -> tuple[Hypothesis, ...]:
-    """Every small change of one equation, no two of them in the same words."""
-    program, found = equations(text), list[tuple[str, Change, tuple[Equation, ...]]]()
-    spelling, names = dict(letters), {e.name for e in program}
-    for i, equation, part in [(i, e, p) for p in (True, False) for i, e in enumerate(program)]:
-        if equation.given:
-            continue
-        where = (
-            f"[{equation.tag}]"
-            if equation.tag
-            else f"the equation of {spelling.get(equation.name, equation.name)}"
-        )
-        known = (*inputs, *(e.name for e in program[:i]))
+    """Every small change of one equation, no two of them in the same words.
 
-        found_here = (
-            _of_equation(equation, known, spelling)
-            if part
-            else _of_the_whole(equation, known, scalars)
-        )
-        for change in found_here:
-            new = {equation.name: change.expression}
-            if f"{equation.name}_2" in names:  # the same for a second adapter
-                new[f"{equation.name}_2"] = twin(change.expression, {*names, *inputs})
-            changed = tuple(e._replace(expression=new.get(e.name, e.expression)) for e in program)
-            found.append((where, change, changed))
+    Changes of a part come first: those of a whole equation say less.
+    """
+    program, spelling = equations(text), dict(letters)
+    names = {*inputs, *(e.name for e in program)}
+    twins = {name: f"{name}_2" for name in names if f"{name}_2" in names}
+    found = list[tuple[str, Change, tuple[Equation, ...]]]()
+    for of_a_part in (True, False):
+        for i, equation in enumerate(program):
+            if equation.given:
+                continue
+            named = f"the equation of {spelling.get(equation.name, equation.name)}"
+            where = f"[{equation.tag}]" if equation.tag else named
+            known = (*inputs, *(e.name for e in program[:i]))
+            if of_a_part:
+                here = _of_a_part(equation.expression, known, spelling)
+            else:
+                here = _of_the_whole(equation.expression, known, spelling, scalars)
+            for change in here:
+                new = {equation.name: change.expression}
+                if equation.name in twins:  # the same for a second adapter
+                    new[twins[equation.name]] = renamed(change.expression, twins)
+                changed = (e._replace(expression=new.get(e.name, e.expression)) for e in program)
+                found.append((where, change, tuple(changed)))
     words = _told_apart([(where, change) for where, change, _ in found])
     return tuple(
         Hypothesis(where, text, new) for (where, _, new), text in zip(found, words, strict=True)
     )
 
 
-def twin(expression: ast.expr, names: set[str]) -> ast.expr:
-    """The expression with each variable x replaced by x_2, where there is one of that name."""
-    new = copy.deepcopy(expression)
-    for node in ast.walk(new):
-        if isinstance(node, ast.Name) and f"{node.id}_2" in names:
-            node.id = f"{node.id}_2"
-    return new
-
-
-def _of_equation(
-    equation: Equation, known: tuple[str, ...], letters: Mapping[str, str]
+def _of_a_part(
+    whole: ast.expr, known: tuple[str, ...], letters: Mapping[str, str]
 ) -> Iterator[Change]:
-    """Changes of its parts."""
-    whole = equation.expression
     for new, words in everywhere(whole):
         yield Change(new, words, ())
     yield from changes(whole, known, letters)
 
 
 def _of_the_whole(
-    equation: Equation, known: tuple[str, ...], scalars: tuple[Factor, ...]
+    whole: ast.expr, known: tuple[str, ...], letters: Mapping[str, str], scalars: tuple[Factor, ...]
 ) -> Iterator[Change]:
-    """Changes that say less: where a part of another equation explains as much, it comes first."""
-    whole = equation.expression
-    yield Change(ast.UnaryOp(ast.USub(), whole), "with the opposite sign", ())
-    yield Change(binary(whole, ast.Mult(), ast.Constant(0.0)), "set to zero", ())
+    yield Change(filled("-a", whole, whole), "with the opposite sign", ())
+    yield Change(filled("a * 0.0", whole, whole), "set to zero", ())
+    for name in known:
+        words = f"with {letters.get(name, name)} in place of all of it"
+        yield Change(ast.Name(name, ast.Load()), words, ())
     for expression, divided, multiplied in scalars:
         scalar = ast.parse(expression, mode="eval").body
-        if set(_names(scalar)) <= {*known, *FUNCTIONS}:
-            yield Change(binary(whole, ast.Div(), scalar), divided, ())
-            yield Change(binary(whole, ast.Mult(), scalar), multiplied, ())
-
-
-def _names(node: ast.AST) -> list[str]:
-    return [n.id for n in ast.walk(node) if isinstance(n, ast.Name)]
+        used = {n.id for n in ast.walk(scalar) if isinstance(n, ast.Name)}
+        if used <= {*known, *FUNCTIONS}:
+            yield Change(filled("a / b", whole, scalar), divided, ())
+            yield Change(filled("a * b", whole, scalar), multiplied, ())
 
 
 def _told_apart(found: list[tuple[str, Change]]) -> list[str]:
@@ -549,6 +470,8 @@ def is_close(got: Any, want: Any) -> bool:
     """Whether two gradients agree: both None, or of one shape and equal but for rounding."""
     if got is None or want is None:
         return got is None and want is None
+    if is_plain(want) and not is_plain(got):
+        return False
     try:
         got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     except (TypeError, ValueError):
@@ -560,3 +483,9 @@ def is_close(got: Any, want: Any) -> bool:
     if not np.isfinite(off) or not np.isfinite(size):
         return bool(np.allclose(got, want, rtol=1e-7, equal_nan=True))
     return bool(off <= 1e-8 * size + 1e-12)
+
+
+def is_plain(x: Any) -> bool:
+    """Whether a value is a number, or an array of floating-point numbers of NumPy's own class."""
+    is_array = type(x) is np.ndarray and x.dtype.kind == "f"
+    return is_array or isinstance(x, int | float | np.floating)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minilora import gpt2, keep, lora, mixing, ops, optim
+from minilora import gpt2, keep, lora, loss, mixing, ops, optim
 from minilora.adapters import Adapter, LoRAConfig, dropout_mask
 from minilora.adapters import adapters as adapters_of
 from minilora.backend import Array
@@ -33,7 +33,7 @@ from minilora.course.cases import (
 )
 from minilora.errors import MiniloraError
 from minilora.keep import Plan
-from minilora.pairs import PAIRS, Pair, Sizes
+from minilora.pairs import PAIRS, Pair, Sizes, page_of
 from minilora.tree import Tree, flatten, unflatten
 
 
@@ -88,51 +88,24 @@ def point_of(output: str) -> str:
 
 
 def of_pair(
-    name: str,
+    backward: Callable[..., Any],
     title: str,
     minutes: int,
     *needs: str,
-    page: str = "",
-    rows: str = "",
-    helpers: tuple[str, ...] = (),
-    tags_of: tuple[str, ...] = (),
     varied: Mapping[str, Pair] | None = None,
     task: Callable[[Pair], Task] = pair_task,
+    **more: Any,
 ) -> Exercise:
-    """The exercise of a pair of the package's register, in all its rows there."""
-    row = rows or name.replace("_", " ")
-    found = {key: pair for key, pair in PAIRS.items() if _is_of(key, row)} | dict(varied or {})
-    backward = next(iter(found.values())).backward
+    """The exercise of a pair, in all rows of its name in the package's register and varied ones."""
+    keys = [key for key, pair in PAIRS.items() if pair.backward is backward]
+    first = keys[0].split(",")[0]  # which "grouped attention" is not
+    page = page_of(first)
+    rows = {key: PAIRS[key] for key in keys if key.startswith(first)} | dict(varied or {})
     return Exercise(
-        name=name,
-        title=title,
-        module=importlib.import_module(backward.__module__),
-        functions=(backward.__name__,),
-        page=f"docs/derivations/{page or name}.md",
-        minutes=minutes,
-        needs=needs,
-        tasks={key: task(pair) for key, pair in found.items()},
-        helpers=helpers,
-        tags_of=tags_of,
-        pairs=tuple(found.values()),
-    )
-
-
-def _is_of(key: str, row: str) -> bool:
-    """Whether a row of the register is of this pair; those of `lora, embedding` are not of lora."""
-    return (
-        key == row
-        or (key.startswith(f"{row}, ") and not key.startswith("lora, embedding"))
-        or (row == "lora, embedding" and key.startswith(row))
-    )
-
-
-def _offset(rng: Any, s: Sizes) -> dict[str, Any]:
-    return {"offset": int(rng.integers(3))}
-
-
-def _scale(rng: Any, s: Sizes) -> dict[str, Any]:
-    return {"scale": 3.0}
+        backward.__name__.removesuffix("_backward"), title,
+        importlib.import_module(backward.__module__), (backward.__name__,), page, minutes, needs,
+        {key: task(pair) for key, pair in rows.items()}, pairs=tuple(rows.values()), **more,
+    )  # fmt: skip
 
 
 def thirds_task(pair: Pair) -> Task:
@@ -244,8 +217,8 @@ def block_task(plan: Plan, *adapted: str) -> Task:
     return Task(make, call, tuple(s for s in SIZES if s.C * s.H > 1 and s.lead[-1] < 5)[:6])
 
 
-def block_parts(v: Inputs) -> tuple[Tree, Any, gpt2.GPTConfig]:
-    """The block's weights, its adapters and its sizes, from a case's inputs."""
+def block_cache(v: Inputs, plan: Plan) -> Any:
+    """What the block's forward pass keeps, for a case's inputs."""
     block = unflatten({k: x for k, x in v.items() if k.startswith(("ln_", "attn.", "mlp."))})
     places: dict[str, dict[str, Adapter]] = {name: {} for name in MAPS}
     for name in MAPS:
@@ -254,14 +227,8 @@ def block_parts(v: Inputs) -> tuple[Tree, Any, gpt2.GPTConfig]:
             places[name][name] = Adapter(*factors, 2.0, None, slice(None))
     width = v["x"].shape[-1]
     config = gpt2.GPTConfig(n_embd=width, n_head=v["heads"], layer_norm_epsilon=0.1)
-    return block, places, config
-
-
-def block_cache(v: Inputs, plan: Plan) -> Any:
-    """What the block's forward pass keeps."""
-    block, places, config = block_parts(v)
-    options: dict[str, Any] = {"config": config, "plan": plan, "attend": ops.attention_forward}
-    return gpt2.block_forward(v["x"], block, places, **options)[1]
+    attend = ops.attention_forward
+    return gpt2.block_forward(v["x"], block, places, config=config, plan=plan, attend=attend)[1]
 
 
 # --- the optimiser -----------------------------------------------------------------------------
@@ -309,7 +276,10 @@ def clip_task(share: float) -> Task:
 # --- merging and mixing ------------------------------------------------------------------------
 
 
-def _small_tree(rng: Any, s: Sizes, *, A: bool = True) -> Inputs:
+MERGING = {"merge": "merged", "unmerge": "unmerged"}
+
+
+def _small_tree(rng: Any, s: Sizes) -> Inputs:
     C, F = s.C, s.O + 1
     shapes = {"wte": (3, C), "qkv": (C, 3 * C), "up": (C, F), "down": (F, C)}
     return {name: whole(rng, shape) for name, shape in shapes.items()}
@@ -323,18 +293,13 @@ def _base(v: Inputs) -> Tree:
 
 
 def _adapter(v: Inputs, end: str = "") -> tuple[Tree, LoRAConfig]:
-    block = {
-        "attn": {"k": {"A": v[f"A_k{end}"], "B": v[f"B_k{end}"]}},
-        "mlp": {"up": {"A": v[f"A_up{end}"], "B": v[f"B_up{end}"]}},
-    }
-    ranks = {"up": v[f"A_up{end}"].shape[1]}
-    config = LoRAConfig(
-        rank=v[f"A_k{end}"].shape[1],
-        alpha=float(v[f"alpha{end}"]),
-        targets=("k", "up"),
-        rank_pattern=ranks,
-    )
-    return {"blocks": [block]}, config
+    k = {"A": v[f"A_k{end}"], "B": v[f"B_k{end}"]}
+    up = {"A": v[f"A_up{end}"], "B": v[f"B_up{end}"]}
+    names = tuple(v.get("adapters", "k up").split())
+    rank, others = k["A"].shape[1], {"up": up["A"].shape[1]}
+    config = LoRAConfig(rank, v[f"alpha{end}"], targets=names, rank_pattern=others)
+    attn = {name: k for name in names if name != "up"}
+    return {"blocks": [{"attn": attn, "mlp": {"up": up}}]}, config
 
 
 def _factors(rng: Any, s: Sizes, end: str = "", more: int = 0) -> Inputs:
@@ -344,15 +309,15 @@ def _factors(rng: Any, s: Sizes, end: str = "", more: int = 0) -> Inputs:
     return {**drawn, f"alpha{end}": (6.0 + more) * R}
 
 
-def merge_task() -> Task:
-    """A base of one block, with adapters on k, a third of a fused weight, and on up."""
+def merge_task(adapters: str) -> Task:
+    """A base of one block, with an adapter on up and another on thirds of the fused weight."""
 
     def make(rng: Any, s: Sizes) -> Inputs:
-        return {**_small_tree(rng, s), **_factors(rng, s)}
+        return {**_small_tree(rng, s), **_factors(rng, s), "adapters": adapters}
 
     def call(functions: Functions, v: Inputs) -> Outputs:
         outputs: Outputs = {}
-        for name, result in (("merge", "merged"), ("unmerge", "unmerged")):
+        for name, result in MERGING.items():
             tree = functions[name](_base(v), *_adapter(v))
             if not isinstance(tree, Mapping):
                 raise Malformed(f"{name} must return a tree; yours is {tree!r:.40}.")
@@ -370,22 +335,30 @@ def merge_task() -> Task:
     return Task(make, call, SIZES)
 
 
-def refusal_task() -> Task:
-    """An adapter of the embedding on a base whose head is tied: merging must refuse it."""
+def refuses(function: Callable[..., Any], *arguments: Any) -> Array:
+    """1 where a call raises MiniloraError, else 0."""
+    try:
+        function(*arguments)
+    except MiniloraError:
+        return np.array(1.0)
+    return np.array(0.0)
+
+
+def table_task() -> Task:
+    """An adapter of the embedding: merged where the head is another table, refused where not."""
 
     def make(rng: Any, s: Sizes) -> Inputs:
-        return {**_small_tree(rng, s), "A": whole(rng, (3, s.R)), "B": whole(rng, (s.R, s.C))}
+        factors = {"A": whole(rng, (3, s.R)), "B": whole(rng, (s.R, s.C))}
+        return {**_small_tree(rng, s), **factors, "head": whole(rng, (3, s.C))}
 
     def call(functions: Functions, v: Inputs) -> Outputs:
-        tree = {"embedding": {"A": v["A"], "B": v["B"]}, "blocks": [{}]}
+        adapter = {"embedding": {"A": v["A"], "B": v["B"]}, "blocks": [{}]}
         config = LoRAConfig(rank=v["A"].shape[1], alpha=2.0, targets=("embedding",))
         outputs: Outputs = {}
-        for name, result in (("merge", "merged"), ("unmerge", "unmerged")):
-            try:
-                functions[name](_base(v), tree, config)
-                outputs[f"{result}.refused"] = np.array(0.0)
-            except MiniloraError:
-                outputs[f"{result}.refused"] = np.array(1.0)
+        for name, result in MERGING.items():
+            tied, untied = _base(v), {**_base(v), "head": v["head"]}
+            outputs[f"{result}.table"] = functions[name](untied, adapter, config)["wte"]
+            outputs[f"{result}.refused"] = refuses(functions[name], tied, adapter, config)
         return outputs
 
     return Task(make, call, SIZES[:2])
@@ -417,11 +390,32 @@ def mix_task(*, negative: bool = False) -> Task:
     return Task(make, call, SIZES)
 
 
+def mix_refusal_task() -> Task:
+    """What is not to be mixed: 1 where it is refused."""
+
+    def make(rng: Any, s: Sizes) -> Inputs:
+        return _factors(rng, s)
+
+    def call(functions: Functions, v: Inputs) -> Outputs:
+        lora, config = _adapter(v)
+        wider = {**v, "A_k": np.concatenate([v["A_k"], v["A_k"]])}
+        asked = {
+            "weights": ([(lora, config)] * 2, [1.0]),
+            "infinite": ([(lora, config)], [np.inf]),
+            "blocks": ([(lora, config), ({"blocks": lora["blocks"] * 2}, config)], [1.0, 1.0]),
+            "sides": ([(lora, config), _adapter(wider)], [1.0, 1.0]),
+        }
+        mix = functions["mix"]
+        return {f"refused.{name}": refuses(mix, *arguments) for name, arguments in asked.items()}
+
+    return Task(make, call, SIZES[:2])
+
+
 # --- one's own ---------------------------------------------------------------------------------
 
 
 def numeric_task(shape: str) -> Task:
-    """f(x) = (x W)², whose central differences are exact but for rounding."""
+    """f(x) = (x W)² + x W, whose central differences are exact but for rounding."""
 
     def make(rng: Any, s: Sizes) -> Inputs:
         x = whole(rng, s.shape(shape))
@@ -430,8 +424,8 @@ def numeric_task(shape: str) -> Task:
 
     def call(functions: Functions, v: Inputs) -> Outputs:
         def f(x: Array) -> Array:
-            y: Array = (x @ v["w"]) ** 2
-            return y
+            y: Array = x @ v["w"]
+            return y * y + y
 
         return {"dx": functions["numeric_gradient"](f, v["x"], v["dy"], h=v["h"])}
 
@@ -459,48 +453,49 @@ def rms_norm_task() -> Task:
 
 def _rows() -> list[Exercise]:
     model, adamw_page = "docs/derivations/model.md", "docs/derivations/adamw.md"
-    position = {
-        "position": PAIRS["position"]._replace(constants=_offset),
-        "position, frozen": PAIRS["position, frozen"]._replace(constants=_offset),
+    no_mask = PAIRS["dropout"]._replace(constants=lambda rng, s: {"mask": None})
+    offset = {
+        name: PAIRS[name]._replace(constants=lambda rng, s: {"offset": int(rng.integers(3))})
+        for name in ("position", "position, frozen")
     }
+    B_frozen = {
+        f"{name}, B frozen": PAIRS[name]._replace(dropped={cache: ("h",)}, frozen=("B",))
+        for name, cache in (("lora", lora.LoRACache), ("lora, embedding", lora.LoRAEmbeddingCache))
+    }
+    lora_B, embedding_B = ({name: pair} for name, pair in B_frozen.items())
     return [
         Exercise(
             "numeric_gradient", "The numeric gradient, by which all others are checked", given,
             ("numeric_gradient",), "docs/notation.md", 20, (),
             {"a matrix": numeric_task("...C"), "a vector": numeric_task("C")},
         ),
-        of_pair("linear", "The linear map, the model of all the others", 30, "numeric_gradient",
-                helpers=("matmul_backward",), tags_of=("matmul_backward",)),
-        of_pair("embedding", "The embedding: rows of a table", 20, "linear"),
-        of_pair("position", "Positions", 15, "embedding", page="embedding", varied=position),
-        of_pair("affine", "Scale and shift, the second half of the layer norm", 15, "linear",
-                page="layer_norm"),
-        of_pair("normalise", "Normalising a row", 60, "affine", page="layer_norm"),
-        of_pair("layer_norm", "The layer norm: affine and normalise", 20, "normalise",
+        of_pair(ops.linear_backward, "The linear map, the model of all the others", 30,
+                "numeric_gradient", helpers=("matmul_backward",), tags_of=("matmul_backward",)),
+        of_pair(ops.embedding_backward, "The embedding: rows of a table", 20, "linear"),
+        of_pair(ops.position_backward, "Positions", 15, "embedding", varied=offset),
+        of_pair(ops.affine_backward, "Scale and shift, the second half of the layer norm", 15,
+                "linear"),
+        of_pair(ops.normalise_backward, "Normalising a row", 60, "affine"),
+        of_pair(ops.layer_norm_backward, "The layer norm: affine and normalise", 20, "normalise",
                 tags_of=("affine_backward", "normalise_backward")),
         Exercise(
             "rms_norm", "RMSNorm, a pair of your own", given,
             ("rms_norm_forward", "rms_norm_backward"), "docs/derivations/layer_norm.md", 45,
             ("layer_norm",), {"rms norm": rms_norm_task()},
         ),
-        of_pair("gelu", "GELU", 25, "linear", helpers=("gelu_gradient",),
+        of_pair(ops.gelu_backward, "GELU", 25, "linear", helpers=("gelu_gradient",),
                 tags_of=("gelu_gradient",)),
-        of_pair("softmax", "The softmax", 30, "linear", page="attention"),
-        of_pair("attend", "Attention in one head", 45, "softmax", page="attention"),
-        of_pair("attention", "Causal attention in all heads", 45, "attend",
+        of_pair(ops.softmax_backward, "The softmax", 30, "linear"),
+        of_pair(ops.attend_backward, "Attention in one head", 45, "softmax"),
+        of_pair(ops.attention_backward, "Causal attention in all heads", 45, "attend",
                 tags_of=("attend_backward",), task=thirds_task),
-        of_pair("head", "The head: logits", 10, "linear"),
-        of_pair("cross_entropy", "The cross-entropy", 25, "softmax", page="head",
-                rows="cross-entropy"),
-        of_pair("dropout", "Dropout", 10, "linear", varied={
-            "dropout, none": PAIRS["dropout"]._replace(constants=lambda rng, s: {"mask": None})}),
-        of_pair("lora", "Low-rank adaptation", 40, "linear", varied={
-            "lora, B frozen": PAIRS["lora"]._replace(
-                dropped={lora.LoRACache: ("h",)}, frozen=("B",))}),
-        of_pair("lora_embedding", "LoRA of an embedding", 25, "lora", "embedding", page="lora",
-                rows="lora, embedding", varied={
-                    "lora, embedding, B frozen": PAIRS["lora, embedding"]._replace(
-                    dropped={lora.LoRAEmbeddingCache: ("h",)}, frozen=("B",))}),
+        of_pair(ops.head_backward, "The head: logits", 10, "linear"),
+        of_pair(loss.cross_entropy_backward, "The cross-entropy", 25, "softmax"),
+        of_pair(ops.dropout_backward, "Dropout", 10, "linear",
+                varied={"dropout, none": no_mask}),
+        of_pair(lora.lora_backward, "Low-rank adaptation", 40, "linear", varied=lora_B),
+        of_pair(lora.lora_embedding_backward, "LoRA of an embedding", 25, "lora", "embedding",
+                varied=embedding_B),
         Exercise(
             "adapted_linear", "A linear map with its adapters", lora, ("adapted_linear_backward",),
             model, 30, ("lora", "dropout"),
@@ -538,13 +533,21 @@ def _rows() -> list[Exercise]:
         Exercise(
             "merging", "Merging and unmerging", lora, ("merge", "unmerge"),
             "docs/derivations/lora.md", 30, ("lora",),
-            {"adapters of k and up": merge_task(), "an embedding, head tied": refusal_task()},
+            {
+                "adapters of k and up": merge_task("k up"),
+                "adapters of k, v and up": merge_task("k v up"),
+                "an adapter of the embedding": table_task(),
+            },
             helpers=("_with_updates",), tags_of=("_with_updates",),
         ),
         Exercise(
             "mixing", "The weighted sum of adapters", mixing,
             ("mix",), "docs/mixing.md", 30, ("merging",),
-            {"two adapters": mix_task(), "a negative weight": mix_task(negative=True)},
+            {
+                "two adapters": mix_task(),
+                "a negative weight": mix_task(negative=True),
+                "what is refused": mix_refusal_task(),
+            },
         ),
     ]  # fmt: skip
 

@@ -151,62 +151,33 @@ def reached_by_dropout(x: Array, mask: Array, dy: Array, A: Array, B: Array) -> 
 
 # --- how they are called -----------------------------------------------------------------------
 
-
-def task(
-    name: str,
-    results: str,
-    make: Callable[[Any, Sizes], Inputs],
-    outputs: Callable[[Outputs, Inputs], Outputs] = lambda found, inputs: found,
-) -> Task:
-    """A call with the inputs in their order; `outputs` is what is compared of the results."""
-
-    def call(functions: Functions, inputs: Inputs) -> Outputs:
-        result = functions[name](*inputs.values())
-        names = results.split()
-        found = named(result, names) if len(names) > 1 else {names[0]: result}
-        return outputs(found, inputs)
-
-    return Task(make, call, SIZES)
+Make = Callable[[Any, Sizes], Inputs]
+Compared = Callable[[Outputs, Inputs], Outputs]
+"""What is compared of the results, by name."""
 
 
-def arrays(**shapes: str) -> Callable[[Any, Sizes], Inputs]:
-    """Inputs of these shapes in the letters of Sizes; N rows, a number is itself."""
+def arrays(**shapes: str) -> Make:
+    """Inputs of these shapes, in the letters of Sizes and of `sizes`; a number is itself."""
 
     def make(rng: Any, s: Sizes) -> Inputs:
-        sizes = {**s._asdict(), "N": int(np.prod(s.lead)), "I": s.C, "Q": s.R + 1, "T": s.lead[-1]}
-        found: Inputs = {}
-        for name, shape in shapes.items():
-            if shape.replace(".", "").isdigit():
-                found[name] = float(shape)
-            else:
-                found[name] = whole(rng, tuple(sizes[letter] for letter in shape))
-        return found
+        own = {"N": int(np.prod(s.lead)), "I": s.C, "Q": s.R + 1, "T": s.lead[-1], "F": 3 * s.C}
+        sizes = {**s._asdict(), **own, "r": min(s.R, s.C, s.O)}
+        return {
+            name: float(shape) if shape[0].isdigit() else whole(rng, tuple(sizes[k] for k in shape))
+            for name, shape in shapes.items()
+        }
 
     return make
 
 
-def product(left: str, right: str, update: str = "update") -> Callable[[Outputs, Inputs], Outputs]:
+def product(left: str, right: str, update: str = "update") -> Compared:
     """Of two factors their product alone: other factors are as right."""
-
-    def outputs(found: Outputs, inputs: Inputs) -> Outputs:
-        return {update: np.asarray(found[left]) @ np.asarray(found[right])}
-
-    return outputs
+    return lambda found, v: {update: np.asarray(found[left]) @ np.asarray(found[right])}
 
 
 def _invertible(rng: Any, s: Sizes) -> Inputs:
-    inputs = arrays(A="IR", B="RO")(rng, s)
     M = np.triu(whole(rng, (s.R, s.R)), 1) + np.diag(1.0 + np.arange(s.R) % 2)
-    return {**inputs, "M": M}
-
-
-def _fused(rng: Any, s: Sizes) -> Inputs:
-    return {"qkv": whole(rng, (s.C, 3 * s.C))}
-
-
-def _scores(rng: Any, s: Sizes) -> Inputs:
-    T = s.lead[-1]
-    return {"scores": whole(rng, (T, T))}
+    return {**arrays(A="IR", B="RO")(rng, s), "M": M}
 
 
 def _of_rank(rng: Any, s: Sizes) -> Inputs:
@@ -215,7 +186,7 @@ def _of_rank(rng: Any, s: Sizes) -> Inputs:
 
 
 def _larger(rng: Any, s: Sizes) -> Inputs:
-    return {**arrays(A="IR", B="RO")(rng, s), "alpha": 4.0, "rank": s.R + 2}
+    return {**arrays(A="IR", B="RO", alpha="4")(rng, s), "rank": s.R + 2}
 
 
 def _table(rng: Any, s: Sizes) -> Inputs:
@@ -223,14 +194,13 @@ def _table(rng: Any, s: Sizes) -> Inputs:
     return {"index": rng.integers(s.V, size=N), "dy": whole(rng, (N, s.C)), "rows": s.V}
 
 
-def _full_rank(rng: Any, s: Sizes) -> Inputs:
-    R = min(s.R, s.C, s.O)
-    return {"A": whole(rng, (s.C, R)), "B": whole(rng, (R, s.O))}
-
-
 def _mask(rng: Any, s: Sizes) -> Inputs:
     inputs = arrays(x="NI", mask="NI", dy="NO", A="IR", B="RO")(rng, s)
     return {**inputs, "mask": 2.0 * (inputs["mask"] > 0)}
+
+
+def _with_A(found: Outputs, v: Inputs) -> Outputs:
+    return {"A": found["A"], **product("A", "B")(found, v)}
 
 
 def _scaled_product(found: Outputs, v: Inputs) -> Outputs:
@@ -244,35 +214,27 @@ def _balanced(found: Outputs, v: Inputs) -> Outputs:
 
 # --- targets -----------------------------------------------------------------------------------
 
-Target = Callable[[Functions, str], str | None]
+Target = Callable[[Callable[..., Any], str], str | None]
+"""Of a function and its source: a sentence where the target is missed."""
 
 
-def peak_bytes(call: Callable[[], Any]) -> int:
-    """The most memory that is held at once by arrays that a call makes."""
-    tracemalloc.start()
-    try:
-        call()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+def drawn(*shapes: tuple[int, ...] | float) -> list[Any]:
+    """Random arrays of these shapes; a number is itself."""
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal(s) if isinstance(s, tuple) else s for s in shapes]
 
 
-def little_memory(name: str, most: str, bound: int, **sizes: tuple[int, ...]) -> Target:
-    """At most so many numbers at once, for arguments of these shapes; () is the number 1."""
+def little_memory(most: str, bound: int, arguments: list[Any]) -> Target:
+    """At most so many numbers at once."""
 
-    def target(functions: Functions, source: str) -> str | None:
-        rng = np.random.default_rng(0)
-        arguments: list[Any] = []
-        for key, shape in sizes.items():
-            if key == "index":
-                arguments.append(rng.integers(1000, size=shape))
-            elif key == "rows":
-                arguments.append(1000)
-            else:
-                arguments.append(rng.standard_normal(shape) if shape else 1.0)
-        f = functions[name]
+    def target(f: Callable[..., Any], source: str) -> str | None:
         f(*arguments)
-        numbers = peak_bytes(lambda: f(*arguments)) // 8
+        tracemalloc.start()
+        try:
+            f(*arguments)
+            numbers = tracemalloc.get_traced_memory()[1] // 8
+        finally:
+            tracemalloc.stop()
         if numbers <= bound:
             return None
         return (
@@ -283,188 +245,134 @@ def little_memory(name: str, most: str, bound: int, **sizes: tuple[int, ...]) ->
     return target
 
 
-def one_statement(name: str) -> Target:
-    """A body of one statement after the docstring."""
-
-    def target(functions: Functions, source: str) -> str | None:
-        for node in ast.walk(ast.parse(source)) if source else ():
-            if isinstance(node, ast.FunctionDef) and node.name == name:
-                body = [
-                    s
-                    for s in node.body
-                    if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))
-                ]
-                if len(body) > 1:
-                    return f"Its body has {len(body)} statements; one is asked."
-        return None
-
-    return target
-
-
-def columns_at_most(name: str, arguments: Callable[[], list[Any]], most: int, words: str) -> Target:
+def columns_at_most(most: int, words: str, arguments: list[Any]) -> Target:
     """The first result has at most so many columns."""
 
-    def target(functions: Functions, source: str) -> str | None:
-        found = np.shape(functions[name](*arguments())[0])
-        return None if found[1] <= most else f"The first factor has {found[1]} columns; {words}."
+    def target(f: Callable[..., Any], source: str) -> str | None:
+        found = np.shape(f(*arguments)[0])[1]
+        return None if found <= most else f"The first factor has {found} columns; {words}."
 
     return target
 
 
-def no_leak(functions: Functions, source: str) -> str | None:
+def one_statement(f: Callable[..., Any], source: str) -> str | None:
+    """A body of one statement after the docstring."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef) and node.name == getattr(f, "__name__", ""):
+            count = len(node.body) - (ast.get_docstring(node) is not None)
+            return None if count == 1 else f"Its body has {count} statements; one is asked."
+    return None
+
+
+def no_leak(f: Callable[..., Any], source: str) -> str | None:
     """Later scores, however large, change nothing."""
     scores = np.random.default_rng(0).standard_normal((5, 5))
-    later = scores + np.triu(np.full((5, 5), 1e4), 1)
-    with np.errstate(all="ignore"):
-        a, b = (functions["causal_weights"](x) for x in (scores, later))
+    a, b = f(scores), f(scores + np.triu(np.full((5, 5), 1e4), 1))
     if not np.isfinite(b).all():
         return (
             "A later score of 10,000 makes it infinite or NaN: the maximum is to be that of the "
             "times that count."
         )
-    return (
-        None
-        if np.allclose(a, b, rtol=0, atol=1e-12)
-        else "A later score changes the weights: it leaks."
-    )
+    leaks = not np.allclose(a, b, rtol=0, atol=1e-12)
+    return "A later score changes the weights: it leaks." if leaks else None
 
 
-def is_new(functions: Functions, source: str) -> str | None:
+def is_new(f: Callable[..., Any], source: str) -> str | None:
     """The result shares no memory with the argument."""
     qkv = np.arange(18.0).reshape(3, 6)
-    if np.shares_memory(functions["unswapped"](qkv), qkv):
+    if np.shares_memory(f(qkv), qkv):
         return "It returns a view: what is changed there later changes the old weight as well."
     return None
 
 
-def small_solve(functions: Functions, source: str) -> str | None:
-    """No inverse, as source text or in accuracy: an ill-conditioned M keeps the product."""
+def no_inverse(f: Callable[..., Any], source: str) -> str | None:
+    """No inverse in the source text."""
     if "inv(" in source.replace("pinv(", "inv("):
         return "It inverts M; np.linalg.solve(M, B) is as short, faster and more accurate."
     return None
 
 
-def _factors() -> list[Any]:
-    rng = np.random.default_rng(0)
-    shapes = ((9, 2), (2, 8), (9, 2), (2, 8))
-    return [*(rng.standard_normal(shape) for shape in shapes), 0.1, 2.0]
-
-
-def _adapters() -> list[Any]:
-    rng = np.random.default_rng(0)
-    a1, b1, a2, b2 = (rng.standard_normal(s) for s in ((9, 2), (2, 8), (9, 3), (3, 8)))
-    return [a1, b1, 2.0, a2, b2, 3.0]
-
-
 # --- the register ------------------------------------------------------------------------------
 
-LORA, MIXING = "docs/derivations/lora.md", "docs/mixing.md"
-BIG = {"x": (400, 300), "dy": (400, 200), "B": (2, 200), "s": ()}
+
+def puzzle(
+    function: Callable[..., Any], title: str, page: str, minutes: int, needs: tuple[str, ...],
+    results: str, make: Make, compared: Compared | None, aim: str, target: Target,
+) -> Exercise:  # fmt: skip
+    """A row: `results` names what the function returns."""
+    name, names = function.__name__, results.split()
+
+    def call(functions: Functions, inputs: Inputs) -> Outputs:
+        result = functions[name](*inputs.values())
+        found = named(result, names) if len(names) > 1 else {results: result}
+        return compared(found, inputs) if compared else found
+
+    return Exercise(
+        name, title, sys.modules[__name__], (name,), f"docs/{page}.md", minutes, needs,
+        {"puzzle": Task(make, call, SIZES)}, aim=f"Target: {aim}.", kind="puzzle",
+        target=lambda functions, source: target(functions[name], source),
+    )  # fmt: skip
 
 
-def _rows() -> list[Exercise]:
-    def puzzle(
-        function: Callable[..., Any], title: str, page: str, minutes: int, needs: tuple[str, ...],
-        how: Task, aim: str = "", target: Target | None = None,
-    ) -> Exercise:  # fmt: skip
-        name = function.__name__
-        return Exercise(
-            name=name, title=title, module=sys.modules[__name__], functions=(name,), page=page,
-            minutes=minutes, needs=needs, tasks={"puzzle": how}, target=target, aim=aim,
-            kind="puzzle",
-        )  # fmt: skip
-
-    return [
-        puzzle(
-            thin_gradient, "dA without a large array", LORA, 10, ("lora",),
-            task("thin_gradient", "dA", arrays(x="NI", dy="NO", B="RO", scale="3")),
-            "Target: no array larger than N × R or I × R is made; memory is measured.",
-            little_memory("thin_gradient", "N × R", 4000, **BIG),
-        ),
-        puzzle(
-            two_as_one, "Two adapters as one", MIXING, 10, ("lora",),
-            task("two_as_one", "A B", arrays(A1="IR", B1="RO", s1="3", A2="IQ", B2="QO", s2="5"),
-                 product("A", "B")),
-            "Target: of rank R1 + R2, not that of the weight.",
-            columns_at_most("two_as_one", _adapters, 5, "R1 + R2 = 5 suffice"),
-        ),
-        puzzle(
-            unswapped, "Undo a swap of k and v", "docs/derivations/attention.md", 5, ("attention",),
-            task("unswapped", "w", _fused), "Target: a new array, no view of the old.", is_new,
-        ),
-        puzzle(
-            step_of_update, "The update after a step has rank at most 2R", LORA, 20, ("lora",),
-            task("step_of_update", "L M",
-                 arrays(A="IR", B="RO", dA="IR", dB="RO", lr="0.3", scale="3"),
-                 product("L", "M", "change")),
-            "Target: factors with 2R columns and rows.",
-            columns_at_most("step_of_update", _factors, 4, "2R = 4 suffice"),
-        ),
-        puzzle(
-            merged_in_a_line, "Merge in one line", LORA, 3, ("lora",),
-            task("merged_in_a_line", "w", arrays(w="IO", A="IR", B="RO", scale="3")),
-            "Target: one statement.", one_statement("merged_in_a_line"),
-        ),
-        puzzle(
-            causal_weights, "A mask that does not leak", "docs/derivations/attention.md", 15,
-            ("softmax",), task("causal_weights", "P", _scores),
-            "Target: no later score, however large, changes anything.", no_leak,
-        ),
-        puzzle(
-            rotated, "Rotate the factors without changing the product", LORA, 10, ("lora",),
-            task("rotated", "A B", _invertible,
-                 lambda found, v: {"A": found["A"], **product("A", "B")(found, v)}),
-            "Target: no inverse is computed.", small_solve,
-        ),
-        puzzle(
-            best_factors, "The best update of rank R", LORA, 15, ("two_as_one",),
-            task("best_factors", "A B", _of_rank, product("A", "B")),
-            "Target: factors with R columns and rows.",
-            columns_at_most("best_factors", lambda: [_adapters()[0] @ np.ones((2, 8)), 3],
-                            3, "R = 3 are asked"),
-        ),
-        puzzle(
-            update_norm, "The size of an update, without the update", LORA, 15, ("lora",),
-            task("update_norm", "norm", arrays(A="IR", B="RO")),
-            "Target: no array larger than R × R and the factors is made; memory is measured.",
-            little_memory("update_norm", "a factor", 1500, A=(300, 2), B=(2, 200)),
-        ),
-        puzzle(
-            overlap, "How much two adapters have in common", MIXING, 15, ("update_norm",),
-            task("overlap", "product", arrays(A1="IR", B1="RO", A2="IQ", B2="QO")),
-            "Target: no array of I × O is made; memory is measured.",
-            little_memory("overlap", "a factor", 2500, A1=(300, 2),
-                          B1=(2, 200), A2=(300, 3), B2=(3, 200)),
-        ),
-        puzzle(
-            of_larger_rank, "The same update in a larger rank", LORA, 10, ("lora",),
-            task("of_larger_rank", "A B", _larger, _scaled_product),
-            "Target: factors of the rank that is asked.",
-            columns_at_most("of_larger_rank", lambda: [*_factors()[:2], 4.0, 5], 5, "5 are asked"),
-        ),
-        puzzle(
-            thin_table_gradient, "An embedding's gradient without a one-hot matrix",
-            "docs/derivations/embedding.md", 10, ("embedding",),
-            task("thin_table_gradient", "dE", _table),
-            "Target: no array larger than the gradient is made; memory is measured.",
-            little_memory("thin_table_gradient", "dE", 20_000, index=(900,), dy=(900, 4), rows=()),
-        ),
-        puzzle(
-            balanced, "Factors of equal size", LORA, 30, ("rotated", "best_factors"),
-            task("balanced", "A B", _full_rank, _balanced),
-            "Target: the same rank R.",
-            columns_at_most("balanced", lambda: _factors()[:2], 2, "R = 2 are asked"),
-        ),
-        puzzle(
-            reached_by_dropout, "Where dropout lets the gradient through",
-            "docs/derivations/dropout.md", 10, ("dropout", "lora"),
-            task("reached_by_dropout", "dx", _mask),
-            "Target: no array of I × O is made; memory is measured.",
-            little_memory("reached_by_dropout", "N × I", 12_000, x=(10, 300), mask=(10, 300),
-                          dy=(10, 250), A=(300, 2), B=(2, 250)),
-        ),
-    ]  # fmt: skip
-
-
-PUZZLES: dict[str, Exercise] = {row.name: row for row in _rows()}
+ATTENTION, EMBEDDING, DROPOUT, LORA = (
+    f"derivations/{page}" for page in ("attention", "embedding", "dropout", "lora")
+)
+TALL, WIDE, SMALL = (300, 2), (2, 200), ((9, 2), (2, 8))  # factors
+MEMORY = "is made; memory is measured"
+PUZZLES: dict[str, Exercise] = {row.name: row for row in (
+    puzzle(thin_gradient, "dA without a large array", LORA, 10, ("lora",),
+           "dA", arrays(x="NI", dy="NO", B="RO", scale="3"), None,
+           f"no array larger than N × R or I × R {MEMORY}",
+           little_memory("N × R", 4000, drawn((400, 300), (400, 200), WIDE, 1.0))),
+    puzzle(two_as_one, "Two adapters as one", "mixing", 10, ("lora",),
+           "A B", arrays(A1="IR", B1="RO", s1="3", A2="IQ", B2="QO", s2="5"), product("A", "B"),
+           "of rank R1 + R2, not that of the weight",
+           columns_at_most(5, "R1 + R2 = 5 suffice", drawn(*SMALL, 2.0, (9, 3), (3, 8), 3.0))),
+    puzzle(unswapped, "Undo a swap of k and v", ATTENTION, 5, ("attention",),
+           "w", arrays(qkv="IF"), None,
+           "a new array, no view of the old", is_new),
+    puzzle(step_of_update, "The update after a step has rank at most 2R", LORA, 20, ("lora",),
+           "L M", arrays(A="IR", B="RO", dA="IR", dB="RO", lr="0.3", scale="3"),
+           product("L", "M", "change"),
+           "factors with 2R columns and rows",
+           columns_at_most(4, "2R = 4 suffice", drawn(*SMALL, *SMALL, 0.1, 2.0))),
+    puzzle(merged_in_a_line, "Merge in one line", LORA, 3, ("lora",),
+           "w", arrays(w="IO", A="IR", B="RO", scale="3"), None,
+           "one statement", one_statement),
+    puzzle(causal_weights, "A mask that does not leak", ATTENTION, 15, ("softmax",),
+           "P", arrays(scores="TT"), None,
+           "no later score, however large, changes anything", no_leak),
+    puzzle(rotated, "Rotate the factors without changing the product", LORA, 10, ("lora",),
+           "A B", _invertible, _with_A,
+           "no inverse is computed", no_inverse),
+    puzzle(best_factors, "The best update of rank R", LORA, 15, ("two_as_one",),
+           "A B", _of_rank, product("A", "B"),
+           "factors with R columns and rows",
+           columns_at_most(3, "R = 3 are asked", [*drawn((9, 8)), 3])),
+    puzzle(update_norm, "The size of an update, without the update", LORA, 15, ("lora",),
+           "norm", arrays(A="IR", B="RO"), None,
+           f"no array larger than R × R and the factors {MEMORY}",
+           little_memory("a factor", 1500, drawn(TALL, WIDE))),
+    puzzle(overlap, "How much two adapters have in common", "mixing", 15, ("update_norm",),
+           "product", arrays(A1="IR", B1="RO", A2="IQ", B2="QO"), None,
+           f"no array of I × O {MEMORY}",
+           little_memory("a factor", 2500, drawn(TALL, WIDE, (300, 3), (3, 200)))),
+    puzzle(of_larger_rank, "The same update in a larger rank", LORA, 10, ("lora",),
+           "A B", _larger, _scaled_product,
+           "factors of the rank that is asked",
+           columns_at_most(5, "5 are asked", drawn(*SMALL, 4.0, 5))),
+    puzzle(thin_table_gradient, "An embedding's gradient without a one-hot matrix", EMBEDDING, 10,
+           ("embedding",), "dE", _table, None,
+           f"no array larger than the gradient {MEMORY}",
+           little_memory("dE", 20_000, [np.arange(900), *drawn((900, 4), 1000)])),
+    puzzle(balanced, "Factors of equal size", LORA, 30, ("rotated", "best_factors"),
+           "A B", arrays(A="Ir", B="rO"), _balanced,
+           "the same rank R",
+           columns_at_most(2, "R = 2 are asked", drawn(*SMALL))),
+    puzzle(reached_by_dropout, "Where dropout lets the gradient through", DROPOUT, 10,
+           ("dropout", "lora"),
+           "dx", _mask, None,
+           f"no array of I × O {MEMORY}",
+           little_memory("N × I", 12_000, drawn((10, 300), (10, 300), (10, 250), TALL, (2, 250)))),
+)}  # fmt: skip
 ALL: dict[str, Exercise] = {**EXERCISES, **PUZZLES}

@@ -70,6 +70,10 @@ SETUP = """#!/usr/bin/env bash
 set -e
 cd "$(dirname "$0")"
 PYTHON=${PYTHON:-python3}
+"$PYTHON" -c 'import ensurepip' 2> /dev/null || {   # Ubuntu's images have no venv, or no Python
+    apt-get update -qq
+    apt-get install -qq -y python3 python3-venv
+}
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
     echo "minilora needs Python 3.10 or newer; this is $("$PYTHON" --version)." >&2
     exit 1

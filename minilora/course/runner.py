@@ -1,7 +1,8 @@
-"""Checking a folder: each exercise in a process of its own, with a limit of time.
+"""Checking a folder: each exercise in a process of its own, with limits of time and of memory.
 
 The process is told on its standard input what to check, and with which secret word to answer; so a
-file that prints a result, or ends the process, gains nothing.
+file that prints a result, or ends the process, gains nothing. It works in an empty folder, on texts
+that were read before, so a file that deletes others harms no other exercise.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from minilora.course.check import Failure, Verdict, check, refused
 from minilora.course.exercises import Exercise
 from minilora.course.puzzles import ALL
 
+MEMORY = 2 * 2**30  # bytes of address space for an exercise, where the system has such a limit
 ONE_THREAD = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")} | {
     "VECLIB_MAXIMUM_THREADS": "1"
 }
@@ -33,54 +35,57 @@ def check_folder(
     folder: Path, exercises: Sequence[Exercise], *, timeout: float, at_once: int | None = None
 ) -> Iterator[Verdict]:
     """The verdicts in the order of the exercises, each as soon as it and those before are there."""
+    sources = [source_of(folder / exercise.file) for exercise in exercises]
     workers = at_once or min(4, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:
-        yield from pool.map(lambda exercise: check_file(folder, exercise, timeout), exercises)
+        yield from pool.map(lambda e, source: check_text(e, source, timeout), exercises, sources)
 
 
-def check_file(folder: Path, exercise: Exercise, timeout: float) -> Verdict:
-    """The verdict on one file, whatever the file does."""
-    path = folder / exercise.file
-    if not path.is_file():
-        return refused(exercise, Failure("missing", f"{exercise.file} is missing."))
-    start = time.perf_counter()
-    word = secrets.token_hex(16)
-    with tempfile.TemporaryDirectory(prefix="minilora-") as place:
+def source_of(path: Path) -> str | Failure:
+    """The text of a student's file, or why there is none."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        return Failure("missing", f"{path.name} is missing.")
+    except (OSError, UnicodeDecodeError) as error:
+        return Failure("error", f"{path.name} cannot be read as UTF-8: {error}")
+
+
+def check_text(exercise: Exercise, source: str | Failure, timeout: float) -> Verdict:
+    """The verdict on one file's text, whatever it does."""
+    if isinstance(source, Failure):
+        return refused(exercise, source)
+    start, word = time.perf_counter(), secrets.token_hex(16)
+    with tempfile.TemporaryDirectory(prefix="minilora-", ignore_cleanup_errors=True) as place:
         answer = Path(place) / "verdict.json"
-        order = {
-            "name": exercise.name,
-            "path": str(path.absolute()),
-            "answer": str(answer),
-            "word": word,
-        }
-        status = run(order, timeout)
-        seconds = time.perf_counter() - start
-        if status is None:
-            what = (
-                f"{exercise.file} was still running after {timeout:g} seconds: a loop without end?"
-            )
-            return refused(exercise, Failure("time", what))._replace(seconds=seconds)
+        order = {"name": exercise.name, "source": source, "answer": str(answer), "word": word}
+        status = run(order, timeout, place)
         try:
             found = json.loads(answer.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             found = {}
-    if found.get("word") != word:
-        what = f"{exercise.file} ended its process (status {status}) before it could be judged."
-        return refused(exercise, Failure("error", what))._replace(seconds=seconds)
-    return from_document(found["verdict"])._replace(seconds=seconds)
+    if found.get("word") == word:
+        verdict = from_document(found["verdict"])
+    elif status is None:
+        what = f"{exercise.file} was still running after {timeout:g} seconds: a loop without end?"
+        verdict = refused(exercise, Failure("time", what))
+    else:
+        what = f"{exercise.file} ended its process ({status}) before it could be judged."
+        verdict = refused(exercise, Failure("error", what))
+    return verdict._replace(seconds=time.perf_counter() - start)
 
 
-def run(order: dict[str, str], timeout: float) -> int | None:
-    """The exit status of a process that is given the order; None if it took too long."""
-    package = str(Path(__file__).parents[2])
-    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(paths)}
+def run(order: dict[str, str], timeout: float, folder: str) -> str | None:
+    """How a process ended that was given the order; None if it took too long."""
+    paths = [Path(__file__).parents[2]]
+    paths += [Path(p).absolute() for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     process = subprocess.Popen(
         [sys.executable, "-m", "minilora.course.runner"],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env=environment,
+        cwd=folder,
+        env={**os.environ, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(map(str, paths))},
         start_new_session=True,
     )
     try:
@@ -89,7 +94,8 @@ def run(order: dict[str, str], timeout: float) -> int | None:
         return None
     finally:
         end(process)
-    return process.returncode
+    code = process.returncode
+    return f"status {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
@@ -105,35 +111,36 @@ def end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def document(verdict: Verdict) -> dict[str, Any]:
-    """A verdict as JSON has it."""
-    failure = None if verdict.failure is None else verdict.failure._asdict()
-    return {**verdict._asdict(), "failure": failure}
-
-
 def from_document(found: dict[str, Any]) -> Verdict:
-    """The verdict that `document` was made of."""
+    """The verdict that `Verdict.document` was made of."""
     failure = found.pop("failure")
     if failure is not None:
         failure = Failure(**{**failure, "case": tuple(failure["case"])})
     return Verdict(**found, failure=failure)
 
 
+# --- in the process ----------------------------------------------------------------------------
+
+
+def limit_memory() -> None:
+    """So that a huge array is a MemoryError; Windows has no such limit, and macOS ignores it."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+
+
 def answer_order() -> None:
-    """In the process: read the order, judge, answer."""
+    """Read the order, judge, answer; and end, whatever threads are still running."""
     order = json.loads(sys.stdin.read())
     sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115 (a student's input() ends at once)
-    exercise = ALL[order["name"]]
-    try:
-        source = Path(order["path"]).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        verdict = refused(
-            exercise, Failure("error", f"{exercise.file} cannot be read as UTF-8: {error}")
-        )
-    else:
-        verdict = check(exercise, source, exercise.file)
-    found = {"word": order["word"], "verdict": document(verdict)}
-    Path(order["answer"]).write_text(json.dumps(found), encoding="utf-8")
+    limit_memory()
+    verdict = check(ALL[order["name"]], order["source"])
+    found = {"word": order["word"], "verdict": verdict.document()}
+    answer = Path(order["answer"])
+    answer.parent.mkdir(exist_ok=True)
+    answer.write_text(json.dumps(found), encoding="utf-8")
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -292,7 +292,11 @@ def mix(parts, weights):
     n = len(parts[0][0]["blocks"])
     As, Bs = {}, {}
     for (lora, config), weight in zip(parts, weights):
+        if len(lora["blocks"]) != n:
+            raise MiniloraError("adapters of different bases")
         for path, ab in adapters(lora).items():
+            if path in As and len(As[path][0]) != len(ab["A"]):
+                raise MiniloraError("adapters of different bases")
             s = config.scale_of(path)
             As.setdefault(path, []).append(ab["A"])
             Bs.setdefault(path, []).append(weight * s * ab["B"])

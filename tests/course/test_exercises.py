@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from minilora.course import diagnosis
 from minilora.course.check import UNWRITTEN, check, judge
+from minilora.course.diagnosis import Guess
 from minilora.course.exercises import EXERCISES, tags
 from minilora.course.puzzles import ALL, PUZZLES
 from minilora.course.skeleton import HINTS, imports, is_unpacking, skeleton, write_skeletons
@@ -165,7 +167,22 @@ def test_a_target_that_is_missed_is_told():
     assert "later score of 10,000" in check(PUZZLES["causal_weights"], leaky).failure.sentence
 
 
-def test_where_two_hypotheses_mean_different_things_none_is_given():
-    """A gradient that no single mistake explains gets at most what separates right from wrong."""
+def test_where_two_hypotheses_mean_different_things_none_is_given(monkeypatch):
+    """Both give the student's numbers, but on further cases they differ."""
+
+    def doubled(dy, cache):
+        (y,) = cache
+        return (2.0 * y * (dy - (dy * y).sum(axis=-1, keepdims=True)),)
+
+    twice = Guess("It is there twice.", lambda v: {"dx": 2 * v.want["dx"]})
+    seen = Guess("It is what you return.", lambda v: {"dx": v.got["dx"]})
+    for guesses, sentence in (([twice], twice.sentence), ([twice, seen], "")):
+        monkeypatch.setattr(diagnosis, "guesses", lambda *_, found=guesses: iter(found))
+        assert (
+            judge(EXERCISES["softmax"], {"softmax_backward": doubled}).failure.sentence == sentence
+        )
+
+
+def test_where_nothing_fits_nothing_is_said():
     verdict = judge(EXERCISES["softmax"], {"softmax_backward": lambda dy, cache: (dy * 0.123 + 1,)})
     assert verdict.failure.kind == "none" and verdict.failure.sentence == ""

@@ -1,25 +1,23 @@
-"""The mutants of tests/mutation as students' answers: each is refused, and most are named."""
+"""Every function of an exercise, broken in every small way: each is refused, and most are named."""
 
 import inspect
 import types
 import warnings
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from minilora.course.check import judge
 from minilora.course.exercises import EXERCISES
 
-# Equal to the original for a student, whose gradients alone are judged.
-TILES = "How many queries a tile has changes no gradient."
+# The mutants (-) that are equal to the original for a student, whose results alone are judged, and
+# why (=).
 EQUAL = {
-    "ops.attention_backward: tile = min(QUERY_TILE, T) if namespace(dy) is np else T → "
-    "tile = T": TILES,
-    "ops.attention_backward: tile = min(QUERY_TILE, T) if namespace(dy) is np else T → "
-    "tile = min(QUERY_TILE, T) if namespace(dy) is not np else T": TILES,
-    "ops.attention_backward: tile = min(QUERY_TILE, T) if namespace(dy) is np else T → "
-    "tile = min(QUERY_TILE, K) if namespace(dy) is np else T": TILES,
-}  # fmt: skip
+    line[2:]
+    for line in (Path(__file__).parent / "equal.txt").read_text(encoding="utf-8").splitlines()
+    if line.startswith("- ")
+}
 NAMED = ("exact", "place", "dtype")
 
 
@@ -34,29 +32,32 @@ def answers(exercise, mutant):
     return {name: space[name] for name in exercise.functions}
 
 
+def judged(mutate):
+    """Every mutant of every exercise with its failure, or None."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for exercise in EXERCISES.values():
+            for mutant in mutate.mutants_of(
+                exercise.module, *exercise.functions, *exercise.helpers
+            ):
+                yield exercise, mutant, judge(exercise, answers(exercise, mutant)).failure
+
+
 @pytest.mark.slow
 def test_every_mutant_is_refused_and_most_are_named(import_file):
     mutate = import_file("tests/mutation/mutate.py")
-    of_place = {
-        f"{e.module.__name__.rpartition('.')[2]}.{name}": e
-        for e in EXERCISES.values()
-        for name in (*e.functions, *e.helpers)
-    }
-    kinds, accepted = Counter(), []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for module in mutate.MODULES:
-            for mutant in mutate.mutants_of(module):
-                exercise = of_place.get(mutant.place)
-                if exercise is None or exercise.name == "merging":
-                    continue
-                failure = judge(exercise, answers(exercise, mutant)).failure
-                if failure is None:
-                    accepted.append(mutant.name)
-                kinds[failure.kind if failure else "accepted"] += 1
-    unexplained = set(accepted) - set(mutate.EXPLAINED) - set(EQUAL)
+    kinds, accepted, of_exercise = Counter(), set(), Counter()
+    for exercise, mutant, failure in judged(mutate):
+        if failure is None:
+            accepted.add(mutant.name)
+        kinds[failure.kind if failure else "accepted"] += 1
+        of_exercise[exercise.name] += 1
+    unexplained = accepted - set(mutate.EXPLAINED) - EQUAL
     assert not unexplained, "\n".join(sorted(unexplained))
-    assert kinds.total() > 900
+    stale = EQUAL - accepted
+    assert not stale, "\n".join(["explained, but refused or no mutant:", *sorted(stale)])
+    assert set(of_exercise) == set(EXERCISES)
+    assert kinds.total() > 1300
     quiet = kinds.total() - kinds["accepted"] - kinds["error"]
     assert sum(kinds[kind] for kind in NAMED) >= 0.75 * quiet, kinds
     assert kinds["none"] <= 0.08 * quiet, kinds

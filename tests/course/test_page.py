@@ -1,5 +1,7 @@
 """The page for students shows what is really printed."""
 
+import json
+import re
 from pathlib import Path
 
 from minilora.cli import main
@@ -35,3 +37,13 @@ def test_the_page_shows_a_failure(tmp_path, capsys):
     assert main(["course", "check", str(tmp_path), "--only", "lora"]) == 1
     command = "$ minilora course check hw --only lora\n"
     assert f"```console\n{command}{capsys.readouterr().out}```" in PAGE
+
+
+def test_the_workflow_of_the_page_is_the_command_of_the_terminal(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hw").mkdir()
+    (words,) = re.findall(r"- run: minilora (course check .*)", PAGE)
+    assert main(words.split()) == 1
+    assert "numeric_gradient.py is missing." in capsys.readouterr().out
+    points = json.loads((tmp_path / "points.json").read_text(encoding="utf-8"))
+    assert (points["points"], set(points["exercises"])) == (0, set(ALL))

@@ -441,10 +441,14 @@ def is_inferred(node: ast.AST, child: ast.AST) -> bool:
     return is_reshape and ast.unparse(child) == "-1"
 
 
-def mutants_of(module: types.ModuleType) -> Iterator[Mutant]:
-    """Every mutant of a module, in the order of its source; no two of a function are the same."""
+def mutants_of(module: types.ModuleType, *names: str) -> Iterator[Mutant]:
+    """Every mutant of a module, in the order of its source; no two of a function are the same.
+
+    With names, those of these functions alone.
+    """
     tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
-    for name, function in to_break(module, tree).items():
+    broken = {name: functions_of(tree)[name] for name in names} or to_break(module, tree)
+    for name, function in broken.items():
         function.decorator_list = []
         original, seen = ast.unparse(function), {ast.unparse(function)}
         stored = (node for node in ast.walk(function) if isinstance(node, ast.Name))

@@ -163,6 +163,20 @@ BUGS = (
         "if False:",
         CONFIG + "test_an_adapter_of_the_embedding_cannot_be_merged",
     ),
+    Bug(
+        "The gradient's way through the adapter forgotten",
+        "lora.py",
+        "dx += dx_lora",
+        "dx += 0.0 * dx_lora",
+        LAWS + "test_the_gradients_of_an_adapted_linear_map_agree_with_central_differences",
+    ),
+    Bug(
+        "Shards divided by their own count",
+        "loss.py",
+        "if count is None else float(count or math.inf)",
+        "if count != 0 else math.inf",
+        "tests/network/test_network.py::test_two_halves_of_a_batch_add_up_to_the_whole",
+    ),
 )
 each_bug = pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.heading)
 
