@@ -345,7 +345,7 @@ assert of_first[0] < of_base[0] and of_second[1] < of_base[1], "an adapter learn
 assert of_first[0] < of_second[0] and of_second[1] < of_first[1], "each is best at home"
 assert errors[0] < 1e-9 < errors[1] < 1e-4 < errors[2] < 1.0, "merging is exact up to rounding"
 assert 0 < vanished < 0.5, "some of the update vanishes in float16"
-assert unmerged[np.float32][0] > 0.05, "float32 comes back"
+assert unmerged[np.float32][0] > (0.01 if SMALL else 0.05), "float32 comes back"
 assert unmerged[np.float32][1] < 1e-6, "float32 comes back wrong"
 assert unmerged[np.float16][0] > 0 and unmerged[np.float16][1] < 1e-2, "float16 less so"
 assert off_exact < 1e-6, "concatenation is exact"
