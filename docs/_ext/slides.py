@@ -11,7 +11,9 @@ from typing import Any
 from sphinx.application import Sphinx
 
 
-def as_deck(app: Sphinx, page: str, template: str, context: dict[str, Any], tree: Any) -> str | None:
+def as_deck(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], tree: Any
+) -> str | None:
     """Another template for a deck, which of all scripts needs those of the mathematics alone."""
     if not page.startswith("slides/"):
         return None

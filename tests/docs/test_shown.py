@@ -12,6 +12,7 @@ that is shown, or of a tenth where the page says "about".
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -104,16 +105,14 @@ def missing(output, printed, is_about=False):
     return None
 
 
-def applied(edit, folder):
-    """Do what a diff shows, where its lines occur once each; each `---` names a file."""
+def changes(edit):
+    """Of each file that a diff names after `---`: its path, the lines as they are and as edited."""
     for path, lines in re.findall(r"^--- (\S+)\n(.*?)(?=^--- |\Z)", edit, re.M | re.S):
-        target = folder / path
-        for hunk in re.split(r"^\.\.\.\n", lines, flags=re.M):
-            old = "".join(f"{x[1:]}\n" for x in hunk.splitlines() if x[:1] != "+")
-            new = "".join(f"{x[1:]}\n" for x in hunk.splitlines() if x[:1] != "-")
-            text = target.read_text(encoding="utf-8")
-            assert text.count(old) == 1, f"{path} has {text.count(old)} times\n{old}"
-            target.write_text(text.replace(old, new), encoding="utf-8", newline="\n")
+        old, new = (
+            "".join(f"{line[1:]}\n" for line in lines.splitlines() if line[:1] != sign)
+            for sign in "+-"
+        )
+        yield path, old, new
 
 
 def run(arguments, folder):
@@ -140,9 +139,11 @@ def copy(tmp_path):
 @pytest.mark.slow
 @each_shown
 def test_what_a_page_shows_is_what_is_printed(shown, copy):
-    applied(shown.edit, copy)
+    for path, old, new in changes(shown.edit):
+        text = (copy / path).read_text(encoding="utf-8")
+        (copy / path).write_text(text.replace(old, new), encoding="utf-8", newline="\n")
     if shown.code.startswith(("tests/", "tutorials/", "-m ")):
-        printed = run(shown.code.split(), copy)
+        printed = run(shlex.split(shown.code), copy)
     else:
         tutorial = re.match(r"# after (tutorials/\S+)", shown.code)
         before = (copy / tutorial[1]).read_text(encoding="utf-8") if tutorial else ""
@@ -153,9 +154,12 @@ def test_what_a_page_shows_is_what_is_printed(shown, copy):
 
 
 @each_shown
-def test_the_lines_of_a_shown_edit_are_there(shown, copy):
-    applied(shown.edit, copy)
+def test_the_lines_that_a_shown_edit_changes_are_there_once(shown):
     assert shown.output.strip(), f"{shown.place} shows nothing"
+    for path, old, new in changes(shown.edit):
+        text = (PACKAGE.parent if path.startswith("minilora/") else ROOT).joinpath(path)
+        assert text.read_text(encoding="utf-8").count(old) == 1, f"{path} has not once\n{old}"
+        assert old != new
 
 
 def test_lines_are_compared_by_their_numbers():
