@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = Path(minilora.__path__[0])
 PAGES = [ROOT / "docs" / name for name in ("teaching.md", "solutions.md")]
 PAGES += sorted((ROOT / "docs" / "slides").glob("*.md"))
-FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.M | re.S)
+FENCE = re.compile(r"^( *)```([^\n`]*)\n(.*?)^ *```$", re.M | re.S)
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
 TAIL = "…"
 
