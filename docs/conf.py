@@ -33,8 +33,9 @@ extensions = [
     "cli_reference",
     "docstrings",
     "repository",
+    "slides",
 ]
-exclude_patterns = ["_build", "*.py", "_ext"]
+exclude_patterns = ["_build", "*.py", "_ext", "_templates"]
 nitpicky = True
 suppress_warnings = ["misc.highlighting_failure"]  # code that leaves something out with an ellipsis
 smartquotes = False  # `--rank` has two hyphens, here as on a terminal
@@ -83,4 +84,5 @@ html_css_files = ["site.css"]
 # MathJax 3 as a single file with its fonts, from the package of that name: no content network.
 mathjax = importlib.resources.files("sphinx-mathjax-offline") / "static/mathjax/tex-svg-full.js"
 html_static_path = ["_static", str(mathjax)]
+templates_path = ["_templates"]
 mathjax_path = mathjax.name

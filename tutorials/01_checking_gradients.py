@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Checking gradients
 #
-# Every gradient in minilora is written by hand. How do we know that it is right? This page has
-# three parts: the chain rule for matrices, which gives the gradients; finite differences, which
-# check them; and a collection of wrong gradients that a careless check lets through.
+# Every gradient in minilora is written by hand. How do we know that they are right? This tutorial
+# has three parts: the chain rule for matrices, which gives the gradients; finite differences, which
+# check them; and a collection of wrong gradients that a careless check accepts.
 #
 # Shapes: N examples, I inputs, O outputs. Rows are examples.
 
@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from minilora import gradcheck, ops
+from minilora.figures import show
 from minilora.lora import lora_backward, lora_forward
 from minilora.loss import cross_entropy_backward, cross_entropy_forward
 
@@ -35,8 +36,8 @@ rng = np.random.default_rng(0)
 #
 # $$\delta L = \langle \mathrm{d}x, \delta x\rangle .$$
 #
-# This is all we need. If we can write $\delta L$ as an inner product of *something* with
-# $\delta x$, for every small $\delta x$, then the something is the gradient.
+# This is all we need. If we can write $\delta L$ as the inner product of some matrix with
+# $\delta x$, for every small $\delta x$, then that matrix is the gradient.
 
 # %% [markdown]
 # ## Three rules for moving a factor
@@ -48,8 +49,8 @@ rng = np.random.default_rng(0)
 # \langle U, D \circ \delta x\rangle = \langle D \circ U, \delta x\rangle .$$
 #
 # A factor on the left moves over as its transpose and stays on the left. One on the right moves as
-# its transpose and stays on the right. An entry-wise factor ($\circ$) moves as it is. The proof is
-# one line of traces, in `docs/notation.md`. Let us see it with numbers.
+# its transpose and stays on the right. An entry-wise factor ($\circ$) moves unchanged. The proof is
+# one line of traces, in `docs/notation.md`. Here are the rules in numbers.
 
 
 # %%
@@ -74,13 +75,12 @@ for name, (before, after) in rules.items():
 # Take $y = \tanh(xW)$ with $x$ of shape (N, I) and $W$ of shape (I, O). In two steps:
 #
 # - $u = xW$. Change both factors: $\delta u = \delta x\,W + x\,\delta W$. The order matters,
-#   because matrices do not commute. The product $\delta x\,\delta W$ of two small changes is
-#   dropped.
+#   because matrices do not commute. We drop $\delta x\,\delta W$, the product of two small changes.
 # - $y = \tanh u$, entry by entry, with $\tanh' u = 1 - \tanh^2 u$. So
 #   $\delta y = (1 - y \circ y) \circ \delta u$.
 #
-# What comes after $y$ in the network tells us $\mathrm{d}y$, the gradient of the loss with respect
-# to $y$. Now move factors, one after the other:
+# The rest of the network supplies $\mathrm{d}y$, the gradient of the loss with respect to $y$. Now
+# move the factors, one after the other:
 #
 # $$\delta L = \langle \mathrm{d}y, (1 - y \circ y) \circ \delta u\rangle
 # = \langle \underbrace{(1 - y \circ y) \circ \mathrm{d}y}_{\mathrm{d}u}, \delta u\rangle ,$$
@@ -90,7 +90,7 @@ for name, (before, after) in rules.items():
 #
 # We can read off both gradients: $\mathrm{d}x = \mathrm{d}u\,W^\top$ and
 # $\mathrm{d}W = x^\top \mathrm{d}u$. In code this is a **pair**: a forward function that keeps
-# what the backward function will need.
+# what its backward function will need.
 
 
 # %%
@@ -116,10 +116,10 @@ print(f"dx {dx.shape} has the shape of x, dW {dW.shape} that of W")
 # %% [markdown]
 # ## What "to first order" means
 #
-# A loss whose gradient with respect to $y$ is our $\mathrm{d}y$ is simply
+# The simplest loss whose gradient with respect to $y$ is our $\mathrm{d}y$ is
 # $L = \langle \mathrm{d}y, y\rangle$. Move $W$ by $t$ in a random direction $V$ of length 1. The
-# gradient predicts the change $t\,\langle \mathrm{d}W, V\rangle$. What it misses should shrink
-# like $t^2$: divide $t$ by 10, and the miss is divided by 100.
+# gradient predicts the change $t\,\langle \mathrm{d}W, V\rangle$. Its error should shrink like
+# $t^2$: divide $t$ by 10, and the error is divided by 100.
 
 
 # %%
@@ -131,29 +131,36 @@ V = rng.standard_normal(W.shape)
 V /= np.linalg.norm(V)
 
 misses = []
-print("       t   change of L     predicted  miss / t^2")
+print("       t   change of L     predicted  error / t^2")
 for t in (1e-1, 1e-2, 1e-3, 1e-4):
     true, predicted = loss(x, W + t * V) - loss(x, W), t * inner(dW, V)
     misses.append((true - predicted) / t**2)
-    print(f"{t:8.0e} {true:13.9f} {predicted:13.9f} {misses[-1]:11.4f}")
+    print(f"{t:8.0e} {true:13.9f} {predicted:13.9f} {misses[-1]:12.4f}")
 
 # %% [markdown]
 # ## Asking the loss for its derivative
 #
-# Turn this around, and the loss itself tells us its derivative along $V$, without any derivation.
-# Write $f(h) = L(W + hV)$. There are three usual ways:
+# Turned around, this gives the derivative along $V$ from the loss itself, without any derivation.
+# Write $f(h) = L(W + hV)$. Three formulas are in use:
 #
 # $$\frac{f(h) - f(0)}{h}, \qquad \frac{f(h) - f(-h)}{2h}, \qquad
 # \frac{8\,\big(f(h) - f(-h)\big) - \big(f(2h) - f(-2h)\big)}{12\,h} .$$
 #
-# Expand $f$ in powers of $h$. In the first, an error of order $h$ is left. In the second, the even
-# powers cancel, and an error of order $h^2$ is left. The third combines two of the second kind so
-# that the $h^2$ terms cancel too, and an error of order $h^4$ is left.
+# Expand $f$ in powers of $h$. The first formula has an error of order $h$. In the second the even
+# powers cancel, which leaves an error of order $h^2$. The third combines two of the second kind so
+# that the $h^2$ terms cancel too, which leaves an error of order $h^4$.
 #
-# So take $h$ as small as possible? No. The computer keeps about 16 digits of $f$ (about 7 in
-# float32), and the difference of two nearly equal numbers has fewer correct digits. This
-# **rounding error** is of order $\epsilon / h$, with $\epsilon \approx 10^{-16}$ (or $10^{-7}$):
-# it *grows* when $h$ shrinks.
+# **Predict.** Which step $h$ is best for the central difference in float64? (a) the smallest that
+# is not zero, (b) about $10^{-5}$, (c) about $10^{-1}$.
+#
+# <details><summary>Answer</summary>
+#
+# (b) about $10^{-5}$. The computer keeps about 16 digits of $f$ (about 7 in float32), and the
+# difference of two nearly equal numbers has fewer correct digits. This **rounding error** is of
+# order $\epsilon / h$, with $\epsilon \approx 10^{-16}$ (or $10^{-7}$): it *grows* when $h$
+# shrinks. It meets the error $h^2$ of the formula where $h^3 \approx 10^{-16}$.
+#
+# </details>
 
 # %%
 FORMULAS = {
@@ -190,26 +197,28 @@ ax.axhline(gradcheck.PAIR_TOLERANCE, color="black", linewidth=0.8, linestyle=":"
 ax.text(7e-14, 1.5e-8, "its tolerance for a pair", fontsize=8)
 ax.set(xlabel="step h", ylabel="relative error", ylim=(1e-14, 1))
 ax.grid(alpha=0.3)
-_ = ax.legend(loc=(0.2, 0.72), fontsize=8)
+ax.legend(loc=(0.2, 0.72), fontsize=8)
+show(fig, "A step can be too small: below the best one, rounding takes over")
 
 # %% [markdown]
-# Each curve is a V. On its right arm the formula is to blame, with slope 1, 2 or 4. On the left
-# arm it is rounding, with slope −1. The best step lies where the arms meet.
+# Each curve is a V. On its right arm the error is that of the formula, with slope 1, 2 or 4. On the
+# left arm it is that of rounding, with slope −1. The best step lies where the arms meet.
 #
 # - The fourth-order formula allows a large step, and reaches the smallest error of the three.
-# - In float32 the best that one can get is poor. A check in float32 needs a tolerance so wide that
-#   a gradient may be wrong in its third digit. **Check in float64.** The code is the same.
+# - In float32 even the best step is poor. A check in float32 needs a tolerance so wide that a
+#   gradient may be wrong in its third digit. **Check in float64.** The code is the same.
 
 # %%
 for name, errors in [*curves.items(), ("central, float32", single)]:
-    print(f"smallest error, {name:17s} {min(errors):.0e}")
+    best_step = steps[-len(errors) :][np.argmin(errors)]
+    print(f"smallest error, {name:17s} {min(errors):.0e}   at h = {best_step:.0e}")
 
 # %% [markdown]
 # ## A check that can be blind
 #
-# Now the harder question: would our check notice a gradient that is wrong? First six pairs of
-# minilora with random arguments in float64, and the values that the parameters (all arguments but
-# the first) have when training starts.
+# Now the harder question: would our check notice a gradient that is wrong? We start with six of
+# minilora's pairs, with random arguments in float64, and with the values that the parameters (all
+# arguments but the first) have when training starts.
 
 # %%
 random = rng.standard_normal
@@ -254,9 +263,9 @@ PAIRS = {
 # %% [markdown]
 # ## Seven bugs
 #
-# People make these mistakes. Each function spoils a backward pass: `dy` is the gradient that comes
-# back, `args` are the arguments of the forward pass, and `right` holds their right gradients. The
-# tag says which equation of `docs/derivations` is broken.
+# All of these mistakes are common. Each function below spoils a backward pass: `dy` is the gradient
+# that arrives, `args` are the arguments of the forward pass, and `right` holds their right
+# gradients. The tag names the equation of `docs/derivations` that is broken.
 
 
 # %%
@@ -281,7 +290,7 @@ def linear_not_transposed(dy, args, right):
 
 
 def linear_mean_bias(dy, args, right):
-    """Averages db over the rows instead of adding them up [LIN.4]."""
+    """Averages db over the rows instead of summing [LIN.4]."""
     dx, dw, db = right
     return dx, dw, db / (dy.size // dy.shape[-1])
 
@@ -336,15 +345,14 @@ def planted(pair, bug):
 # %% [markdown]
 # ## Six lazy checks
 #
-# All six compare every entry that they look at with a central difference. They differ in what they
-# look at:
+# All six compare entries with central differences. They differ in what they look at:
 #
 # - **sum of the output**: they differentiate $\sum y$, so that $\mathrm{d}y$ is 1 everywhere;
 # - **ones**: in addition all parameters are 1, and only $x$ is random;
-# - **only dx**: they do not look at the gradients of the parameters;
+# - **only dx**: they ignore the gradients of the parameters;
 # - **at initialisation**: parameters have the values with which training starts;
-# - **float32**, hence with a wide tolerance, 1 %;
-# - **absolute**: an error of up to 0.01 is accepted, however small the gradient is.
+# - **float32**, and so with a wide tolerance, 1 %;
+# - **absolute**: they accept an error of up to 0.01, however small the gradient is.
 
 
 # %%
@@ -396,6 +404,24 @@ def minilora_agrees(pair, passes):
 
 # %% [markdown]
 # First, no false alarms: each check must accept every right pair. Then the bugs.
+#
+# **Predict.** How many of the six lazy checks notice all seven bugs? (a) none, (b) two, (c) four.
+#
+# <details><summary>Answer</summary>
+#
+# (a) none. Each has a blind spot of its own, for a reason that is explained below the table.
+#
+# </details>
+#
+# **Predict.** The softmax subtracts the plain mean of dy instead of the weighted one. Which check
+# accepts that? (a) the sum of the output, (b) at initialisation, (c) only dx.
+#
+# <details><summary>Answer</summary>
+#
+# (a) the sum of the output: with dy = 1 both means are 1, so the right and the wrong formula both
+# give zero. The softmax has no parameters, so (b) and (c) are complete checks of it.
+#
+# </details>
 
 # %%
 false_alarms = [
@@ -425,22 +451,23 @@ for row, column in np.ndindex(noticed.shape):
 ax.set_xticks(range(len(LAZY) + 1), [*LAZY, "minilora"], fontsize=9)
 ax.set_yticks(range(len(BUGS)), list(BUGS), fontsize=9)
 ax.axvline(len(LAZY) - 0.5, color="black")
-_ = ax.set_title("Which check notices which bug?")
+show(fig, "Every lazy check misses a bug, and every bug escapes a lazy check")
 
 # %% [markdown]
 # ## Why they are blind
 #
 # - *Sum of the output.* A row of the softmax sums to 1, whatever $x$ is. So the true gradient of
 #   the sum is zero, and any formula that gives zero for $\mathrm{d}y = 1$ looks right.
-# - *Ones.* With $w = 1$ and $\mathrm{d}y = 1$ the third term of the layer norm is the mean of
-#   $\hat x$, which is zero: nobody misses it. And a matrix of ones is its own transpose.
-# - *Only dx.* The usual excuse is that $x$ "depends on everything". Its gradient does not contain
-#   $\mathrm{d}b$ or $\mathrm{d}A$.
+# - *Ones.* With $w = 1$ and $\mathrm{d}y = 1$ the third term of the layer norm contains the mean of
+#   $\hat x$, which is zero: leaving it out changes nothing. And a matrix of ones is its own
+#   transpose.
+# - *Only dx.* The usual excuse is that "everything flows into dx". But $\mathrm{d}x$ does not
+#   contain $\mathrm{d}b$ or $\mathrm{d}A$.
 # - *At initialisation.* At $B = 0$ the true $\mathrm{d}A$ is exactly zero, and so is a wrong one.
 # - *float32.* The derivatives of the two forms of the GELU differ by less than 0.001. A derivative
-#   measured in float32 is hardly better than that, and the wide tolerance also hides the small
-#   gradients of the mean loss.
-# - *Absolute.* A mean over many targets has small gradients. Below the tolerance anything goes,
+#   measured in float32 is hardly more precise than that, and the wide tolerance also hides the
+#   small gradients of the mean loss.
+# - *Absolute.* A mean over many targets has small gradients. Below the tolerance any value passes,
 #   even zero.
 #
 # ## What to do instead
@@ -461,11 +488,11 @@ except gradcheck.GradientError as error:
 # %% [markdown]
 # The first line names the worst entry of the argument whose gradient is wrong; $w$ and $b$ are not
 # mentioned, because theirs are right. The second line, `(direction)`, is another check. It moves
-# *all* arguments at once in one random direction $V$ and compares one number,
-# $\langle \mathrm{d}y, \delta y\rangle$ with $\sum \langle \text{gradient}, V\rangle$. Entry by
-# entry costs four forward passes for each entry, and says where the error is. The direction costs
-# four in all and sees every entry. For a whole model, minilora does both: the direction, and a
-# sample of entries.
+# *all* arguments at once in one random direction $V$ and compares a single pair of numbers,
+# $\langle \mathrm{d}y, \delta y\rangle$ and $\sum \langle \text{gradient}, V\rangle$. Checking
+# entry by entry costs four forward passes per entry, and says where the error is. The direction
+# costs four in all and involves every entry. For a whole model, minilora does both: the direction,
+# and a sample of entries.
 
 # %%
 checks = gradcheck.check_pair(ops.layer_norm_forward, ops.layer_norm_backward, arguments)
@@ -478,7 +505,7 @@ for check in checks:
 
 # %%
 assert all(abs(a - b) < 1e-12 for a, b in rules.values()), "a rule for moving factors is wrong"
-assert np.ptp(misses) < 0.1 * abs(misses[0]), "the miss does not shrink like t²"
+assert np.ptp(misses) < 0.1 * abs(misses[0]), "the error does not shrink like t²"
 best = {name: min(errors) for name, errors in curves.items()}
 assert best["fourth order"] < best["central"] < best["one-sided"], "a higher order is no better"
 assert min(single) > 1e-6, "float32 would do"
@@ -487,19 +514,23 @@ assert not false_alarms and all(ours_accepts), "a right gradient was refused"
 assert noticed[:, -1].all(), "minilora's check missed a bug"
 assert not noticed[:, :-1].all(axis=0).any(), "a lazy check noticed every bug"
 assert not noticed[:, :-1].all(axis=1).any(), "a bug was noticed by every lazy check"
+assert not noticed[0, 0] and noticed[0, [2, 3]].all(), "another check misses the plain mean"
+assert 3e-6 < steps[np.argmin(curves["central"])] < 3e-5, "another step is best"
 assert message.startswith("dx["), "the message does not say where"
 assert gradcheck.max_error(checks) < gradcheck.PAIR_TOLERANCE
 
 # %% [markdown]
 # ## Exercises
 #
+# [Solutions](../docs/solutions.md), each with what the programs print.
+#
 # 1. In `minilora/ops.py`, delete the line `dx -= xhat * (dots(dxhat, xhat) / dxhat.shape[-1])` of
-#    `normalise_backward`. Then run `python -m pytest tests/ops`. Two tests notice,
+#    `normalise_backward`. Then run `python -m pytest tests/ops`. Among the tests that fail are
 #    `tests/ops/test_pairs.py::test_gradients_agree_with_central_differences` and
 #    `test_layer_norm_s_gradient_is_orthogonal_to_what_it_removes`. What does each of them tell
 #    you? (Put the line back.)
 # 2. Write an eighth bug that as many lazy checks as possible miss. A hint: four of the bugs above
 #    escape two of them already.
 # 3. `python tests/mutation/mutate.py backward` breaks every backward pass in all the small ways
-#    that it knows, and lists how many of these were noticed. Each one that survived comes with a
-#    reason. Is the reason right?
+#    that it knows, and lists how many of these were noticed. Each survivor comes with a reason. Is
+#    the reason right?

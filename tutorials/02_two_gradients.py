@@ -1,10 +1,10 @@
 # %% [markdown]
 # # The two gradients of LoRA
 #
-# LoRA leaves a weight $W$ alone and learns an update of low rank beside it. This page derives the
-# gradients of its two factors, checks them, and then looks at four consequences: the gradients are
-# projections of the dense one; one of them is exactly zero at first; the scale decides how far
-# a step goes at a given rank; and the dense gradient is never made.
+# LoRA leaves a weight $W$ alone and learns an update of low rank beside it. This tutorial derives
+# the gradients of the two factors, checks them, and then looks at four consequences: the gradients
+# are projections of the dense one; one of them is exactly zero at first; the scale decides how far
+# a step goes at a given rank; and the dense gradient is never computed.
 #
 # Shapes: N rows (examples), I inputs, O outputs, R rank.
 
@@ -18,6 +18,7 @@ import numpy as np
 
 import minilora
 from minilora import gradcheck, ops, tree
+from minilora.figures import show
 from minilora.lora import lora_backward, lora_forward
 from minilora.optim import adamw, adamw_init
 
@@ -76,7 +77,7 @@ for check in checks:
     print(f"{check.name:12s} {check.entries:3d} entries, largest relative error {check.error:.1e}")
 
 # %% [markdown]
-# minilora's own pair has the same lines, and gives the same numbers.
+# minilora's own pair has the same lines and gives the same numbers.
 
 # %%
 dy = rng.standard_normal((N, O))
@@ -107,10 +108,21 @@ print(f"dB - s A^T dW: {np.abs(dB - s * A.T @ dW).max():.1e}")
 # $$-\eta s\,(\mathrm{d}A\,B + A\,\mathrm{d}B)
 # = -\eta s^2 \big( \mathrm{d}W\,B^\top B + A A^\top \mathrm{d}W \big) .$$
 #
-# It is the same gradient, multiplied by $B^\top B$ on the right and by $AA^\top$ on the left. Let
-# us look at it: a dense gradient with a pattern, and what random factors of rank 2 and of rank 12
-# leave of it. The cosine says how well two directions agree: 1 for the same direction, 0 for
-# directions at right angles. Each picture has its own colour scale.
+# It is the same gradient, multiplied by $B^\top B$ on the right and by $AA^\top$ on the left. As a
+# picture: a dense gradient with a pattern, and what random factors of rank 2 and of rank 12 leave
+# of it. The cosine says how well two directions agree: 1 for the same direction, 0 for directions
+# at right angles. Each panel has its own colour scale.
+#
+# **Predict.** With R = 2, what is the rank of a step of LoRA, the sum of both products? (a) 1, (b)
+# 2, (c) 4.
+#
+# <details><summary>Answer</summary>
+#
+# (c) 4. Each product has rank 2, but they are limited on different sides: $\mathrm{d}W\,B^\top B$
+# has the row space of $B$, and $AA^\top \mathrm{d}W$ the column space of $A$. No step of LoRA can
+# have a rank above 2 R.
+#
+# </details>
 
 # %%
 down, across = np.meshgrid(np.linspace(0, 3, 30), np.linspace(0, 3, 40), indexing="ij")
@@ -132,12 +144,12 @@ for row, rank in zip(axes, (2, 12), strict=True):
         ax.set_title(f"{name}, cosine {cosine(dense, image):.2f}", fontsize=9)
         ranks_found[name, rank] = np.linalg.matrix_rank(image)
         ax.set(xticks=[], yticks=[], xlabel=f"rank {ranks_found[name, rank]}")
-    _ = row[0].set_ylabel(f"R = {rank}", fontsize=11)
+    row[0].set_ylabel(f"R = {rank}", fontsize=11)
+show(fig, "LoRA sees the dense gradient through B and A: the higher the rank, the more of it")
 
 # %% [markdown]
 # At rank 2 every column of $\mathrm{d}W\,B^\top B$ is a mixture of the same two columns, and every
-# row of $AA^\top \mathrm{d}W$ a mixture of two rows. At rank 12 the cosines are larger. No step of
-# LoRA can have a rank above 2 R.
+# row of $AA^\top \mathrm{d}W$ a mixture of two rows. At rank 12 the cosines are larger.
 #
 # ## The same in the real model
 #
@@ -169,7 +181,7 @@ def random(leaf):
     return rng.uniform(-1 / 16, 1 / 16, leaf.shape).astype(leaf.dtype)  # 16 = √256, as for A
 
 
-somewhere = initialised(keep, random)  # not an initialisation: neither factor is zero
+somewhere = initialised(keep, random)  # no initialisation: neither factor is zero
 _, dbase, dlora = minilora.loss_and_grads(
     model.with_adapter(somewhere, lora_config), **task, plan=minilora.Plan(base=True, lora=True)
 )
@@ -203,7 +215,17 @@ print(f"the same two equations in every block, float32: within {max(model_errors
 #
 # We take steps of plain gradient descent on our text from three initialisations: this one, its
 # mirror image ($A = 0$, $B$ random), and both zero. (Every step reads the same text: here we want
-# to see the gradients move, not to train well.)
+# to see the gradients change, not to train well.)
+#
+# **Predict.** What does the loss do when both factors start at zero? (a) it falls as with the usual
+# start, (b) it falls more slowly, (c) it stays what it was.
+#
+# <details><summary>Answer</summary>
+#
+# (c) it stays what it was, bit for bit. $\mathrm{d}A$ has the factor $B$ and $\mathrm{d}B$ the
+# factor $A$: both gradients are zero, and stay zero.
+#
+# </details>
 
 
 # %%
@@ -245,18 +267,28 @@ for ax, (name, (_, history)) in zip(axes, runs.items(), strict=True):
     ax.set_xlabel("step")
     ax.grid(alpha=0.3)
 axes[0].set_ylabel("length of the gradient")
-_ = axes[0].legend()
+axes[0].legend()
+show(fig, "With one factor at zero the other moves first; with both at zero nothing ever moves")
 
 # %% [markdown]
-# In the first panel $|\mathrm{d}A|$ starts at exactly zero and grows in a straight line:
+# In the first panel $|\mathrm{d}A|$ starts at exactly zero and at first grows in a straight line:
 # $\mathrm{d}A$ is proportional to $B$, and $B$ grows by about the same step each time. In the
-# mirror image the roles are exchanged. With both at zero, both gradients are zero. Nothing will
-# ever move, and the loss stays what it was: this adapter is dead.
+# mirror image the roles are exchanged. With both at zero, nothing ever moves: this adapter is dead.
 #
-# The titles say that the mirror image ends a little lower. Why then is $B = 0$ the usual start?
-# Plain gradient descent takes steps in proportion to the gradient, so the start whose first
-# gradient is longer is ahead after the first step, and here it stays ahead. That says little about
-# the starts: AdamW, which is used in practice, divides each entry by its own size.
+# The mirror image ends a little lower. Why then is $B = 0$ the usual start? Plain gradient descent
+# takes steps in proportion to the gradient, so the start whose first gradient is longer is ahead
+# after the first step, and here it stays ahead. That says little about the starts: AdamW, which is
+# used in practice, divides each entry by its own size.
+#
+# **Predict.** Which of the two starts is ahead with AdamW? (a) the usual one, (b) the mirror image,
+# (c) it depends on the learning rate.
+#
+# <details><summary>Answer</summary>
+#
+# (c) it depends: at the learning rates below, now the one is ahead and now the other. In a model
+# this small the choice hardly matters.
+#
+# </details>
 
 
 # %%
@@ -280,16 +312,16 @@ for rate, losses in with_adamw.items():
     print(f"learning rate {rate:g}:", "  ".join(f"{of_start[-1]:.4f}" for of_start in losses))
 
 # %% [markdown]
-# Now the one is ahead, now the other: in a model this small the choice hardly matters. In wide
-# models it does. There $A$ random with $B = 0$ bears higher learning rates, and ends better on
-# average (Hayou, Ghosh and Yu 2024, *The Impact of Initialization on LoRA Finetuning Dynamics*). It
-# is also what the paper chose, and what PEFT does, for every weight but an embedding.
+# In wide models it does matter. There $A$ random with $B = 0$ tolerates higher learning rates, and
+# ends better on average (Hayou, Ghosh and Yu 2024, *The Impact of Initialization on LoRA Finetuning
+# Dynamics*). It is also what the LoRA paper chose, and what PEFT does for every weight but an
+# embedding.
 #
 # ## α / r, or α / √r
 #
 # The scale is $s = \alpha / r$ in the LoRA paper, and $s = \alpha / \sqrt r$ in rank-stabilised
-# LoRA (Kalajdzievski 2023), where $r$ is the rank and $\alpha$ a constant. The idea of both: a
-# learning rate that suits one rank should suit another. Which of them keeps this promise?
+# LoRA (Kalajdzievski 2023), where $r$ is the rank and $\alpha$ a constant. Both have the same aim:
+# a learning rate that suits one rank should suit another. Which of them achieves it?
 #
 # Look at the first step of gradient descent. From $B = 0$ it leads to
 # $B = -\eta\,\mathrm{d}B = -\eta s\,A^\top \mathrm{d}W$, so the weight changes by
@@ -305,11 +337,19 @@ for rate, losses in with_adamw.items():
 # the share is $s^2 r / (3I)$: $\alpha^2 / (3 I r)$ for the one scale, and
 # $\alpha^2 / (3I)$, at any rank, for the other.
 #
-# Adam is another matter. Its first step moves every entry of $B$ by the same amount $\eta$,
-# whatever the size of the gradient (as long as that is far above Adam's $\varepsilon$). The loss
-# then falls by $\eta s$ times the sum of the $|A^\top \mathrm{d}W|$ over all entries, of $r$ rows.
-# So the progress goes as $s\,r$: it is $\alpha$ for $\alpha / r$, and $\alpha \sqrt r$ for the
-# other. The roles are exchanged!
+# Adam's first step is different: it moves every entry of $B$ by the same amount $\eta$, whatever
+# the size of the gradient (as long as that is far above Adam's $\varepsilon$).
+#
+# **Predict.** Which scale makes Adam's first step equally effective at every rank? (a) both,
+# (b) $\alpha / \sqrt r$, as for gradient descent, (c) $\alpha / r$.
+#
+# <details><summary>Answer</summary>
+#
+# (c) $\alpha / r$: the roles are exchanged. The loss falls by $\eta s$ times the sum of
+# $|A^\top \mathrm{d}W|$ over all entries, in $r$ rows. So the progress is proportional to $s\,r$,
+# which is $\alpha$ for $\alpha / r$, and $\alpha \sqrt r$ for the other.
+#
+# </details>
 #
 # Both can be measured. We draw a dense gradient and many $A$, and take one real step with each
 # optimiser.
@@ -344,6 +384,7 @@ measured = {
 }
 predicted = {name: [scale(r) ** 2 * r / (3 * I) for r in ranks] for name, scale in SCALES.items()}
 
+TICKS = {"gradient descent": (0.003, 0.01, 0.03, 0.1), "Adam": (0.03, 0.1, 0.3)}
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.4))
 for ax, optimiser in zip(axes, ("gradient descent", "Adam"), strict=True):
     for name, marker in (("α / r", "o"), ("α / √r", "s")):
@@ -351,26 +392,29 @@ for ax, optimiser in zip(axes, ("gradient descent", "Adam"), strict=True):
         if optimiser == "gradient descent":
             ax.loglog(ranks, predicted[name], "-", color="gray", linewidth=1)
     ax.set(title=f"first step, {optimiser}", xlabel="rank r", ylabel="progress (dense step: 1)")
+    ax.margins(y=0.1)
     ax.set_xticks(ranks, [str(r) for r in ranks])
+    ax.set_yticks(TICKS[optimiser], [f"{tick:g}" for tick in TICKS[optimiser]])
     ax.minorticks_off()
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
-_ = axes[0].text(1.1, predicted["α / r"][-1], "lines: the formulas", color="gray", fontsize=8)
+axes[0].text(1.1, predicted["α / r"][-1], "lines: the formulas", color="gray", fontsize=8)
+show(fig, "Equal progress at every rank: alpha/sqrt(r) with gradient descent, alpha/r with Adam")
 
 # %% [markdown]
-# The dots lie on the lines. With gradient descent it is $\alpha / \sqrt r$ that makes the first
-# step independent of the rank, with Adam it is $\alpha / r$. Be careful with this picture: it is
-# one step, from $B = 0$. Kalajdzievski's argument is about the size of the adapter's output and
+# The dots lie on the lines. With gradient descent $\alpha / \sqrt r$ makes the first step
+# independent of the rank; with Adam $\alpha / r$ does. Read this picture with care: it shows one
+# step, from $B = 0$. Kalajdzievski's argument is about the size of the adapter's output and
 # gradients during the whole training, where $\alpha / r$ makes high ranks learn too little. What
 # matters in practice is the loss that a rank reaches at *its* best learning rate, and that has to
 # be measured.
 #
-# ## The dense gradient is never made
+# ## The dense gradient is never computed
 #
 # The order of the products matters. $(x^\top \mathrm{d}y)\,B^\top$ and
-# $x^\top (\mathrm{d}y\,B^\top)$ are equal, but the first makes the (I, O) matrix $\mathrm{d}W$ on
-# the way, and the second only matrices with a side of length R. We count the multiplications by
-# their formula, and let Python's own `tracemalloc` count the memory that NumPy really asked for.
+# $x^\top (\mathrm{d}y\,B^\top)$ are equal, but the first computes the (I, O) matrix $\mathrm{d}W$
+# on the way, and the second only matrices with a side of length R. We count the multiplications by
+# formula, and let Python's own `tracemalloc` measure the memory that NumPy asked for.
 
 # %%
 N, I, O, R = 64, 1024, 1024, 8
@@ -418,8 +462,8 @@ for name, (numbers, multiplications) in counts.items():
 
 # %% [markdown]
 # The last line is what LoRA adds to the first. It stays far below the size of $W$. The optimiser
-# saves even more: AdamW keeps two numbers for each trained one, and LoRA trains R (I + O) of them
-# instead of I O.
+# saves even more: AdamW keeps two numbers for each one that is trained, and LoRA trains R (I + O)
+# numbers instead of I O.
 #
 # ## Claims, asserted
 
@@ -437,6 +481,8 @@ assert usual[-1, 0] < usual[0, 0], "the loss did not fall"
 longer, lower = mirrored[0, 1] > usual[0, 2], mirrored[1, 0] < usual[1, 0]
 assert longer == lower, "the start with the longer first gradient is behind after one step"
 assert SMALL or mirrored[-1, 0] < usual[-1, 0], "the mirror image does not end lower"
+ahead = {usual[-1] < mirrored[-1] for usual, mirrored in with_adamw.values()}
+assert SMALL or ahead == {True, False}, "with AdamW one start is always ahead"
 for of_start in sum(with_adamw.values(), []):
     assert of_start[-1] < of_start[0], "AdamW did not learn"
 for name, formula in predicted.items():
@@ -452,6 +498,8 @@ assert memory["dA, dB by way of dW"] > I * O, "the detour did not make the dense
 # %% [markdown]
 # ## Exercises
 #
+# [Solutions](../docs/solutions.md), each with what the programs print.
+#
 # 1. Delete the line `dxA *= scale` from `lora_backward` in `minilora/lora.py`, and run
 #    `python -m pytest tests/lora tests/ops`. Besides the finite differences,
 #    `tests/lora/test_lora_laws.py::test_the_factors_gradients_follow_from_the_dense_gradient`
@@ -460,5 +508,5 @@ assert memory["dA, dB by way of dW"] > I * O, "the detour did not make the dense
 #    (It is `test_at_initialisation_one_factor_s_gradient_is_zero_and_the_other_s_is_not` in
 #    `tests/lora/test_lora_laws.py`.)
 # 3. Repeat the picture of the first step for the second step of gradient descent, by hand or by
-#    program. Now $A$ moves, too. Does $\alpha / \sqrt r$ still make the progress independent of
+#    program. Now $A$ moves too. Does $\alpha / \sqrt r$ still make the progress independent of
 #    the rank?

@@ -1,10 +1,10 @@
 # %% [markdown]
 # # A transformer block, backwards
 #
-# A block of GPT-2 is ten lines forwards. Backwards it is the same ten lines, read from the bottom
-# to the top. On this page we write both with minilora's pairs, compare every intermediate gradient
-# with finite differences and the whole with minilora's own block, and then send the gradient of a
-# real loss through all blocks of the built-in model to see where it goes.
+# The forward pass of a GPT-2 block is ten lines. Its backward pass is the same ten lines, read from
+# the bottom to the top. In this tutorial we write both with minilora's pairs, compare every
+# intermediate gradient with finite differences and the whole with minilora's own block, and then
+# send the gradient of a real loss through all blocks of the built-in model to see where it goes.
 #
 # Shapes: B sequences of T tokens, C numbers for each token (the width), H attention heads, F
 # numbers inside the MLP.
@@ -17,6 +17,7 @@ import numpy as np
 
 import minilora
 from minilora import gpt2, gradcheck, ops, tree
+from minilora.figures import show
 from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.loss import cross_entropy_backward, cross_entropy_forward
 
@@ -25,10 +26,10 @@ plt.rcParams.update({"figure.facecolor": "white", "figure.constrained_layout.use
 rng = np.random.default_rng(0)
 
 # %% [markdown]
-# ## Forwards: ten lines
+# ## Forward: ten lines
 #
-# The input $x$ (B, T, C) is the **residual stream**. Two branches read from it, and each adds its
-# result to it:
+# The input $x$ (B, T, C) is the **residual stream**. Two branches read it, and each adds its result
+# to it:
 #
 # $$\mathrm{mid} = x + \operatorname{Attn}(\operatorname{LN}_1(x)), \qquad
 # y = \mathrm{mid} + \operatorname{MLP}(\operatorname{LN}_2(\mathrm{mid})) .$$
@@ -36,10 +37,10 @@ rng = np.random.default_rng(0)
 # LN is a layer norm. Attn is a linear map to queries, keys and values, the attention itself, and a
 # linear map back. MLP is a linear map up to width F, the GELU, and a linear map down.
 #
-# Each line below makes one value, eight of them with one `…_forward` of
-# [minilora/ops.py](../minilora/ops.py), and two with a plus sign. What a forward keeps for its
-# backward, its **cache**, we store under the name of the value; a sum needs none. The argument
-# `nudge` is for the check later: it moves a value by a little.
+# Each line below computes one value, eight of them with a `…_forward` of
+# [minilora/ops.py](../minilora/ops.py), and two with a plus sign. What a forward function keeps for
+# its backward function, its **cache**, is stored under the name of the value; a sum needs none. The
+# argument `nudge` is for a check later on: it changes a value by a little.
 
 
 # %%
@@ -67,13 +68,13 @@ def block_forward(x, p, *, heads, nudge=None):
 
 
 # %% [markdown]
-# ## Backwards: the same lines from the bottom up
+# ## Backward: the same lines from the bottom up
 #
 # We are given $\mathrm{d}y$, the gradient of the loss with respect to $y$. Each `…_backward` takes
 # the gradient of its line's output and the line's cache. It returns the gradients of the line's
-# inputs: first the value, then the parameters.
+# inputs: first that of the value, then those of the parameters.
 #
-# First the two branches, each from its end to its beginning.
+# We begin with the two branches, each from its end to its beginning.
 
 
 # %%
@@ -104,24 +105,24 @@ def attn_backward(do, caches):
 
 
 # %% [markdown]
-# Now the block. Two rules are new, and they are all that there is to it:
+# Now the block. Only two rules are new:
 #
 # - **Where two paths meet** in a sum, such as $y = \mathrm{mid} + \mathrm{down}$, each of them
-#   gets the gradient as it is: $\delta y = \delta\mathrm{mid} + \delta\mathrm{down}$.
+#   gets the gradient unchanged: $\delta y = \delta\mathrm{mid} + \delta\mathrm{down}$.
 # - **Where one value is used twice**, the gradients of its two uses are added. `mid` is used by
 #   the sum *and* by the branch [BLOCK.3]. So is `x` [BLOCK.4].
 #
-# We call the gradient that comes straight along the stream the `road`.
+# The path straight along the stream, past the branches, is the residual connection.
 
 
 # %%
 def block_backward(dy, caches):
     """The gradients of every value and of every parameter, by name."""
     branch, mlp_values, mlp_parameters = mlp_backward(dy, caches)
-    dmid = dy + branch  # dy is the road
+    dmid = dy + branch  # dy comes along the residual connection
 
     branch, attn_values, attn_parameters = attn_backward(dmid, caches)
-    dx = dmid + branch  # dmid is the road
+    dx = dmid + branch  # and so does dmid
     values = {"y": dy, **mlp_values, "mid": dmid, **attn_values, "x": dx}
     return values, {**attn_parameters, **mlp_parameters}
 
@@ -133,9 +134,9 @@ def block_backward(dy, caches):
 # $\langle \mathrm{d}y, y\rangle$, the sum of products of entries, for a random $\mathrm{d}y$: its
 # gradient with respect to $y$ is $\mathrm{d}y$.
 #
-# For each value we draw a random direction $V$, move the value by $\pm h V$, and run the rest of
+# For each value we draw a random direction $V$, change the value by $\pm h V$, and run the rest of
 # the block. The difference of the losses over $2h$ must be $\langle \text{gradient}, V\rangle$.
-# The table goes from the bottom to the top, as the gradient does.
+# The table goes from the last value to the first, as the gradient does.
 
 # %%
 sizes = GPTConfig(vocab_size=2, n_positions=1, n_embd=8, n_layer=1, n_head=2, n_inner=12)
@@ -178,9 +179,9 @@ for check in checks:
     print(f"{check.name:12s} {check.entries:4d} entries, largest relative error {check.error:.0e}")
 
 # %% [markdown]
-# minilora's own block has the same lines, in [minilora/gpt2.py](../minilora/gpt2.py). It takes
-# adapters besides, of which we give it none, and a plan of the gradients that are wanted: those of
-# the base. As the very same operations run, its numbers are equal to ours bit for bit.
+# minilora's own block has the same lines, in [minilora/gpt2.py](../minilora/gpt2.py). It also takes
+# adapters, of which we give it none, and a plan of the gradients that are wanted: those of the
+# base. As the very same operations run, its numbers equal ours bit for bit.
 
 # %%
 no_adapters = {name: {} for name in gpt2.READS}
@@ -202,8 +203,17 @@ print(f"of {len(same_bits)} arrays, {sum(same_bits.values())} have the same bits
 # %% [markdown]
 # ## What a forgotten line does
 #
-# The commonest mistakes are made where the paths meet. Leave out one summand of
-# $\mathrm{d}\mathrm{mid}$ or of $\mathrm{d}x$, and see how far $\mathrm{d}x$ is off.
+# The commonest mistakes are made where the paths meet. We leave out one summand of
+# $\mathrm{d}\mathrm{mid}$ or of $\mathrm{d}x$, and look how far off $\mathrm{d}x$ is.
+#
+# **Predict.** Four summands can be forgotten. How many of these mistakes raise an error? (a) all
+# four, (b) those that forget a residual connection, (c) none.
+#
+# <details><summary>Answer</summary>
+#
+# (c) none: every summand has the shape of $x$, so all shapes still fit.
+#
+# </details>
 
 
 # %%
@@ -217,8 +227,8 @@ def attn(d):
 
 dmid = dy + mlp(dy)
 wrong = {
-    "road past the MLP": mlp(dy) + attn(mlp(dy)),
-    "road past the attention": attn(dmid),
+    "residual past the MLP": mlp(dy) + attn(mlp(dy)),
+    "residual past the attention": attn(dmid),
     "branch through the MLP": dy + attn(dy),
     "branch through the attention": dmid,
 }
@@ -229,14 +239,14 @@ for name, dx_wrong in wrong.items():
     print(f"forgotten: {name:30s} dx is off by {off:4.0%} of its length")
 
 # %% [markdown]
-# None of the four raises an error: all shapes are right. A model with such a bug may even learn,
-# only worse than it should. Comparing with finite differences is what tells.
+# None of the four raises an error. A model with such a bug may even learn, only worse than it
+# should. It takes a comparison with finite differences to notice.
 #
 # ## The whole model
 #
 # Now the built-in model, byte by byte, on a paragraph of prose. Below the blocks lies the sum of
 # token and position embeddings; above them a last layer norm, the product with the embedding table
-# (the **head**), and the cross-entropy. All of these are pairs, too.
+# (the **head**), and the cross-entropy. All of these are pairs too.
 
 # %%
 PROSE = """The rain had stopped before noon, and the captain, who had said nothing since the
@@ -289,10 +299,20 @@ print(f"{len(ours)} arrays of gradients; largest relative difference from minilo
 print(f"loss_and_grads: {max(differences.values()):.0e} (float32)")
 
 # %% [markdown]
-# ## What the stream does, forwards
+# ## The stream in the forward pass
 #
 # For each block: how long is the stream's vector at a token (on average), and how long is what the
 # two branches add to it?
+#
+# **Predict.** How does the length of the stream's vectors change from the first block to the last?
+# (a) it grows, (b) it shrinks, (c) it stays, because of the layer norms.
+#
+# <details><summary>Answer</summary>
+#
+# (a) it grows, with a little step back at block 3. The layer norms stand at the entrances of the
+# branches, not on the stream itself: each block adds something, and nothing divides.
+#
+# </details>
 
 
 # %%
@@ -307,64 +327,80 @@ def cosine(U, V):
 
 n_layer = len(base["blocks"])
 blocks = np.arange(n_layer)
-fig, ax = plt.subplots(figsize=(7, 3.2))
-ax.plot(np.arange(n_layer + 1) - 0.5, [length(x) for x in stream], "ko-", label="stream")
+lengths = [length(x) for x in stream]
+fig, ax = plt.subplots(figsize=(7, 3.4))
+ax.plot(np.arange(n_layer + 1) - 0.5, lengths, "ko-", label="stream")
 ax.bar(blocks - 0.17, [length(v["o"]) for v in values_of], 0.3, label="attention adds")
 ax.bar(blocks + 0.17, [length(v["down"]) for v in values_of], 0.3, label="MLP adds")
 ax.set(xlabel="block", ylabel="length of a token's vector")
 ax.grid(alpha=0.3)
-_ = ax.legend()
+ax.legend()
+times = lengths[-1] / lengths[0]
+show(fig, f"The residual stream grows: after the last block it is {times:.0f} times as long")
 
 # %% [markdown]
-# ## What the stream does, backwards
+# ## The stream in the backward pass
 #
-# Now the gradient, from right to left. Along the way it gets what the branches send back. To see
-# what the road is good for, we also send the gradient through the branches alone, as if there were
-# no residuals: $\mathrm{d}x = \mathrm{Attn}^*(\mathrm{MLP}^*(\mathrm{d}y))$, where the star is the
-# branch's backward pass.
+# Now the gradient, from the last block to the first. Along the way each branch adds what it sends
+# back. To see what the residual connections are good for, we also send the gradient through the
+# branches alone, as if there were no others:
+# $\mathrm{d}x = \mathrm{Attn}^*(\mathrm{MLP}^*(\mathrm{d}y))$, where the star marks a branch's
+# backward pass.
+#
+# **Predict.** How much of the gradient's length is left at the input of block 0, through the
+# branches alone? (a) more than at the top, (b) about half, (c) less than a tenth.
+#
+# <details><summary>Answer</summary>
+#
+# (c) less than a tenth. With the residual connections, on the other hand, it arrives even longer
+# than it started.
+#
+# </details>
 
 # %%
-without_road = [dstream[-1]]
+without_residual = [dstream[-1]]
 for caches in reversed(caches_of):
-    dmid, *_ = mlp_backward(without_road[0], caches)
+    dmid, *_ = mlp_backward(without_residual[0], caches)
     dx, *_ = attn_backward(dmid, caches)
-    without_road.insert(0, dx)
+    without_residual.insert(0, dx)
 
-with_road = [length(d) for d in dstream]
-branches_only = [length(d) for d in without_road]
+whole = [length(d) for d in dstream]
+branches_only = [length(d) for d in without_residual]
 alike = [cosine(d, dstream[-1]) for d in dstream]
 print("after block   |gradient|   branches alone   cosine with the gradient at the top")
 for i in reversed(range(n_layer + 1)):
     place = str(i - 1) if i else "(start)"
-    print(f"{place:>11s} {with_road[i]:12.2e} {branches_only[i]:16.2e} {alike[i]:20.2f}")
+    print(f"{place:>11s} {whole[i]:12.2e} {branches_only[i]:16.2e} {alike[i]:20.2f}")
 
 fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.4))
 places = np.arange(n_layer + 1) - 0.5
-axes[0].semilogy(places, with_road, "ko-", label="the model")
-axes[0].semilogy(places, branches_only, "s--", color="C3", label="branches alone, no road")
+axes[0].semilogy(places, whole, "ko-", label="the model")
+axes[0].semilogy(places, branches_only, "s--", color="C3", label="branches alone, no residual")
 axes[0].set_ylabel("length of a token's gradient")
 sent_by_mlp = [length(d["mid"] - d["y"]) for d in dvalues_of]
 sent_by_attention = [length(d["x"] - d["mid"]) for d in dvalues_of]
-axes[1].plot(places, with_road, "ko-", label="the stream's gradient")
-axes[1].bar(blocks + 0.17, sent_by_mlp, 0.3, color="C1", label="the MLP's branch adds")
-axes[1].bar(blocks - 0.17, sent_by_attention, 0.3, color="C0", label="the attention's branch adds")
+axes[1].plot(places, whole, "ko-", label="the stream's gradient")
+axes[1].bar(blocks + 0.17, sent_by_mlp, 0.3, color="C1", label="the MLP adds")
+axes[1].bar(blocks - 0.17, sent_by_attention, 0.3, color="C0", label="attention adds")
 for ax, corner in zip(axes, ("lower left", "upper left"), strict=True):
     ax.set(xlabel="block (from the loss on the left, back to the input)")
     ax.invert_xaxis()
     ax.set_axisbelow(True)
     ax.grid(alpha=0.3)
     ax.legend(loc=corner, fontsize=8)
+show(fig, "Without the residual connections the gradient dies on its way back")
 
 # %% [markdown]
-# Read both from left to right. Through the branches alone the gradient gets smaller at almost
-# every block; after six, little is left of it. In a deeper model the first blocks would hardly
-# learn. With the road it arrives at full length, even longer than it started. The cosine shows how
-# it turns on the way: it is a sum of what every block above has added.
+# Read both panels from left to right. Through the branches alone the gradient gets smaller at
+# almost every block; after six, little is left of it. In a deeper model the first blocks would
+# hardly learn. With the residual connections the gradient arrives even longer than it started. The
+# cosine shows how its direction changes on the way: it is a sum of what every block above has
+# added.
 #
 # Why is it so long at the input? A layer norm divides by the standard deviation σ of each token's
 # vector. Its backward pass therefore multiplies by 1/σ [LN.6]. The stream is short at the
-# beginning, where it holds little but an embedding, so that 1/σ is large there. The more the
-# blocks have added, the smaller is the gradient that a layer norm sends back.
+# beginning, where it holds little but an embedding, so 1/σ is large there. The more the blocks have
+# added, the smaller is the gradient that a layer norm sends back.
 
 # %%
 gain = []
@@ -377,8 +413,8 @@ for i, d in enumerate(dvalues_of):
 # %% [markdown]
 # ## Where the weights feel it
 #
-# The gradient of each weight matrix, as its length relative to that of the weights: what a step of
-# gradient descent would change, in proportion.
+# The length of each weight's gradient, relative to the length of the weight itself: the proportion
+# that a step of gradient descent would change.
 
 # %%
 names = ("attn.qkv", "attn.o", "mlp.up", "mlp.down")
@@ -392,16 +428,20 @@ relative = np.array(
         for name in names
     ]
 )
-fig, ax = plt.subplots(figsize=(7, 2.6))
-picture = ax.imshow(relative, cmap="viridis", aspect="auto")
+fig, ax = plt.subplots(figsize=(7, 3))
+ax.imshow(relative, cmap="viridis", norm="log", aspect="auto")
+for (row, column), value in np.ndenumerate(relative):
+    dark = value < np.sqrt(relative.min() * relative.max())
+    ax.text(column, row, f"{value:.3f}", ha="center", va="center", color="w" if dark else "k")
 ax.set_xticks(range(n_layer))
 ax.set_yticks(range(len(names)), names)
-ax.set_xlabel("block")
-_ = fig.colorbar(picture, label="|dW| / |W|")
+ax.set(xlabel="block", title="|dW| / |W|")
+show(fig, "A gradient reaches every weight of every block")
 
 # %% [markdown]
-# The gradient reaches every weight of every block, and nowhere is it lost. This is what the stream
-# is for, and it is why LoRA can be put on any of these matrices.
+# The gradient is lost nowhere. That is what the stream is for, and it is why LoRA can be put on any
+# of these matrices. Why is the number of `attn.o` in block 0 the largest? The gradient of its
+# output is that of `mid`, which is longest in block 0, while the weight is the shortest of its row.
 #
 # ## Claims, asserted
 
@@ -413,20 +453,29 @@ assert min(distance.values()) > 0.1, "a forgotten summand would hardly matter"
 assert max(differences.values()) < 1e-3, "our gradients are not those of loss_and_grads"
 assert abs(float(their_loss) - float(loss_value)) < 1e-5, "the losses differ"
 assert branches_only[0] < 0.1 * branches_only[-1], "the branches alone keep the gradient"
-assert with_road[0] > with_road[-1], "the road does not keep the gradient"
+assert whole[0] > whole[-1], "the residual connections do not keep the gradient"
+lengths = [length(x) for x in stream]
+assert times > 10, "the stream hardly grows"
+assert SMALL or list(np.flatnonzero(np.diff(lengths) < 0)) == [3], "another step back"
 assert gain[0][0] == max(g for g, _ in gain), "the stream is not shortest at the start"
 assert relative.max() < 100 * relative.min(), "some weights hardly get a gradient"
+assert relative[1, 0] == relative.max(), "another weight's gradient is the longest"
+of_mid = [length(d["mid"]) for d in dvalues_of]
+of_weight = [np.linalg.norm(p["attn"]["o"]["w"]) for p in base["blocks"]]
+assert of_mid[0] == max(of_mid) and of_weight[0] == min(of_weight), "it has another cause"
 
 # %% [markdown]
 # ## Exercises
+#
+# [Solutions](../docs/solutions.md), each with what the programs print.
 #
 # 1. In `minilora/gpt2.py`, at the end of `block_backward`, return `dh` in place of `dx + dh`. Run
 #    `python -m pytest tests/network`. The test is
 #    `tests/network/test_network.py::test_the_model_s_gradients_agree_with_central_differences`.
 #    Which parameters does its message name, and why are those of the last block not among them?
-# 2. GPT-2's layer norms stand at the entrance of the branches. The first transformers had them on
-#    the road: $y = \operatorname{LN}(x + \mathrm{branch}(x))$. Change `block_forward` and the two
+# 2. GPT-2's layer norms stand at the entrances of the branches. The first transformers had them on
+#    the stream: $y = \operatorname{LN}(x + \mathrm{branch}(x))$. Change `block_forward` and the two
 #    rules accordingly, check with the table, and look at the picture again with random weights
 #    (`gpt_init`).
-# 3. The cache of which line holds the most numbers? Count them with T = 512. The page on [the
+# 3. Which line's cache holds the most numbers? Count them with T = 512. The page on [the
 #    model](../docs/derivations/model.md) has the answer by formula.

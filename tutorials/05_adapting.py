@@ -5,9 +5,9 @@
 # of its parameters, and by training an adapter of about one per cent of their number. Then we
 # compare what was learned, what it cost, and what was forgotten.
 #
-# The text is the source of the standard library of the Python that runs this page, so nothing is
-# downloaded. Another version of Python has other source, and gives slightly other figures. A token
-# is one byte.
+# The text is the source of the standard library of the Python that runs this tutorial, so nothing
+# is downloaded. Another version of Python has another library, and gives slightly different
+# figures. A token is one byte.
 
 # %%
 import dataclasses
@@ -20,6 +20,7 @@ import numpy as np
 import minilora
 from minilora import tree
 from minilora.data import draw_batch, held_out_batches
+from minilora.figures import show
 from minilora.loss import cross_entropy_forward
 from minilora.optim import adamw, adamw_init, clip_by_global_norm, warmup_cosine
 
@@ -40,12 +41,11 @@ print(f"held out, in other files: {corpus.held_out_bytes:,} bytes")
 # better; a model that knows nothing has $\ln 256 \approx 5.5$.
 #
 # - *New*: pieces of the held-out Python files.
-# - *Old*: what the base itself writes. We give it the beginning of a sentence and let it write
+# - *Old*: what the base itself writes. We give it the beginning of a sentence and let it continue
 #   freely (temperature 1, nothing cut off), so the text comes from the distribution that it has
-#   learned. If an adapted model gives this text a higher loss, it has moved away from what the
-#   base knew. The increase is an estimate of a well-known quantity, the **Kullback–Leibler
-#   divergence** between the two models: the mean of
-#   $\log p_{\text{base}} - \log p_{\text{adapted}}$ over the base's own text.
+#   learned. If an adapted model has a higher loss on this text, it has moved away from what the
+#   base knew. The increase estimates the **Kullback–Leibler divergence** between the two models:
+#   the mean of $\log p_{\text{base}} - \log p_{\text{adapted}}$ over the base's own text.
 
 # %%
 CONTEXT = 32 if SMALL else 128
@@ -83,13 +83,25 @@ print(printable(model.tokenizer.decode(written[0])))
 # ## One loop for both
 #
 # Training repeats five lines: draw a batch, compute the gradients, clip them, find the learning
-# rate of this step, take a step of AdamW. Full fine-tuning and LoRA differ in which tree they hand
-# to these lines: the base or the adapters. That is all that freezing is.
+# rate of this step, take a step of AdamW. Full fine-tuning and LoRA differ in which tree they pass
+# to these lines: the base or the adapters. There is nothing more to freezing.
 #
 # The adapters have rank 2 and sit on all weight matrices of all blocks. Their learning rate is ten
-# times as high, for the factors are small and have farther to go. We also try LoRA at twice that
-# rate. (How the rates were found: the table in [the base's model
+# times as high, because the factors are small and have further to go. We also try LoRA at twice
+# that rate. (How the rates were found: see the table in [the base's model
 # card](../minilora/base/README.md).)
+#
+# **Predict.** LoRA trains about one per cent of the numbers. How long does its training take,
+# compared with full fine-tuning? (a) about one per cent of the time, (b) about a tenth, (c) more
+# than half.
+#
+# <details><summary>Answer</summary>
+#
+# (c) more than half. The forward pass, and the gradients of all activations on the way back, have
+# to be computed all the same. Only the products for the weights' gradients and the optimiser's work
+# are saved.
+#
+# </details>
 
 # %%
 LORA = minilora.LoRAConfig(rank=2, alpha=2.0, targets=("qkv", "o", "up", "down"))
@@ -146,16 +158,17 @@ for name, (_, losses, notes) in runs.items():
 ax.set(xlabel="step", ylabel="loss on Python (nats per byte)")
 ax.set_title("thin lines: the training batches", fontsize=10)
 ax.grid(alpha=0.3)
-_ = ax.legend()
+ax.legend()
+show(fig, "In the same number of steps full fine-tuning learns more than LoRA of rank 2")
 
 # %% [markdown]
-# All fall quickly. In the same number of steps full fine-tuning gets further: it may change every
-# weight, and does not have to squeeze its change into rank 2.
+# All three fall quickly. Full fine-tuning gets further: it may change every weight, and does not
+# have to squeeze its change into rank 2.
 #
 # ## What it costs
 #
 # Each trained number needs room for itself, its gradient, and AdamW's two moments, four bytes
-# each. What has to be stored afterwards is the trained numbers: a whole new model, or a small file
+# each. Only the trained numbers have to be stored afterwards: a whole new model, or a small file
 # beside the old one.
 
 
@@ -172,27 +185,39 @@ for name, numbers in trained.items():
     print(f"{name:15s} {numbers:16,} {share:8.2%} {megabytes:16.1f} MB {seconds[name]:9.1f}")
 
 # %% [markdown]
-# Look at the last column, too. LoRA trains a hundredth of the numbers, but does not take a
-# hundredth of the time: the forward pass, and the gradients of all activations on the way back,
-# have to be computed all the same. Only the products for the weights' gradients and the
-# optimiser's work are saved.
-#
 # ## What was forgotten
 #
-# Each path in the next picture is one training. It starts at the base, on the left. Going right is
-# learning Python, going up is forgetting. Best would be a flat line.
+# Each path in the next picture is one training run. It starts at the base, on the left. To the
+# right the model has learned more Python, further up it has forgotten more. The best path would be
+# a flat line.
+#
+# **Predict.** Compare the two where both have the *same* loss on Python. Which has forgotten less
+# of its old text? (a) full fine-tuning, (b) LoRA, (c) neither.
+#
+# <details><summary>Answer</summary>
+#
+# (b) LoRA, at its usual rate: the end of its path lies below the path of full fine-tuning.
+#
+# </details>
 
 # %%
 fig, ax = plt.subplots(figsize=(6.5, 4.4))
+base_new, base_old = runs["full"][2][0, 1:]
 for name, (*_, notes) in runs.items():
-    ax.plot(notes[:, 1], notes[:, 2], "o-", color=COLOURS[name], markersize=4, label=name)
-    ax.annotate(f"{STEPS} steps", notes[-1, 1:], xytext=(5, -3), textcoords="offset points")
-ax.annotate("base", runs["full"][2][0, 1:], xytext=(-4, 6), textcoords="offset points")
-ax.invert_xaxis()
-ax.set(xlabel="loss on Python →  lower is better", ylabel="loss on the base's own text")
-ax.margins(x=0.12)
+    learned, forgotten = base_new - notes[:, 1], notes[:, 2] - base_old
+    ax.plot(learned, forgotten, "o-", color=COLOURS[name], markersize=4, label=name)
+    ax.annotate(
+        f"{STEPS} steps", (learned[-1], forgotten[-1]), xytext=(5, -3), textcoords="offset points"
+    )
+ax.annotate("base", (0, 0), xytext=(8, -5), textcoords="offset points")
+ax.set(
+    xlabel="learned: how far the loss on Python fell",
+    ylabel="forgotten: how far the loss\non the base's own text rose",
+)
+ax.margins(x=0.15)
 ax.grid(alpha=0.3)
-_ = ax.legend()
+ax.legend()
+show(fig, "Having learned as much Python, LoRA at its usual rate has forgotten less")
 
 # %%
 before_new, before_old = runs["full"][2][0, 1:]
@@ -203,17 +228,17 @@ for name, (*_, notes) in runs.items():
     print(f"{name:15s} {new:10.3f} {old:17.3f} {old - before_old:11.3f}")
 
 # %% [markdown]
-# LoRA has learned less than full fine-tuning, and forgotten less. Part of this is one and the same
-# thing: whoever moves less forgets less. So compare the ends of LoRA's paths with the path of full
-# fine-tuning at the *same* loss on Python. They lie lower. Biderman et al. (2024) found this in
-# large models and made it their title: *LoRA Learns Less and Forgets Less*.
+# LoRA has learned less than full fine-tuning, and forgotten less. In part these are one and the
+# same: a model that changes less forgets less. That is why the picture compares them at the same
+# loss on Python. Biderman et al. (2024) found the same in large models and made it their title:
+# *LoRA Learns Less and Forgets Less*.
 #
 # But it is no law. At twice the rate LoRA learns hardly more, and forgets more. A low rank limits
-# the kind of change, not its size. How much is forgotten has to be measured, with the settings
-# that one uses.
+# the kind of change, not its size. How much is forgotten has to be measured, with the settings that
+# are used.
 #
-# One difference remains whatever the rate. LoRA did not touch the base: take the adapter away, and
-# the old model is back, bit for bit. After full fine-tuning what was forgotten is gone.
+# One difference remains whatever the rate. LoRA did not touch the base: remove the adapter, and the
+# old model is back, bit for bit. After full fine-tuning, what was forgotten is gone.
 
 # %%
 lora_model, *_ = runs["LoRA"]
@@ -225,8 +250,8 @@ print(f"its loss on the old text with the adapter off: {mean_loss(off, old_text)
 # %% [markdown]
 # ## Read it
 #
-# What does each model write? One prompt from the new domain, one from the old. The same random
-# numbers for all.
+# What does each model write? We use one prompt from the new domain and one from the old, and the
+# same random numbers for all.
 
 # %%
 print(f"bytes of Python read: {STEPS * BATCH * CONTEXT:,}\n")
@@ -238,9 +263,8 @@ for prompt in ("    def get_", "She was so much "):
         print(f"--- {name} ---\n{printable(texts[prompt, name].rstrip())}\n")
 
 # %% [markdown]
-# This is a very small model after very few steps. Still, names with underscores, brackets and
-# indentation have come. Now look at the prose of the adapted models, and how far Python has crept
-# into it.
+# This is a very small model after very few steps. Still, it has picked up underscores, brackets and
+# indentation. Now look at the prose of the adapted models, and how far Python has crept into it.
 #
 # ## Claims, asserted
 
@@ -264,13 +288,15 @@ if not SMALL:
 # %% [markdown]
 # ## Exercises
 #
+# [Solutions](../docs/solutions.md), each with what the programs print.
+#
 # 1. Half the new batches, half the old: mix the base's own text into training (draw some rows from
 #    `written`). How does the path of full fine-tuning change? This is called rehearsal.
 # 2. Let LoRA's rank be 8, or its targets only `("qkv",)`. Do the paths differ, or do they only go
 #    further along the same one?
 # 3. Use text of your own: `minilora.load_corpus("my_file.txt", model.tokenizer)`. The same from
 #    the command line is `minilora adapt my_file.txt --out my-adapter`.
-# 4. Freezing that is none: ask for `Plan(base=True, lora=True)` and let AdamW change both trees.
-#    What does `untouched` say then, and how do the paths look? In minilora the test
+# 4. Freeze nothing: ask for `Plan(base=True, lora=True)` and let AdamW change both trees. What does
+#    `untouched` say then, and how do the paths look? In minilora the test
 #    `test_adapters_train_and_the_base_keeps_its_bits` in `tests/training/test_train.py` notices
 #    such a mistake.

@@ -3,8 +3,8 @@
 #
 # An adapter is a small change of a large model. Because it is kept apart, you can do three things
 # with it after training: **merge** it into the weights, **switch** it for another one, and **mix**
-# several of them. All three are a line of linear algebra. One of them has a trap, and we shall fall
-# into it on purpose.
+# several of them. Each is a line of linear algebra. One of them has a trap, and we shall fall into
+# it on purpose.
 #
 # The weight is $W$ (I, O), with rows as inputs: $y = xW$. An adapter adds $\Delta W = sAB$, where
 # $A$ is (I, R), $B$ is (R, O), $R$ is the rank and $s$ a constant, the scale.
@@ -20,6 +20,7 @@ import numpy as np
 import minilora
 from minilora.adapters import adapters
 from minilora.data import draw_batch
+from minilora.figures import show
 from minilora.loss import cross_entropy_forward
 from minilora.mixing import mix
 from minilora.tree import flatten, map_leaves, nbytes
@@ -31,8 +32,8 @@ plt.rcParams.update({"figure.facecolor": "white", "figure.constrained_layout.use
 # ## Two adapters on one base
 #
 # The base that comes with minilora has read English prose. We train two adapters on it: one on
-# Python's source (the standard library of the Python that runs this page), one on the text of
-# Python's reference manual, which is inside the standard library too. A token is one byte.
+# Python source (the standard library of the Python that runs this tutorial), one on the text of
+# Python's reference manual, which is part of the standard library too. A token is one byte.
 
 # %%
 base = minilora.load_model()
@@ -63,7 +64,7 @@ second = trained_on(manual, seed=1)
 # ## Switching costs nothing
 #
 # `with_adapter` makes another model on the same base. It copies no weight: both models hold the
-# very same arrays. So you can keep one base in memory and a hundred adapters beside it.
+# same arrays. So you can keep one base in memory and a hundred adapters beside it.
 
 # %%
 writes_source = base.with_adapter(first, LORA)
@@ -105,8 +106,8 @@ for name, pair in [("base", of_base), ("source adapter", of_first), ("manual ada
 # weight once, $W' = W + sAB$ [LORA.10], and the adapted model then costs what the base costs.
 #
 # In real numbers both sides are equal. In floating point they are not quite: each $W'_{ij}$ is
-# rounded to the numbers that the format has. Let us see how much that changes. The same merge, kept
-# in three formats; the model is always evaluated in float64, so that only the weights' rounding
+# rounded to a number that the format has. How much does that change? We keep the same merge in
+# three formats; the model is always evaluated in float64, so that only the rounding of the weights
 # shows.
 
 
@@ -130,10 +131,10 @@ for dtype, error in zip(FORMATS, errors, strict=True):
     print(f"merged and kept in {np.dtype(dtype)}: the logits differ by at most {error:.1e}")
 
 # %% [markdown]
-# Each format gives what its digits allow. float16 is good enough here, but look closer at what
-# happens inside. Near a weight $W_{ij}$ the numbers of a format have a certain spacing, and an
-# update of less than half of it disappears when the sum is rounded. The histogram compares each
-# entry of the update with the spacing of float16 at its weight. What lies left of the line is lost.
+# The difference is what the digits of each format allow. float16 is good enough here, but look
+# closer. Near a weight $W_{ij}$ the numbers of a format have a certain spacing, and an update of
+# less than half of it disappears when the sum is rounded. The histogram compares each entry of the
+# update with the spacing of float16 at its weight. What lies left of the line is lost.
 
 # %%
 path = "blocks.0.attn.qkv"
@@ -148,15 +149,25 @@ figure, axes = plt.subplots(figsize=(6.5, 3.2))
 axes.hist(ratio.ravel(), bins=120, range=(-6, 16), color="#6baed6")
 axes.axvline(-1, color="#d94801")
 axes.set(xlabel="log2 of |update| / spacing of float16 at the weight", ylabel="entries")
-axes.set_title(f"{path}: {vanished:.1%} of the update's entries vanish in float16")
+show(figure, f"{path}: {vanished:.1%} of the update's entries vanish in float16")
 print(f"{vanished:.1%} of the entries of one update vanish in float16")
 
 # %% [markdown]
 # ## Unmerging does not give the base back
 #
-# Since merging rounds, subtracting the update again need not end where we began. Watch the
-# difference from the base after a merge and an unmerge. (The base's file is float16; we add a
-# little noise to its weights so that they use all digits of float32, as most weights do.)
+# We merge an update, subtract it again, and compare the result with the base. (The base's file is
+# float16; we add a little noise to its weights so that they use all digits of float32, as most
+# weights do.)
+#
+# **Predict.** How many of the float32 weights come back different? (a) none, (b) about one in a
+# million, (c) about one in ten.
+#
+# <details><summary>Answer</summary>
+#
+# (c) about one in ten, as printed below: each of the two sums is rounded. The changes are tiny, but
+# the bits differ.
+#
+# </details>
 
 
 # %%
@@ -182,9 +193,9 @@ for dtype, (share, worst) in unmerged.items():
     print(f"{np.dtype(dtype)}: {share:.1%} of the weights changed, by at most {worst:.1e}")
 
 # %% [markdown]
-# So keep the base, and never unmerge to get it back. In minilora `merge` is a pure function: it
-# returns new weights and leaves the old ones alone. (A merge that works in place invites a worse
-# mistake, merging twice; it is in the bug zoo, `tutorials/09_bug_zoo.py`.)
+# So keep the base, and do not rely on unmerging to get it back. In minilora `merge` is a pure
+# function: it returns new weights and leaves the old ones alone. (A merge that works in place
+# invites a worse mistake, merging twice; it is in the bug zoo, `tutorials/09_bug_zoo.py`.)
 #
 # ## Mixing: half of each
 #
@@ -192,20 +203,31 @@ for dtype, (share, worst) in unmerged.items():
 #
 # $$\Delta = w_1 s A_1 B_1 + w_2 s A_2 B_2 .$$
 #
-# The tempting way is to average the factors, $A = w_1 A_1 + w_2 A_2$ and $B = w_1 B_1 + w_2 B_2$:
-# the shapes fit, and the rank stays what it was. But multiply it out:
+# It is tempting to average the factors, $A = w_1 A_1 + w_2 A_2$ and $B = w_1 B_1 + w_2 B_2$: the
+# shapes fit, and the rank stays what it was.
+#
+# **Predict.** With $w_1 = w_2 = 1/2$, which share of $s A_1 B_1$ is in the product of the averaged
+# factors? (a) a half, as wanted, (b) a quarter, (c) all of it.
+#
+# <details><summary>Answer</summary>
+#
+# (b) a quarter. Multiply it out:
 #
 # $$AB = w_1^2 A_1 B_1 + w_2^2 A_2 B_2 + w_1 w_2 \, (A_1 B_2 + A_2 B_1) .$$
 #
-# The wanted terms shrank, and two **cross terms** appeared. $A_1$ reads directions of the input for
-# $B_1$ to write; nobody ever trained $B_2$ to do something sensible with them.
+# The wanted terms have shrunk to $w^2$, and two **cross terms** have appeared.
+#
+# </details>
+#
+# In a cross term, $A_1$ reads directions of the input that $B_1$ was trained to use, and $B_2$ was
+# not.
 #
 # The exact way is to put the factors side by side:
 #
 # $$\begin{pmatrix} A_1 & A_2 \end{pmatrix}
 # \begin{pmatrix} w_1 s B_1 \\ w_2 s B_2 \end{pmatrix} = w_1 s A_1 B_1 + w_2 s A_2 B_2 .$$
 #
-# That is one adapter, of rank $2R$. `minilora.mixing.mix` does it, for any number of adapters
+# This is one adapter, of rank $2R$. `minilora.mixing.mix` does it for any number of adapters
 # (`docs/mixing.md`).
 
 
@@ -240,8 +262,8 @@ print(f"half of each, by concatenation: off by {off_exact:.1e}")
 print(f"half of each, by averaging:     off by {off_averaged:.1%}")
 
 # %% [markdown]
-# Here are the four products of the two adapters at one weight, a corner of it. The wanted update is
-# the mean of the two on the diagonal. Averaging the factors gives the mean of all four.
+# Here are the four products of the two adapters in a corner of one weight. The wanted update is the
+# mean of the two on the diagonal. Averaging the factors gives the mean of all four.
 
 # %%
 path = "blocks.0.mlp.up"
@@ -257,11 +279,22 @@ for i in range(2):
         length = np.linalg.norm(products[i][j])
         grid[i, j].set_title(f"$s A_{i + 1} B_{j + 1}$: {kind}, length {length:.2f}", fontsize=10)
         grid[i, j].set(xticks=[], yticks=[])
-_ = figure.colorbar(picture, ax=grid, shrink=0.6)
+figure.colorbar(picture, ax=grid, shrink=0.6)
+show(figure, "Averaging the factors adds cross terms that nothing was trained for")
 
 # %% [markdown]
-# What does it do to the model? We turn the weight $w_1$ from 0 (manual only) to 1 (source only) and
-# follow the two losses. Each point is a model. Down and left is better.
+# What does that do to the model? We vary the weight $w_1$ from 0 (manual only) to 1 (source only)
+# and follow the two losses. Each point is a model; lower and further left is better.
+#
+# **Predict.** Take half of each adapter. Which mixture has the lower sum of both losses? (a) the
+# exact one, (b) that of the averaged factors, (c) they are equal.
+#
+# <details><summary>Answer</summary>
+#
+# (a) the exact one. It is better on the manual than the source adapter, and better on source
+# than the manual adapter. The averaged factors take a detour through worse models.
+#
+# </details>
 
 # %%
 WEIGHTS = np.linspace(0, 1, 3 if SMALL else 5)
@@ -280,6 +313,7 @@ for name, point in names.items():
 axes.set(xlabel="loss on source (nats per byte)", ylabel="loss on manual (nats per byte)")
 axes.margins(x=0.2, y=0.1)
 axes.legend()
+show(figure, "The exact mixture keeps some of both; averaged factors take a detour")
 
 middle = len(WEIGHTS) // 2
 print("half of each  on source   on manual")
@@ -287,9 +321,7 @@ for name, points in paths.items():
     print(f"{name:13} {points[middle][0]:9.3f} {points[middle][1]:11.3f}")
 
 # %% [markdown]
-# The exact mixture moves on a curve that bends towards the good corner: half of each is better on
-# the manual than the source adapter, and better on source than the manual adapter. The averaged one
-# takes a detour through worse models.
+# The exact mixture moves along a curve that bends towards the good corner.
 #
 # ## What to remember
 #
@@ -298,6 +330,8 @@ for name, points in paths.items():
 # - Mix updates, not factors: the product of two means is not the mean of the products.
 #
 # ## Exercises
+#
+# [Solutions](../docs/solutions.md), each with what the programs print.
 #
 # 1. Train the second adapter with `seed=0`, so that both start from the same $A$. Is averaging less
 #    wrong now? Why? (Put $A_1 = A_2$ into the formula above.)
@@ -311,7 +345,8 @@ assert of_first[0] < of_base[0] and of_second[1] < of_base[1], "an adapter learn
 assert of_first[0] < of_second[0] and of_second[1] < of_first[1], "each is best at home"
 assert errors[0] < 1e-9 < errors[1] < 1e-4 < errors[2] < 1.0, "merging is exact up to rounding"
 assert 0 < vanished < 0.5, "some of the update vanishes in float16"
-assert unmerged[np.float32][0] > 0 and unmerged[np.float32][1] < 1e-6, "float32 comes back nearly"
+assert unmerged[np.float32][0] > (0.01 if SMALL else 0.05), "float32 comes back"
+assert unmerged[np.float32][1] < 1e-6, "float32 comes back wrong"
 assert unmerged[np.float16][0] > 0 and unmerged[np.float16][1] < 1e-2, "float16 less so"
 assert off_exact < 1e-6, "concatenation is exact"
 assert off_averaged > 0.3, "averaging the factors is another update"

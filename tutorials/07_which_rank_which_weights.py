@@ -1,12 +1,13 @@
 # %% [markdown]
 # # Which rank, and which weights?
 #
-# LoRA asks you for two choices: the rank $R$ of the update, and the weights that get one. Section 7
+# LoRA leaves you two choices: the rank $R$ of the update, and the weights that get one. Section 7
 # of the paper (Hu et al. 2021) looks for answers with GPT-3, and asks what the learned updates look
 # like. We repeat its experiments in miniature, with the base that comes with minilora, in a minute.
 #
-# Small experiments are noisy, and small models are not large ones. So two rules: we run everything
-# with two seeds and show both, and whenever we see structure we ask what chance would give.
+# Small experiments are noisy, and small models are not large ones. Hence two rules: we run
+# everything with two seeds and show both, and whenever we see structure we ask what chance alone
+# would give.
 
 # %%
 import os
@@ -17,6 +18,7 @@ import numpy as np
 import minilora
 from minilora.adapters import adapters, weight_of
 from minilora.data import draw_batch
+from minilora.figures import show
 from minilora.loss import cross_entropy_forward
 from minilora.tree import count, flatten
 
@@ -33,7 +35,7 @@ STEPS, WINDOWS, SEEDS = (2, 2, (0, 1)) if SMALL else (40, 48, (0, 1))
 # The base has read English prose and now learns Python, in a few seconds of training. The result is
 # one number: the loss in nats per byte on files of the standard library that were held out. It is
 # always measured on the same windows, and runs with the same seed see the same batches. Much of the
-# noise is therefore common to the runs, and drops out when we compare them.
+# noise is therefore common to the runs, and cancels when we compare them.
 
 # %%
 WINDOWS_OF_TEXT = draw_batch(
@@ -71,6 +73,17 @@ print(f"the base, before: {before:.3f} nats per byte")
 # The paper adapts the query and value projections, `q` and `v`, and finds that rank 1 is nearly as
 # good as rank 64. Its adapters are scaled by $s = \alpha / R$ with a fixed $\alpha$. We do the same
 # with $\alpha = 8$; and once more with $\alpha = R$, so that $s = 1$, which looks harmless.
+#
+# **Predict.** With a fixed $\alpha$, how much of the gain of rank 64 does rank 1 reach? (a) about a
+# tenth, (b) about a half, (c) more than four fifths.
+#
+# <details><summary>Answer</summary>
+#
+# (c) more than four fifths: one direction per weight does nearly all of the work. With
+# $\alpha = R$ the same experiment gives a lower share, for a reason that has nothing to do with
+# rank; see below.
+#
+# </details>
 
 # %%
 RANKS = (1, 8, 64)
@@ -98,6 +111,7 @@ for name, alpha_of in CHOICES.items():
 axes.set_xscale("log", base=2)
 axes.set(xlabel="rank of the adapters on q and v", ylabel="held-out loss (nats per byte)")
 axes.legend()
+show(figure, "Whether the rank matters depends on what is held fixed: alpha, or the scale")
 
 print("rank          " + "".join(f"{rank:8d}" for rank in RANKS))
 for name, alpha_of in CHOICES.items():
@@ -115,23 +129,33 @@ flat, steep = share_of_gain(CHOICES["alpha = 8"]), share_of_gain(CHOICES["alpha 
 print(f"rank 1 gains, of what rank 64 gains: {flat:.0%} with alpha = 8, {steep:.0%} with alpha = R")
 
 # %% [markdown]
-# Two answers to one question. With a fixed $\alpha$ the curve is nearly flat: one direction per
-# weight does nearly all of the work, as in the paper. With $\alpha = R$ the rank seems to matter a
-# lot. But look at what we changed. Adam moves every entry of $A$ and $B$ by about the learning
-# rate, whatever the scale. So with $s = 1$ an update of rank 64, a sum of 64 such products, moves
-# much further in a step than one of rank 1, and over so few steps the longer ones win. We did not
-# compare ranks; we compared learning rates.
+# We have two answers to one question. With a fixed $\alpha$ the curve is nearly flat, as in the
+# paper. With $\alpha = R$ the rank seems to matter a lot. But look at what we changed. Adam moves
+# every entry of $A$ and $B$ by about the learning rate, whatever the scale. So with $s = 1$ an
+# update of rank 64, a sum of 64 such products, moves much further in a step than one of rank 1, and
+# over so few steps the one that moves further wins. We did not compare ranks; we compared learning
+# rates.
 #
 # The lesson about experiments: *say what was held fixed*. The lesson about LoRA is why there is an
-# $\alpha / R$ at all (Hu et al., §4.1): it lets you change the rank without looking for a learning
-# rate again, at least roughly.
+# $\alpha / R$ at all (Hu et al., §4.1): it lets you change the rank without searching for a
+# learning rate again, at least roughly.
 #
 # ## Which weights?
 #
 # Now the number of trained parameters is fixed, and only the place changes. An adapter of rank $R$
-# on an (I, O) weight has $R(I + O)$ of them. So one weight gets a high rank, or many weights a low
-# one. We take $s = 1$ throughout. As we just saw, that favours high ranks: here, the adapters that
-# sit on one weight only.
+# on an (I, O) weight has $R(I + O)$ parameters. So one weight gets a high rank, or many weights get
+# a low one. We take $s = 1$ throughout. As we just saw, that favours high ranks: here, the adapters
+# that sit on one weight only.
+#
+# **Predict.** Which use of the same budget learns the most? (a) rank 16 on `q`, (b) rank 8 on `q`
+# and `v`, (c) rank 2 on every weight.
+#
+# <details><summary>Answer</summary>
+#
+# (c) rank 2 on every weight, although the scale favours the others. The MLP's weights, `up` and
+# `down`, are where a small model that changes from prose to code has most to learn.
+#
+# </details>
 
 # %%
 PLACES = {
@@ -160,22 +184,22 @@ for i, name in enumerate(PLACES):
 axes.set_yticks(range(len(PLACES)), list(PLACES))
 axes.invert_yaxis()
 axes.set(xlabel="gain over the base (nats per byte); dots are the seeds")
-_ = axes.set_title(f"the same {sizes['q, R=16']:,} parameters, in other places")
+axes.set_title(f"{sizes['q, R=16']:,} parameters in each case")
+show(figure, "At an equal budget, a low rank on every weight beats a high rank on one")
 
 # %% [markdown]
-# Of these, `q` alone is the worst use of the budget. (In the paper's table 5 only `k` alone is
-# worse, which we did not run.) Between `v`, `q v` and `q k v o` the seeds hardly let us choose,
-# although the high ranks had the advantage of longer steps. The last line is beyond the paper's
-# table, which adapts attention only: the MLP's weights, `up` and `down`, are where a small model
-# that changes from prose to code has most to learn. It is the best of these, at the lowest rank.
+# Of these, `q` alone is the worst use of the budget. (In the paper's table 5 only `k` alone, which
+# we did not run, is worse.) Between `v`, `q v` and `q k v o` the seeds hardly let us choose,
+# although the high ranks had the advantage of longer steps. The last line goes beyond the paper's
+# table, which adapts attention only. It is the best of all, at the lowest rank.
 #
 # ## What does an update look like?
 #
 # LoRA bets that a low rank is enough for the update $\Delta W$ of a weight. Full fine-tuning is
-# free to do anything. Does it make updates like that? We train the whole base for a moment and look
-# at the singular values $\sigma_1 \ge \sigma_2 \ge \dots$ of its $\Delta W$. The share
-# $\sum_{i \le k} \sigma_i^2 / \sum_i \sigma_i^2$ says how much of $\Delta W$ its best approximation
-# of rank $k$ holds. A random matrix gives the baseline.
+# free to make any update. Does it make one of low rank? We train the whole base for a few steps and
+# look at the singular values $\sigma_1 \ge \sigma_2 \ge \dots$ of its $\Delta W$. The share
+# $\sum_{i \le k} \sigma_i^2 / \sum_i \sigma_i^2$ says how much of $\Delta W$ its best
+# approximation of rank $k$ holds. A random matrix gives the baseline.
 
 # %%
 whole, _ = minilora.adapt(
@@ -222,29 +246,39 @@ for name, values in shares.items():
 axes.set_xscale("log", base=2)
 axes.set(xlabel="rank k", ylabel="share of ΔW held by rank k", ylim=(0, 1.02))
 axes.legend(fontsize=9)
+show(figure, "A few directions hold much of a full update, and nearly all of LoRA's")
 for name, values in shares.items():
     print(f"{name:20} rank 8 of {WIDTH} holds {values[7]:.0%}")
 
 # %% [markdown]
 # The full update is not of low rank in the strict sense: the curve keeps rising. But a few
-# directions hold a large share of it, several times what a random matrix gives. That is the sense
-# in which the bet is a good one. And LoRA uses hardly any of its 64 directions. (The paper finds
-# that $\Delta W_q$ has a higher rank than $\Delta W_v$. If so, the solid lines run below the dashed
-# ones. But the paper's own measure is another, and comes next.)
+# directions hold a large share of it, several times as much as in a random matrix. That is the
+# sense in which the bet is a good one. And LoRA uses hardly any of its 64 directions. (The paper
+# finds that $\Delta W_q$ has a higher rank than $\Delta W_v$. If so, the solid lines run below the
+# dashed ones. But the paper measures this in another way, which comes next.)
 #
 # ## Do two trainings find the same directions?
 #
 # Take the adapters of rank 8 and of rank 64. Are the directions of the small one among those of the
 # large one? The columns of $A$ span the inputs that an adapter reads. Let $U_8$ hold the
-# left-singular vectors of the first $A$, the strongest first, and $U_{64}$ those of the second. The
-# paper measures how much of the span of the first $i$ lies in the span of the first $j$ by
+# left-singular vectors of the first adapter's $A$, the strongest first, and $U_{64}$ those of the
+# second. The paper measures how much of the span of the first $i$ lies in the span of the first $j$
+# by
 #
 # $$\varphi(i, j) = \frac{\lVert U_{8,\,1..i}^\top \, U_{64,\,1..j} \rVert_F^2}{\min(i, j)},$$
 #
 # where $\lVert M \rVert_F$ is the root of the sum of all squared entries of $M$. It is 1 when one
-# span contains the other and 0 when they are orthogonal. Two *random* spaces of dimensions $i$ and
-# $j$ in $d$ dimensions already have $\max(i, j) / d$ on average: with $j = 64$ and $d = 256$ that
-# is a quarter! No picture of $\varphi$ means anything without this baseline beside it.
+# span contains the other and 0 when they are orthogonal.
+#
+# **Predict.** Take two *random* spaces, of dimensions $i = 8$ and $j = 64$, in $d = 256$
+# dimensions. What is $\varphi$ on average? (a) 0, (b) 1/4, (c) 1/2.
+#
+# <details><summary>Answer</summary>
+#
+# (b) 1/4: it is $\max(i, j) / d$, here 64 / 256. A picture of $\varphi$ means nothing without this
+# baseline; the one below shows the difference from it.
+#
+# </details>
 
 
 # %%
@@ -278,21 +312,24 @@ PAIRS = {
 phi = {f"{t}: {name}": mean_similarity(pair, t) for name, pair in PAIRS.items() for t in "qv"}
 chance = np.mean([similarity(random_space(8), random_space(64)) for _ in range(BLOCKS)], axis=0)
 i, j = np.meshgrid(np.arange(1, 9), np.arange(1, 65), indexing="ij")
-pictures = {**phi, "two random spaces": chance, "max(i, j) / d": np.maximum(i, j) / WIDTH}
+pictures = {**phi, "two random spaces": chance}
+baseline = np.maximum(i, j) / WIDTH
 
-figure, grid = plt.subplots(4, 2, figsize=(9, 6), sharex=True)
-for axes, (name, values) in zip(grid.flat, pictures.items(), strict=True):
+figure, grid = plt.subplots(4, 2, figsize=(9, 6.4), sharex=True)
+for axes, (name, values) in zip(grid.flat, pictures.items(), strict=False):
     picture = axes.imshow(
-        values, vmin=0, vmax=1, aspect="auto", extent=(0.5, 64.5, 8.5, 0.5), cmap="magma"
+        values - baseline, vmin=-1, vmax=1, aspect="auto", extent=(0.5, 64.5, 8.5, 0.5), cmap="RdBu"
     )
     axes.set_title(name, fontsize=10)
     axes.set(ylabel="i", yticks=[1, 8])
 for axes in grid[-1]:
     axes.set_xlabel("j")
-figure.colorbar(picture, ax=grid, shrink=0.5, label="φ(i, j)")
+grid[-1, -1].set_axis_off()
+figure.colorbar(picture, ax=grid, shrink=0.5, label="φ(i, j) less max(i, j) / d")
+show(figure, "A few strongest directions overlap far more than by chance (blue)")
 
 print("phi at i, j:                       1, 1      1, 8      8, 8     8, 64")
-for name, values in pictures.items():
+for name, values in {**pictures, "max(i, j) / d": baseline}.items():
     at = [values[0, 0], values[0, 7], values[7, 7], values[7, 63]]
     print(f"{name:30}" + "".join(f"{x:10.3f}" for x in at))
 
@@ -302,13 +339,13 @@ for t, values in shared.items():
     print(f"{t:30}" + "".join(f"{x:10.3f}" for x in values))
 
 # %% [markdown]
-# The bright corner is real: the strongest directions overlap far more than chance, between ranks
-# and between seeds. And the right edge is baseline for a good part. So training finds a few
-# directions again and again, and the rest of the 64 are close to the random start of $A$.
+# The strongest directions overlap far more than by chance, between ranks and between seeds, and the
+# two random spaces show no colour at all. So training finds a few directions again and again, and
+# the rest of the 64 are close to the random start of $A$.
 #
-# The paper sees the same in GPT-3, where the top direction of rank 8 and of rank 64 overlap by more
-# than one half. But compare the first row with the second: the same two ranks agree less when they
-# did not read the same batches. Part of what they have in common is the text they happened to see.
+# The paper sees the same in GPT-3, where the top directions of rank 8 and of rank 64 overlap by
+# more than one half. But compare the first row with the second: the same two ranks agree less when
+# they did not read the same batches. Part of what they share is the text that they happened to see.
 #
 # ## Does the update repeat the weight, or amplify something else?
 #
@@ -360,17 +397,18 @@ for shift, (name, values, colour) in enumerate(
 axes.set_xticks(x, [f"{t}{block}" for t in "qv" for block in range(BLOCKS)])
 axes.set_yscale("log")
 axes.set(xlabel="weight and block", ylabel="‖UᵀWV‖, how much of W is there")
-_ = axes.legend(fontsize=9, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
+axes.legend(fontsize=9, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
+show(figure, "An update acts where W is stronger than at random, not where it is strongest")
 
 # %% [markdown]
-# The bar of the update stands between the two others (mind the logarithmic axis). The update is
-# related to $W$: it acts where $W$ has more than in random directions. But it does not repeat what
-# $W$ does most; it strengthens directions that the base has and does not emphasise. That is the
-# paper's conclusion, and it holds here.
+# The bar of the update stands between the two others, with few exceptions (note the logarithmic
+# axis). The update is related to $W$: it acts where $W$ has more than in random directions. But it
+# does not repeat what $W$ does most; it strengthens directions that the base has and does not
+# emphasise. That is the paper's conclusion, and it holds here.
 #
-# One warning, though. The amplification factor by itself shows nothing: a *random* update of the
-# same length would have an even larger one, since random directions hold so little of $W$. It is
-# the middle bar between its two baselines that carries the argument.
+# The amplification factor by itself shows nothing: a *random* update of the same length would have
+# an even larger one, since random directions hold so little of $W$. The argument rests on the
+# middle bar between its two baselines.
 #
 # ## What to remember
 #
@@ -380,6 +418,8 @@ _ = axes.legend(fontsize=9, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1)
 # - Trainings agree on a few directions, and on little else. Compare with chance, always.
 #
 # ## Exercises
+#
+# [Solutions](../docs/solutions.md), each with what the programs print.
 #
 # 1. Give rank 1 a learning rate of its own: $\alpha = R = 1$ and `lr=4e-2`. Now the same with rank
 #    64. Which of them is more sensitive, and why?

@@ -3,7 +3,7 @@
 #
 # How much memory and how much work does it take to adapt a model, and how much of it does LoRA
 # save? All of this can be calculated before anything runs. We do so for models from a toy to GPT-3,
-# and where a machine at hand can check the formula, we check it.
+# and check the formulas wherever the machine at hand can.
 #
 # The letters: a model has `n_layer` blocks of width $C$; a weight is (I, O), an adapter of rank $R$
 # has $A$ (I, R) and $B$ (R, O). A step reads $N$ tokens.
@@ -20,6 +20,7 @@ from threadpoolctl import threadpool_limits
 from minilora.adapters import LoRAConfig, lora_init
 from minilora.bench.budget import SHAPES, Step, figures_of, flops, ledger, peaks
 from minilora.bench.profile import profiling
+from minilora.figures import show
 from minilora.gpt2 import gpt_init
 from minilora.keep import Plan
 from minilora.network import Net, loss_and_grads
@@ -33,9 +34,20 @@ LORA_BLUE, FULL_RED = "#2171b5", "#d94801"
 # ## Parameters
 #
 # One adapter has $R(I + O)$ numbers, its weight $IO$. In GPT-2's architecture a block has about
-# $12 C^2$ numbers. With adapters on the projections `q` and `v`, as in the paper, there are $4RC$
-# for each block. So the share that is trained is about $R / 3C$: *the wider the model, the smaller
-# the share*. That is why the famous "10,000 times fewer" needs a model as wide as GPT-3.
+# $12 C^2$ numbers. With adapters on the projections `q` and `v`, as in the paper, it has $4RC$
+# more. So the share that is trained is about $R / 3C$: *the wider the model, the smaller the
+# share*.
+#
+# **Predict.** The paper's "10,000 times fewer trainable parameters" is for GPT-3 and rank 4. What
+# is it for GPT-2 small, 16 times narrower, with the same adapters? (a) also about 10,000, (b)
+# fewer than 1,000, (c) more than 100,000.
+#
+# <details><summary>Answer</summary>
+#
+# (b) fewer than 1,000: 844. The quotient grows with the width, so the famous figure needs a model
+# as wide as GPT-3.
+#
+# </details>
 
 # %%
 PAPER = LoRAConfig(rank=4, targets=("q", "v"))
@@ -51,7 +63,7 @@ for name, sizes in MODELS.items():
     print(f"{name:12} {sizes.n_embd:7} {full:18,} {lora:10,} {full / lora:13,.0f}")
 
 # %% [markdown]
-# The last line is the paper's "18.8M" (cut, not rounded): 96 blocks of two adapters with
+# The last line is the paper's "18.8M" (truncated, not rounded): 96 blocks of two adapters with
 # $2 \cdot 4 \cdot 12{,}288$ numbers each. Its "4.7M" is the same with rank 1. A formula is worth
 # little until somebody has counted; for the smallest model we can.
 
@@ -72,17 +84,18 @@ for width, (name, (full, _)) in zip(widths, counts.items(), strict=True):
     if name in ("tiny", "gpt2", "gpt2-xl", "gpt3"):
         axes.annotate(name, (width, full), textcoords="offset points", xytext=(-4, 7), ha="right")
 axes.margins(0.15)
-_ = axes.legend(loc="lower right")
+axes.legend(loc="lower right")
+show(figure, "The wider the model, the smaller the share that LoRA trains")
 
 # %% [markdown]
-# ## Memory, the part that lasts
+# ## Memory that lasts
 #
 # A frozen number is stored once. A trained one comes with three more: its gradient, and AdamW's two
-# running means. In float32 that is 4 bytes against 16. Since LoRA trains next to nothing, all that
-# remains of the 16 is the 4.
+# running means. In float32 that is 4 bytes against 16. Since LoRA trains next to nothing, only 4 of
+# the 16 remain.
 #
-# What does that say of the paper's figures for GPT-3, 1.2 TB of memory for full fine-tuning and 350
-# GB with LoRA? In float16 a number takes 2 bytes.
+# What does that say about the paper's figures for GPT-3, 1.2 TB of memory for full fine-tuning and
+# 350 GB with LoRA? In float16 a number takes 2 bytes.
 
 # %%
 gpt3 = figures_of(Step(SHAPES["gpt3"], PAPER, batch=1, context=2048, dtype="float16"))
@@ -102,23 +115,34 @@ figure, axes = plt.subplots(figsize=(7.5, 2.8))
 for i, (name, size) in enumerate(RECIPES.items()):
     axes.barh(i, size / 1e12, color=FULL_RED if name.startswith("full") else LORA_BLUE)
 axes.axvline(1.2, color="black", linestyle="--")
-axes.annotate("the paper's 1.2 TB", (1.2, -0.3), textcoords="offset points", xytext=(5, 0))
+axes.annotate("the paper's 1.2 TB", (1.2, 1), textcoords="offset points", xytext=(5, 0))
 axes.set_yticks(range(len(RECIPES)), list(RECIPES))
 axes.invert_yaxis()
-_ = axes.set(xlabel="TB", title="GPT-3, activations aside")
+axes.set(xlabel="TB", title="GPT-3, without activations")
+show(figure, "LoRA needs the weights and little else; no recipe gives the paper's 1.2 TB")
 
 # %% [markdown]
 # The 350 GB are the weights alone, and LoRA's own share hardly shows. The adapter's "35 MB" is
-# right. That three times as much is needed in full follows, if weights, m and v are counted. The
+# right. The paper's factor of three between the two follows if weights, m and v are counted. The
 # 1.2 TB itself fits no simple recipe: three copies in float16 are less, four are more. (Four are
-# 1.27 TiB, which may have been cut to 1.2: a guess.) Such figures are worth recalculating before
-# you quote them.
+# 1.27 TiB, which may have been truncated to 1.2: a guess.) Such figures are worth recalculating
+# before you quote them.
 #
-# ## Memory, the part that comes and goes
+# ## Memory that comes and goes
 #
 # Between the forward and the backward pass a step must keep what the backward formulas need: the
-# **activations**. They grow with the number of tokens. minilora keeps a ledger of them: what each
+# **activations**. They grow with the number of tokens. minilora has a ledger of them: what each
 # operation keeps, as a formula.
+#
+# **Predict.** How much of the activations does LoRA save? (a) nearly all, as it trains nearly
+# nothing, (b) two thirds, (c) less than a half.
+#
+# <details><summary>Answer</summary>
+#
+# (c) less than a half. What attention, GELU and layer norm keep is for $\mathrm{d}x$, which has to
+# flow through every block whether its weights are trained or not.
+#
+# </details>
 
 # %%
 GPT2 = {
@@ -140,13 +164,12 @@ print(f"{'in all':28} " + "".join(f"{total[name] / 1e6:7.0f} MB" for name in GPT
 
 # %% [markdown]
 # LoRA saves one kind of line here: a linear map's input is kept for
-# $\mathrm{d}W = x^\top \mathrm{d}y$, and if $W$ is frozen nobody needs it. (Unless it has an
-# adapter: $\mathrm{d}A$ is made of the same $x$.) The line is short: of a block's four maps only
-# the attention's output projection has its input kept. The inputs of the others come out of a layer
-# norm or a GELU, which keep for themselves what they can be recomputed from, and that is cheap.
-# What attention, GELU and layer norm keep is for $\mathrm{d}x$, which has to flow through every
-# block whether its weights are trained or not. So LoRA removes the optimiser's memory, not the
-# activations'. The more tokens a step reads, the less that helps.
+# $\mathrm{d}W = x^\top \mathrm{d}y$, and if $W$ is frozen it is not needed. (Unless it has an
+# adapter: $\mathrm{d}A$ is computed from the same $x$.) The saving is small: of a block's four maps
+# only the attention's output projection has its input kept. The inputs of the others come from a
+# layer norm or a GELU, whose own caches suffice to recompute them cheaply. So LoRA removes the
+# optimiser's memory, not that of the activations. The more tokens a step reads, the less that
+# helps.
 
 # %%
 BATCHES = [1, 2, 4, 8, 16, 32]
@@ -169,16 +192,17 @@ for axes, (name, adapted) in zip(
     axes.set(title=f"GPT-2, {name}", xlabel="sequences of 512 tokens in a step")
 panels[0].set_ylabel("GB")
 panels[0].legend()
+show(figure, "LoRA saves gradients and moments; most of the activations stay")
 saved = 1 - totals["LoRA"] / totals["full"]
 for batch, share in zip(BATCHES, saved, strict=True):
     print(f"batch {batch:2}: LoRA saves {share:.0%} of the memory")
 
 # %% [markdown]
-# ## Is that so? Ask the allocator
+# ## Is that true? Ask the allocator
 #
 # Python's `tracemalloc` sees each array that NumPy allocates. We run real steps of the tiny model
-# and compare the most that was in use at any one time with what `minilora.bench.budget` predicts
-# from the shapes alone: the ledger, and what the peak of the backward pass needs on top.
+# and compare the peak of the memory in use with what `minilora.bench.budget` predicts from the
+# shapes alone: the ledger, and what the backward pass needs on top at its peak.
 
 
 # %%
@@ -220,8 +244,9 @@ axes.plot([0, limit], [0, limit], color="#969696", linewidth=1)
 for name, colour in (("LoRA", LORA_BLUE), ("full", FULL_RED)):
     points = np.array([pair for key, pair in both_peaks.items() if key[0] == name]) / 1e6
     axes.plot(*points.T, "o", color=colour, label=name)
-axes.set(xlabel="predicted (MB)", ylabel="measured (MB)", title="the peak of a pass")
+axes.set(xlabel="predicted (MB)", ylabel="measured (MB)")
 axes.legend()
+show(figure, "The formula predicts the peak to a few per cent")
 for (name, batch, context), (predicted, measured) in both_peaks.items():
     off = measured / predicted - 1
     print(f"{name} {batch:2} x {context:3}: predicted {predicted / 1e6:6.1f} MB, {off:+.1%}")
@@ -232,14 +257,22 @@ for (name, batch, context), (predicted, measured) in both_peaks.items():
 # A product of (N, I) and (I, O) takes $2NIO$ floating-point operations (FLOPs): one multiplication
 # and one addition for each pair. Backwards there are two products of the same size,
 # $\mathrm{d}x = \mathrm{d}y\,W^\top$ and $\mathrm{d}W = x^\top \mathrm{d}y$. So full fine-tuning
-# takes 6 FLOPs for each weight and token, 2 forwards and 4 backwards. With frozen weights
-# $\mathrm{d}W$ falls away, and 4 of the 6 remain. **LoRA saves about a third of the FLOPs**, as
-# long as its rank is far below the width and the adapters begin in the first block.
+# takes 6 FLOPs for each weight and token, 2 in the forward pass and 4 in the backward pass.
+#
+# **Predict.** Which share of these FLOPs does LoRA take, at a rank far below the width? (a) about
+# one per cent, (b) about a third, (c) about two thirds.
+#
+# <details><summary>Answer</summary>
+#
+# (c) about two thirds. With frozen weights only $\mathrm{d}W$ is left out, and 4 of the 6 FLOPs
+# remain.
+#
+# </details>
 #
 # "About", because some products do not follow this rule. Those of the attention have no weights,
-# so nothing is saved there. Of the head it is half: its logits are not kept, and full fine-tuning
-# computes them twice, which makes 8 against 4. In the first block the way back ends at the adapter.
-# And LoRA's own products grow with the rank.
+# so nothing is saved there. In the head half is saved: its logits are not kept, and full
+# fine-tuning computes them twice, which makes 8 against 4. In the first block the backward pass
+# ends at the adapter. And LoRA's own products grow with the rank.
 
 # %%
 work = {name: flops(Step(tiny, adapted, 8, 128)) for name, adapted in METHODS.items()}
@@ -267,11 +300,12 @@ by_rank = {
 print("GPT-2 XL, every weight:", *(f"rank {rank} {share:.3f}" for rank, share in by_rank.items()))
 
 # %% [markdown]
-# GPT-2 small saves more than a third, since much of its work is in the head. And a rank as large as
-# the width costs more than full fine-tuning.
+# GPT-2 small saves more than a third, since much of its work is in the head. A rank as large as the
+# width costs more than full fine-tuning.
 #
-# And in time? We run the step on one core and look where its time goes. (Each operation is timed
-# from outside while the step runs. Figures of one machine at one moment: yours will differ.)
+# What does that mean in time? We run the step on one core and see where its time goes. (Each
+# operation is timed from outside while the step runs. These are figures of one machine at one
+# moment: yours will differ.)
 
 # %%
 GROUPS = {
@@ -325,6 +359,7 @@ for group, colour in zip(seconds["LoRA"], plt.colormaps["tab10"].colors, strict=
     left += values
 axes.set(xlabel="milliseconds of a step, tiny, 8 x 128 tokens, one core")
 axes.legend(fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
+show(figure, "Most of the time that LoRA saves, it saves in the linear maps")
 
 taken = {name: sum(groups.values()) for name, groups in seconds.items()}
 for name in METHODS:
@@ -334,15 +369,15 @@ print(f"LoRA takes {taken['LoRA'] / taken['full']:.0%} of the time and {ratio:.0
 print(f"a bare matrix product runs at {speed / 1e9:.0f} GFLOP/s")
 
 # %% [markdown]
-# A step is slower than its FLOPs at the speed of a bare product, because the element-wise
+# A step takes longer than its FLOPs would at the speed of a bare product, because the element-wise
 # operations move much memory for little arithmetic. That part is the same with LoRA and without, so
-# the gain in time is rather less than in FLOPs. (AdamW's own work, which we left out, comes on top
+# the gain in time is rather less than in FLOPs. (The work of AdamW, which we left out, comes on top
 # for each trained number: next to nothing with LoRA.) The paper reports 25 % less time for GPT-3.
 #
 # ## From here to GPT-3
 #
-# Last, the same formulas for the real thing: one step of one sequence of 2048 tokens. How long
-# would the core at hand need, if it ran all the time at the speed of its bare product, and had the
+# Finally, the same formulas for GPT-3 itself: one step of one sequence of 2,048 tokens. How long
+# would the core at hand need, if it ran at the speed of its bare product all the time, and had the
 # memory?
 
 # %%
@@ -369,6 +404,8 @@ for name, adapted in {"LoRA": PAPER, "full": None}.items():
 #
 # ## Exercises
 #
+# [Solutions](../docs/solutions.md), each with what the programs print.
+#
 # 1. For which batch does LoRA save less than half of the memory of GPT-2 XL?
 # 2. Put adapters into the upper half of the blocks only. What happens to the activations and to the
 #    FLOPs? Calculate it first, then ask `figures_of` and `flops`.
@@ -378,6 +415,7 @@ for name, adapted in {"LoRA": PAPER, "full": None}.items():
 # %%
 assert counted == counts["tiny"], "the formula does not count what is there"
 assert counts["gpt3"][1] == 18_874_368 and rank_1 == 4_718_592, "the paper's 18.8M and 4.7M"
+assert round(counts["gpt2"][0] / counts["gpt2"][1]) == 844, "another figure for GPT-2"
 assert 9_000 < counts["gpt3"][0] / counts["gpt3"][1] < 10_000, "about 10,000 times fewer"
 for name, sizes in MODELS.items():
     if name != "tiny":  # there the embeddings count

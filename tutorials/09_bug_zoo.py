@@ -35,6 +35,7 @@ from minilora.adapters import (
     weight_of,
 )
 from minilora.data import draw_batch
+from minilora.figures import show
 from minilora.keep import Kept, Plan
 from minilora.lora import (
     adapted_linear_backward,
@@ -108,7 +109,7 @@ print(f"no bug: the loss goes from {before:.3f} to {after:.3f}")
 #
 # ### 1. Both factors start at zero
 #
-# Then both gradients are zero, and stay zero for ever. The run finishes without a complaint.
+# Then both gradients are zero, and stay zero for ever. The run finishes without an error.
 #
 # Caught by `test_at_initialisation_one_factor_s_gradient_is_zero_and_the_other_s_is_not`
 # (`tests/lora/test_lora_laws.py`).
@@ -183,7 +184,8 @@ for shift, (name, values) in zip((-0.2, 0.2), spectra.items(), strict=True):
 right.set_yscale("log")
 right.set(xlabel="number of the singular value", title="directions of the update at one weight")
 right.set_xticks(range(1, 5))
-_ = right.legend()
+right.legend()
+show(figure, "Three bad starts: one loss stays put, one starts too high, one looks healthy")
 
 # %% [markdown]
 # ## Bugs of the scale
@@ -199,6 +201,16 @@ _ = right.legend()
 # agree; they differ by the factor $s$. But look at the training: Adam divides every gradient by its
 # own size, so a constant factor disappears, and the loss falls as if nothing were wrong. No loss
 # curve shows this bug.
+#
+# **Predict.** The gradient of A lacks its factor s = 2. Where does training with Adam end? (a) at
+# nearly the same loss, (b) at about twice the loss, (c) at the loss of the base.
+#
+# <details><summary>Answer</summary>
+#
+# (a) at nearly the same loss: Adam divides every gradient by its own size, so a constant factor
+# disappears.
+#
+# </details>
 #
 # Caught by `test_gradients_agree_with_central_differences` (`tests/ops/test_pairs.py`).
 
@@ -326,6 +338,7 @@ for axes, (title, weights) in zip(panels, titles.items(), strict=True):
     axes.set_title(title)
     axes.set_ylabel("inputs")
     axes.set_xticks([128, 384, 640], ["q", "k", "v"])
+show(figure, "Every shape fits, and the update of v has landed on k")
 
 # %% [markdown]
 # ### 9. A wrong target, silently ignored
@@ -452,7 +465,8 @@ left.plot(DECAY_STEPS, decay_losses, "o-", color="#d94801")
 left.set(xlabel="steps with decay on the base", ylabel="loss of the base on prose")
 left.set_title("11 the base rots")
 right.barh(["no bug", "12 inputs kept"], [kept, kept_for_nothing], color=["#2171b5", "#d94801"])
-_ = right.set(xlabel="MB held after the forward pass", title="12 frozen, and paid for")
+right.set(xlabel="MB held after the forward pass", title="12 frozen, and paid for")
+show(figure, "Frozen is not enough: decay moves the base, and unused inputs fill the memory")
 
 # %% [markdown]
 # ## Bugs after training
@@ -462,6 +476,14 @@ _ = right.set(xlabel="MB held after the forward pass", title="12 frozen, and pai
 # A `merge` that changes the weights themselves, and is called by a function that evaluates. Call it
 # a second time, and the update is in there twice; call it before each of five evaluations, and it
 # is in there five times. A pure function, which returns new weights, cannot do this.
+#
+# **Predict.** After how many merges is the loss lowest? (a) one, (b) three, (c) it keeps falling.
+#
+# <details><summary>Answer</summary>
+#
+# (a) one: that is the update that was trained. Each further merge adds it again, and overshoots.
+#
+# </details>
 #
 # Caught by `test_merging_is_pure` (`tests/lora/test_lora_laws.py`).
 
@@ -634,7 +656,8 @@ left.set_xticks(range(sizes.n_layer))
 left.legend()
 right.barh(list(shard_errors), list(shard_errors.values()), color=["#2171b5", "#d94801", "#6baed6"])
 right.invert_yaxis()
-_ = right.set(xlabel="error of the gradients", title="18 a mean of means")
+right.set(xlabel="error of the gradients", title="18 a mean of means")
+show(figure, "Two wrong gradients that a fresh adapter and equal shards hide")
 
 # %% [markdown]
 # ## The zoo at a glance
@@ -657,7 +680,8 @@ for i, (name, loss) in enumerate(SEEN.items()):
 axes.axvline(before, color="#636363", linestyle=":")
 axes.set_yticks(range(len(SEEN)), list(SEEN))
 axes.invert_yaxis()
-_ = axes.set(xlabel="loss (nats per byte)")
+axes.set(xlabel="loss (nats per byte)")
+show(figure, "Each of these bugs costs loss, and none raises an error (line: without the bug)")
 
 # %% [markdown]
 # ## What to remember
@@ -670,6 +694,8 @@ _ = axes.set(xlabel="loss (nats per byte)")
 #   flags, an error instead of a guess.
 #
 # ## Exercises
+#
+# [Solutions](../docs/solutions.md), each with what the programs print.
 #
 # 1. Bug 4 hides from Adam. Replace `adamw` by plain gradient descent. Does it show now? When would
 #    it not?
