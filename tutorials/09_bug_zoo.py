@@ -653,6 +653,7 @@ for shift, (name, errors) in zip((-0.2, 0.2), pathless_errors.items(), strict=Tr
 left.set(xlabel="block", ylabel="error of its adapters' gradients")
 left.set_title("17 wrong, but not at the start")
 left.set_xticks(range(sizes.n_layer))
+left.margins(y=0.4)
 left.legend()
 right.barh(list(shard_errors), list(shard_errors.values()), color=["#2171b5", "#d94801", "#6baed6"])
 right.invert_yaxis()
