@@ -32,9 +32,10 @@ extensions = [
     "sphinx.ext.mathjax",
     "cli_reference",
     "docstrings",
+    "live_page",
     "repository",
 ]
-exclude_patterns = ["_build", "*.py", "_ext"]
+exclude_patterns = ["_build", "*.py", "_ext", "live"]
 nitpicky = True
 suppress_warnings = ["misc.highlighting_failure"]  # code that leaves something out with an ellipsis
 smartquotes = False  # `--rank` has two hyphens, here as on a terminal
