@@ -397,6 +397,15 @@ def link_entries(app: Sphinx, doctree: nodes.document) -> None:
             node.replace_self(found)
 
 
+def leave_out_styles(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any
+) -> None:
+    """The live page, which is to come quickly, has no use for the styles of notebooks."""
+    if page == "live":
+        files = context["css_files"]
+        context["css_files"] = [file for file in files if "mystnb" not in str(file.filename)]
+
+
 def finish(app: Sphinx, error: Exception | None) -> None:
     """Put the files beside the pages, and the policy into the page itself."""
     if error or app.builder.format != "html" or artifacts() is None:
@@ -418,5 +427,6 @@ def finish(app: Sphinx, error: Exception | None) -> None:
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("live-page", LivePage)
     app.connect("doctree-read", link_entries, priority=50)  # before `repository`
+    app.connect("html-page-context", leave_out_styles)
     app.connect("build-finished", finish)
     return {"parallel_read_safe": True}

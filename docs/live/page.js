@@ -1,8 +1,6 @@
 // The live page: an editor over minilora's functions, and runs of Python in a worker.
 import { createEditor } from "./editor/index.js";
-import { defaultCommands } from "./editor/extensions/commands/index.js";
 import "./editor/prism/languages/python.js";
-import "./editor/languages/python.js";
 
 const $ = (id) => document.getElementById(`live-${id}`);
 const facts = JSON.parse($("facts").textContent);
@@ -226,6 +224,7 @@ function draw() {
     + label(46, 245, 0, "middle") + label(626, 245, `step ${steps}`, "end")
     + line(kept, "live-before") + line(losses, "live-line")
     + heldOut.map(at).map(([x, y]) => `<circle cx="${x}" cy="${y}" r="4.5"/>`).join("");
+  $("plot").dataset.losses = JSON.stringify({ losses, held_out: heldOut });
   $("plot").setAttribute("aria-label", `Loss by step, at last ${losses.at(-1)?.[1].toFixed(3)} nats per byte`);
 }
 
@@ -264,6 +263,15 @@ function download() {
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 
+/** What Enter and Tab do: loaded when the editor is first used. */
+async function indent() {
+  const [{ defaultCommands }] = await Promise.all([
+    import("./editor/extensions/commands/index.js"),
+    import("./editor/languages/python.js"),
+  ]);
+  editor.addExtensions(defaultCommands());
+}
+
 function fromAddress() {
   const wanted = decodeURIComponent(location.hash.slice(1));
   return wanted in texts ? wanted : "lora_backward";
@@ -288,7 +296,8 @@ async function start() {
     status(why);
   }
   texts = JSON.parse(new TextDecoder().decode(await part(facts.texts)));
-  editor = createEditor($("editor"), { language: "python", tabSize: 4, insertSpaces: true, value: "" }, defaultCommands());
+  editor = createEditor($("editor"), { language: "python", tabSize: 4, insertSpaces: true, value: "" });
+  editor.textarea.addEventListener("focus", indent, { once: true });
   editor.textarea.setAttribute("aria-label", "Your code");
   editor.on("update", save);
   show(fromAddress());
