@@ -66,9 +66,9 @@ LICENCES = ["bzip2", "cpython", "llvm-runtimes", "numpy", "openblas", "wasi-libc
 OWN = ("page.js", "worker.js", "style.css")
 # The page itself asks nobody else for anything; a worker has the same origin's files alone, too.
 POLICY = (
-    "default-src 'none'; script-src 'self' 'wasm-unsafe-eval' {scripts}; worker-src 'self'; "
+    "default-src 'self'; script-src 'self' 'wasm-unsafe-eval' {scripts}; worker-src 'self'; "
     "connect-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; font-src 'self'; "
-    "form-action 'self'; base-uri 'none'"
+    "object-src 'none'; form-action 'self'; base-uri 'none'"
 )
 ABSENT = (
     "This copy of the site was built without the live page, which needs npm and what "

@@ -404,13 +404,8 @@ def test_the_gradient_table_is_computed_with_the_student_s_function(tab, live):
         "#live-rows tbody tr", "all => all.map((r) => r.innerText)"
     )
     wrong = [row.split("\t")[0] for row in rows if row.endswith("✗ wrong")]
-    assert wrong == [
-        "lora",
-        "lora, no dx",
-        "lora, rank-stabilised",
-        "model, base and LoRA",
-        "model, LoRA factors",
-    ]
+    of_lora = ["lora", "lora, frozen", "lora, no dx", "lora, rank-stabilised"]
+    assert wrong == [*of_lora, "model, base and LoRA", "model, LoRA factors"]
     assert [row.split("\t")[0] for row in rows] == [row.name for row in run.table()]
 
 
@@ -469,6 +464,25 @@ def test_a_function_that_training_does_not_call_is_said_to_be_so(tab, live):
     live.tab.fill("#live-steps", "1")
     live.press("train")
     assert "Training never calls merge." in live.said
+
+
+# --- what teachers are told ----------------------------------------------------------------------
+
+
+def test_teachers_read_the_sizes_and_the_memory_that_there_are(tab, live, visit):
+    page = (ROOT / "docs" / "teaching.md").read_text(encoding="utf-8")
+    figures = re.findall(r"\| ([\d.]+) ([kM])B(?: more)? \|$", page, re.MULTILINE)
+    told = [float(n) * {"k": 1e3, "M": 1e6}[unit] for n, unit in figures]
+    live.press("check")
+    second = Live(live.tab.context, live.address)
+    second.press("check")
+    second.tab.close()
+    sizes = {name: part["bytes"] for name, part in FACTS["parts"].items()}
+    base = sizes.pop("base")
+    memory = float(re.search(r"took (\d+) MB", live.status)[1]) * 1e6
+    found = [*(sum(s) for s in (sent(visit()).values(), sizes.values())), base]
+    found += [sum(sent(second).values()), memory]
+    assert told[:5] == pytest.approx(found, rel=0.1)
 
 
 # --- the site without it -------------------------------------------------------------------------
