@@ -77,7 +77,8 @@ class Workers:
         if self.on_gpu:
             return [slice(0, batch)]
         rounds = max(1, round(batch * context / (self.threads * SHARD_TOKENS)))
-        edges = np.linspace(0, batch, min(batch, self.threads * rounds) + 1).astype(int).tolist()
+        shards = min(batch, self.threads * rounds)
+        edges = np.linspace(0, batch, shards + 1).astype(np.int64).tolist()
         return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
 
     def map(self, f: Callable[..., Any], *items: Any) -> Iterator[Any]:
