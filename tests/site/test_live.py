@@ -80,6 +80,21 @@ class Live:
         self.tab.goto(f"{self.address}live.html#{entry}")
         self.until(lambda: self.tab.locator("#live[data-ready]").count())
 
+    def turn_to(self, entry):
+        """Another entry with its first text and the first settings; Python stays loaded."""
+        if self.tab.is_enabled("#live-stop"):
+            self.press("stop")
+        self.tab.evaluate("entry => { location.hash = entry; }", entry)
+        self.until(lambda: self.tab.input_value("#live-entry") == entry)
+        self.tab.click("#live-reset")
+        self.set(steps="20", rank="2", rate="0.02", text="")
+
+    def set(self, **settings):
+        """What to train."""
+        for name, value in settings.items():
+            give = f"value => {{ document.getElementById('live-{name}').value = value; }}"
+            self.tab.evaluate(give, value)
+
     def until(self, holds, seconds=240):
         """Wait for what the page is to do; its policy forbids Playwright's own way."""
         end = time.monotonic() + seconds
@@ -135,8 +150,7 @@ def live(tab):
     """The page with the package's own `lora_backward`; afterwards it has asked nobody else."""
     tab.requests.clear()
     tab.wrong.clear()
-    tab.open("lora_backward")
-    tab.tab.click("#live-reset")
+    tab.turn_to("lora_backward")
     yield tab
     outside = [r.url for r in tab.requests if not r.url.startswith((tab.address, "blob:", "about"))]
     assert not outside, f"requests to other hosts: {outside}"
@@ -306,7 +320,7 @@ def test_the_keyboard_alone_is_enough(tab, live):
     "entry", ["lora_backward", "layer_norm_backward", "attention_forward", "query_tiles", "merge"]
 )
 def test_the_package_s_own_code_is_right(tab, live, entry):
-    live.open(entry)
+    live.turn_to(entry)
     live.press("check")
     assert live.verdict.startswith("✓ Right"), live.said
 
@@ -315,8 +329,7 @@ def test_the_package_s_own_code_is_right(tab, live, entry):
 def test_a_mistake_gets_the_case_and_the_sentence_of_the_command_line(
     tab, live, tmp_path, capsys, entry, old, new, sentence
 ):
-    live.open(entry)
-    live.tab.click("#live-reset")
+    live.turn_to(entry)
     if old is not None:
         live.change(old, new)
     live.press("check")
@@ -329,8 +342,7 @@ def test_a_mistake_gets_the_case_and_the_sentence_of_the_command_line(
 
 
 def test_a_forward_pass_is_compared_with_the_package_s_own(tab, live):
-    live.open("layer_norm_forward")
-    live.tab.click("#live-reset")
+    live.turn_to("layer_norm_forward")
     live.change("affine_forward(xhat, w, b)", "affine_forward(xhat, w, 2.0 * b)")
     live.press("check")
     assert "y is wrong" in live.said and "the right y = " in live.said
@@ -442,9 +454,7 @@ def natively(live, folder):
 
 
 def test_a_wrong_backward_pass_trains_worse_and_a_text_of_one_s_own_is_read(tab, live):
-    live.tab.click("#live-settings summary")
-    live.tab.fill("#live-steps", "6")
-    live.tab.fill("#live-text", "the cat sat on the mat. " * 400)
+    live.set(steps="6", text="the cat sat on the mat. " * 400)
     live.press("train")
     right = live.losses
     live.change("return dx, dA, dB", "return dx, -dA, -dB")
@@ -453,15 +463,14 @@ def test_a_wrong_backward_pass_trains_worse_and_a_text_of_one_s_own_is_read(tab,
     assert (
         wrong["losses"][0] == right["losses"][0] and wrong["losses"][-1][1] > right["losses"][0][1]
     )
-    live.tab.fill("#live-text", "too short")
+    live.set(text="too short")
     live.press("train")
     assert "a context of 128 needs at least 129" in live.said
 
 
 def test_a_function_that_training_does_not_call_is_said_to_be_so(tab, live):
-    live.open("merge")
-    live.tab.click("#live-settings summary")
-    live.tab.fill("#live-steps", "1")
+    live.turn_to("merge")
+    live.set(steps="1")
     live.press("train")
     assert "Training never calls merge." in live.said
 
