@@ -390,9 +390,11 @@ def link_entries(app: Sphinx, doctree: nodes.document) -> None:
     """[Try it](live.md#gelu_backward) leads to an entry of the page's list, which is no heading."""
     page = app.env.current_document.docname if hasattr(app.env, "current_document") else ""
     for node in list(doctree.findall(addnodes.pending_xref)):
-        here = node.get("reftarget") in ("live", str(SOURCE))  # from another folder, as a path
-        if node.get("reftype") == "myst" and here and node.get("reftargetid"):
-            anchor = f"#{node['reftargetid']}" if artifacts() else ""
+        target, _, entry = node["reftarget"].partition("#")
+        entry = entry or node.get("reftargetid")
+        here = target in ("live", str(SOURCE), "../docs/live.md")  # the last from a tutorial
+        if node.get("reftype") == "myst" and here and entry:
+            anchor = f"#{entry}" if artifacts() else ""
             uri = from_page(page or app.env.docname, f"live.html{anchor}")
             found = nodes.reference("", "", *node.children, refuri=uri, internal=True)
             node.replace_self(found)

@@ -98,7 +98,7 @@ def as_exercise(name: str) -> Exercise:
     """
     module = next(module for module in MODULES if hasattr(module, name))
     own = getattr(module, name)
-    calls = sorted(recorded(own), key=lambda inputs: sum(map(np.size, inputs.values())))
+    calls = sorted(recorded(own), key=size)
 
     def call(functions: Functions, inputs: Inputs) -> Outputs:
         bound = inspect.signature(own).bind(**inputs)
@@ -113,6 +113,11 @@ def as_exercise(name: str) -> Exercise:
     task = Task(lambda rng, inputs: dict(inputs), call, tuple(calls[:CALLS]))  # type: ignore
     title = (inspect.getdoc(own) or "").partition("\n")[0]
     return Exercise(name, title, module, (name,), "", 0, (), {name: task})
+
+
+def size(inputs: Inputs) -> int:
+    """How many numbers there are in the arguments of a call."""
+    return sum(np.size(part) for part in parts("", tuple(inputs.values())).values())
 
 
 def recorded(own: Callable[..., Any]) -> list[Inputs]:
@@ -138,7 +143,7 @@ def recorded(own: Callable[..., Any]) -> list[Inputs]:
 def parts(name: str, value: Any) -> Outputs:
     """The arrays and numbers of a result, by their places in it."""
     if isinstance(value, slice):
-        return {name: (value.start, value.stop)}
+        return {name: np.array([value.start, value.stop, value.step], np.float64)}  # None: NaN
     if isinstance(value, tuple | list | Iterator):
         named = value._asdict() if hasattr(value, "_asdict") else dict(enumerate(value))
         found = [parts(f"{name}.{key}", part) for key, part in named.items()]
