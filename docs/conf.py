@@ -3,8 +3,10 @@
     pip install ".[docs]"
     sphinx-build -W --keep-going -n docs docs/_build/html
 
-The tutorials are executed, with small sizes where MINILORA_SMALL=1. What they printed is kept in
-docs/_build as long as their text stays; delete that folder to see what changed code makes of them.
+With `pip install --no-deps --require-hashes -r docs/live/requirements.txt` and npm the live page is
+built too. The tutorials are executed, with small sizes where MINILORA_SMALL=1. What they printed is
+kept in docs/_build as long as their text stays; delete that folder to see what changed code makes
+of them.
 """
 
 from __future__ import annotations
@@ -32,10 +34,11 @@ extensions = [
     "sphinx.ext.mathjax",
     "cli_reference",
     "docstrings",
+    "live_page",
     "repository",
     "slides",
 ]
-exclude_patterns = ["_build", "*.py", "_ext", "_templates"]
+exclude_patterns = ["_build", "*.py", "_ext", "_templates", "live"]
 nitpicky = True
 suppress_warnings = ["misc.highlighting_failure"]  # code that leaves something out with an ellipsis
 smartquotes = False  # `--rank` has two hyphens, here as on a terminal

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import os
@@ -45,24 +46,28 @@ class Workers:
     """Threads that share a batch, each with single-threaded BLAS; `threads` 0: one for each core.
 
     The shards' gradients are added in the order of the shards, so results do not depend on timing.
+    One thread is the caller's own; on one core nothing starts another, as a browser could not.
     """
 
     def __init__(self, threads: int, device: str = "cpu") -> None:
         self.on_gpu = device != "cpu"
         self.threads = 1 if self.on_gpu else threads or cores()
+        self._pool: ThreadPoolExecutor | None = None
+        self._exit = contextlib.ExitStack()
 
     def __enter__(self) -> Workers:
-        from threadpoolctl import threadpool_limits
-
         keep_freed_memory()
-        self._limits = threadpool_limits(1, user_api="blas")
-        # An overflow ends in a loss that is not finite, which is reported as such.
-        self._pool = ThreadPoolExecutor(self.threads, initializer=np.seterr, initargs=("ignore",))
+        if cores() > 1:
+            from threadpoolctl import threadpool_limits
+
+            self._exit.enter_context(threadpool_limits(1, user_api="blas"))
+        if self.threads > 1:
+            self._pool = ThreadPoolExecutor(self.threads)
+            self._exit.callback(self._pool.shutdown, cancel_futures=True)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-        self._limits.restore_original_limits()
+        self._exit.close()
 
     def shards(self, batch: int, context: int) -> list[slice]:
         """The batch's rows, split evenly into a multiple of the threads, about SHARD_TOKENS each.
@@ -72,9 +77,16 @@ class Workers:
         if self.on_gpu:
             return [slice(0, batch)]
         rounds = max(1, round(batch * context / (self.threads * SHARD_TOKENS)))
-        edges = np.linspace(0, batch, min(batch, self.threads * rounds) + 1).astype(int).tolist()
+        shards = min(batch, self.threads * rounds)
+        edges = np.linspace(0, batch, shards + 1).astype(np.int64).tolist()
         return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
 
     def map(self, f: Callable[..., Any], *items: Any) -> Iterator[Any]:
         """`f` of every item, in the order of the items."""
-        return self._pool.map(f, *items)
+
+        def quiet(*arguments: Any) -> Any:
+            # An overflow ends in a loss that is not finite, which is reported as such.
+            with np.errstate(all="ignore"):
+                return f(*arguments)
+
+        return self._pool.map(quiet, *items) if self._pool else map(quiet, *items)

@@ -127,7 +127,8 @@ for step in range(201):
 #
 # The learned update is the true change, W was never touched, and we trained R (I + O) numbers
 # instead of I O. Afterwards the update can be added to W, and the adapted map costs what the old
-# one did. minilora's own LoRA pair gives the same gradients as the two lines above.
+# one did. minilora's own LoRA pair gives the same gradients as the two lines above. In your browser
+# you can [change `lora_backward`](../docs/live.md#lora_backward) and see what a mistake does.
 
 # %%
 import matplotlib.pyplot as plt  # noqa: E402

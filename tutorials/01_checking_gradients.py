@@ -528,7 +528,8 @@ assert gradcheck.max_error(checks) < gradcheck.PAIR_TOLERANCE
 #    `normalise_backward`. Then run `python -m pytest tests/ops`. Among the tests that fail are
 #    `tests/ops/test_pairs.py::test_gradients_agree_with_central_differences` and
 #    `test_layer_norm_s_gradient_is_orthogonal_to_what_it_removes`. What does each of them tell
-#    you? (Put the line back.)
+#    you? (Put the line back.) And what does
+#    [the course, in your browser](../docs/live.md#normalise_backward)?
 # 2. Write an eighth bug that as many lazy checks as possible miss. A hint: four of the bugs above
 #    escape two of them already.
 # 3. `python tests/mutation/mutate.py backward` breaks every backward pass in all the small ways

@@ -503,7 +503,8 @@ assert memory["dA, dB by way of dW"] > I * O, "the detour did not make the dense
 # 1. Delete the line `dxA *= scale` from `lora_backward` in `minilora/lora.py`, and run
 #    `python -m pytest tests/lora tests/ops`. Besides the finite differences,
 #    `tests/lora/test_lora_laws.py::test_the_factors_gradients_follow_from_the_dense_gradient`
-#    notices. Which of the two messages helps you more to find the line?
+#    notices. Which of the two messages helps you more to find the line? Compare them with that of
+#    [the course, in your browser](../docs/live.md#lora_backward).
 # 2. Let `lora_init` make $A$ and $B$ both zero. Which test says that the adapter is dead?
 #    (It is `test_at_initialisation_one_factor_s_gradient_is_zero_and_the_other_s_is_not` in
 #    `tests/lora/test_lora_laws.py`.)

@@ -473,6 +473,7 @@ assert of_mid[0] == max(of_mid) and of_weight[0] == min(of_weight), "it has anot
 #    `python -m pytest tests/network`. The test is
 #    `tests/network/test_network.py::test_the_model_s_gradients_agree_with_central_differences`.
 #    Which parameters does its message name, and why are those of the last block not among them?
+#    Or write the whole of `block_backward` [in your browser](../docs/live.md#exercise-block).
 # 2. GPT-2's layer norms stand at the entrances of the branches. The first transformers had them on
 #    the stream: $y = \operatorname{LN}(x + \mathrm{branch}(x))$. Change `block_forward` and the two
 #    rules accordingly, check with the table, and look at the picture again with random weights

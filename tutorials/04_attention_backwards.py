@@ -533,7 +533,7 @@ assert passed[0, 0] < spread < between, "the heads between the two do not pass m
 #
 # 1. In `minilora/ops.py`, leave out the factor $1/\sqrt K$ in `attend_backward` and run
 #    `python -m pytest tests/ops -k attention`. Which test notices? Why would the example by hand
-#    not notice?
+#    not notice? What does [the course, in your browser](../docs/live.md#attend_backward), say?
 # 2. Leave out the mask in `attention_weights`. Now
 #    `tests/ops/test_ops.py::test_attention_does_not_see_the_future` fails. The finite differences
 #    do not: why not?

@@ -698,8 +698,8 @@ show(figure, "Each of these bugs costs loss, and none raises an error (line: wit
 #
 # [Solutions](../docs/solutions.md), each with what the programs print.
 #
-# 1. Bug 4 hides from Adam. Replace `adamw` by plain gradient descent. Does it show now? When would
-#    it not?
+# 1. Bug 4 hides from Adam ([train with it in your browser](../docs/live.md#lora_backward)). Replace
+#    `adamw` by plain gradient descent. Does it show now? When would it not?
 # 2. Find a nineteenth bug: change one character of `minilora/lora.py`, and run the tests. If none
 #    fails, you have found either a bug in the tests or a change that changes nothing. Which?
 # 3. A colleague multiplies the mask of dropout by nothing: entries are 0 or 1, not 0 or $1/(1-p)$.

@@ -11,11 +11,7 @@ dark, and as a phone does; screenshots go to docs/_build/screenshots.
 import contextlib
 import functools
 import html
-import http.server
-import os
 import re
-import shutil
-import threading
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
@@ -147,40 +143,12 @@ def test_every_option_is_on_the_page_of_the_command_line():
 # --- a browser -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    names = ("chromium", "chromium-browser", "chromium-headless-shell", "google-chrome", "chrome")
-    found = [os.environ.get("CHROMIUM"), *map(shutil.which, names)]
-    nothing_else = "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"
-    with sync_playwright() as playwright:
-        yield playwright.chromium.launch(
-            executable_path=next(filter(None, found), None), args=[nothing_else]
-        )
-
-
 @pytest.fixture(scope="module", params=VIEWS)
 def view(request, browser):
     """The name of a view, and a browser's windows in it."""
     context = browser.new_context(**VIEWS[request.param], is_mobile=request.param == "phone")
     yield request.param, context
     context.close()
-
-
-@pytest.fixture(scope="module")
-def address():
-    """The site, served on this machine."""
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-    handler = functools.partial(Quiet, directory=SITE)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
 
 
 # What a reader would see of mathematics that was not set, outside of code.
