@@ -40,8 +40,8 @@ def load_cupy() -> ModuleType:
         import cupy
     except ModuleNotFoundError as error:
         raise MiniloraError(
-            "device cuda needs CuPy: pip install 'minilora[cuda13]', or 'minilora[cuda12]' if "
-            "nvidia-smi shows CUDA 12"
+            "device cuda needs CuPy: pip install cupy-cuda13x, or cupy-cuda12x if nvidia-smi "
+            "shows CUDA 12"
         ) from error
     except ImportError as error:
         raise MiniloraError(f"CuPy is installed but does not import: {error}") from error
@@ -57,7 +57,7 @@ def _check_gpu(cupy: ModuleType) -> None:
     except RuntimeError as error:
         raise MiniloraError(
             f"CuPy is installed but finds no usable GPU or driver ({error}); nvidia-smi must list "
-            "a GPU and show CUDA 13 or later for minilora[cuda13], 12 or later for minilora[cuda12]"
+            "a GPU and show CUDA 13 or later for cupy-cuda13x, 12 or later for cupy-cuda12x"
         ) from error
     try:
         probe = cupy.ones((2, 2), dtype=cupy.float32)

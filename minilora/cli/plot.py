@@ -24,7 +24,7 @@ def check_plot(path: Path) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise MiniloraError("--plot needs matplotlib: pip install 'minilora[plot]'") from error
+        raise MiniloraError("--plot needs matplotlib: pip install matplotlib") from error
 
 
 def plot_losses(history: History, path: str | Path, *, title: str) -> None:

@@ -190,9 +190,7 @@ def _read_part(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         import gguf
     except ImportError:
-        raise MiniloraError(
-            f'reading {path} needs the gguf package: pip install "minilora[gguf]"'
-        ) from None
+        raise MiniloraError(f"reading {path} needs the gguf package: pip install gguf") from None
 
     class Reader(gguf.GGUFReader):  # type: ignore[misc]
         """Reads nothing beyond the end, of which NumPy would give what there is."""

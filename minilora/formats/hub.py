@@ -52,7 +52,7 @@ def fetch_base(name: str) -> Path:
     try:
         import huggingface_hub
     except ImportError:
-        raise MiniloraError(f'{wanted} needs huggingface_hub: pip install "minilora[hf]"') from None
+        raise MiniloraError(f"{wanted} needs huggingface_hub: pip install it") from None
     problem = None
     try:  # snapshot_download has no time limit of its own
         huggingface_hub.HfApi().model_info(name, timeout=TIMEOUT)

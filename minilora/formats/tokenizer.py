@@ -60,7 +60,7 @@ def load_tokenizer(folder: str | Path, vocab_size: int) -> Tokenizer:
     except ImportError as error:
         raise MiniloraError(
             f"reading the tokenizer in {folder} needs the tokenizers package: "
-            'pip install "minilora[hf]"'
+            "pip install tokenizers"
         ) from error
 
     path = folder / (WHOLE if whole else VOCAB)

@@ -25,7 +25,7 @@ from minilora.records.lines import Message
 TEMPLATE, SETTINGS, SPECIAL = (
     *("chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json"),
 )
-SECONDS = 10.0  # for one rendering
+SECONDS = 30.0  # for one rendering
 
 
 class Template:
@@ -39,7 +39,7 @@ class Template:
             import jinja2  # noqa: F401
         except ImportError as error:
             raise MiniloraError(
-                'records with messages need jinja2 3.1.6: pip install "minilora[hf]"'
+                "records with messages need jinja2: pip install 'jinja2>=3.1.6'"
             ) from error
         settings = settings_of(folder)
         self.source = folder

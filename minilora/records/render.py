@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import date
@@ -20,6 +21,7 @@ from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 LONGEST = 10_000_000  # characters of a rendered chat
+SECONDS = 60  # of the processor for a chat
 MEMORY = 2 << 30  # bytes, where the system can limit them
 
 
@@ -63,6 +65,15 @@ def limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
 
+def limit_time() -> None:
+    """Let the system end this process after SECONDS more: its parent may be gone by then."""
+    with suppress(ImportError, ValueError, OSError):
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_CPU)
+        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + SECONDS, most))
+
+
 def answer(render: Any, question: Mapping[str, Any], variables: Mapping[str, str]) -> str:
     """The chat as text; ValueError where it is too long."""
     text: str = render(
@@ -87,6 +98,7 @@ def main() -> None:
     template = told(sandbox.from_string, start["template"])
     print(json.dumps({name: str(value) for name, value in template.items()}), flush=True)
     for line in sys.stdin:
+        limit_time()
         render = template["text"].render
         print(json.dumps(told(answer, render, json.loads(line), start["variables"])), flush=True)
 

@@ -143,7 +143,7 @@ def find_ranks() -> Ranks:
         problem = str(error).splitlines()[0]
         raise MiniloraError(
             f"the launcher started {size} processes, and they need mpi4py and an MPI library "
-            f"({problem}): pip install 'minilora[mpi]' mpich"
+            f"({problem}): pip install mpi4py mpich"
         ) from error
     if MPI.COMM_WORLD.Get_size() != size:
         raise MiniloraError(

@@ -124,7 +124,7 @@ def without_shared_objects(monkeypatch):
 
 
 MISSING = [
-    (without_cupy, r"needs CuPy: pip install 'minilora\[cuda13\]'"),
+    (without_cupy, r"needs CuPy: pip install cupy-cuda13x"),
     (without_an_import, r"does not import: libcudart.so.13"),
     (without_gpu, r"finds no usable GPU or driver \(cudaErrorNoDevice"),
     (without_libraries, r"libraries do not load \(libnvrtc.so.13 not found\)"),

@@ -176,10 +176,11 @@ SAID = {
 @pytest.mark.parametrize("what", HARMFUL)
 def test_a_harmful_template_ends_in_a_sentence(with_template, monkeypatch, what):
     pytest.importorskip("resource")  # the limit of memory
-    monkeypatch.setattr(chat, "SECONDS", 1.0)
     folder = with_template(HARMFUL[what])
     expected = pytest.raises(MiniloraError, match=f"the chat template in .*: .*{SAID[what]}")
     with expected, Template(folder, DAY) as template:
+        if what == "a loop":
+            monkeypatch.setattr(chat, "SECONDS", 1.0)
         template.render([Message("user", "a")])
 
 

@@ -186,5 +186,5 @@ def test_a_damaged_tokenizer_file_is_named(tmp_path, content, message):
 def test_a_missing_package_says_how_to_install_it(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(MiniloraError, match=r'pip install "minilora\[hf\]"'):
+    with pytest.raises(MiniloraError, match="pip install tokenizers"):
         load_tokenizer(tmp_path, 50257)
