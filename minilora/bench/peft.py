@@ -36,7 +36,7 @@ def check(case: Case) -> None:
     """Raise MiniloraError if the comparison cannot be made."""
     for name in ("torch", "transformers", "peft"):
         if importlib.util.find_spec(name) is None:
-            raise MiniloraError(f"--versus peft needs {name}: pip install torch transformers peft")
+            raise MiniloraError(f"--versus peft needs {name}: pip install {name}")
     for target in case.targets:
         if target not in MODULES:
             raise MiniloraError(
