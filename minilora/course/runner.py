@@ -58,7 +58,10 @@ def check_text(exercise: Exercise, source: str | Failure, timeout: float) -> Ver
     start, word = time.perf_counter(), secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="minilora-", ignore_cleanup_errors=True) as place:
         answer = Path(place) / "verdict.json"
-        order = {"name": exercise.name, "source": source, "answer": str(answer), "word": word}
+        order = {
+            "name": exercise.name, "source": source, "seconds": timeout,
+            "answer": str(answer), "word": word,
+        }  # fmt: skip
         status = run(order, timeout, place)
         try:
             found = json.loads(answer.read_text(encoding="utf-8"))
@@ -75,7 +78,7 @@ def check_text(exercise: Exercise, source: str | Failure, timeout: float) -> Ver
     return verdict._replace(seconds=time.perf_counter() - start)
 
 
-def run(order: dict[str, str], timeout: float, folder: str) -> str | None:
+def run(order: dict[str, Any], timeout: float, folder: str) -> str | None:
     """How a process ended that was given the order; None if it took too long."""
     paths = [Path(__file__).parents[2]]
     paths += [Path(p).absolute() for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
@@ -122,19 +125,24 @@ def from_document(found: dict[str, Any]) -> Verdict:
 # --- in the process ----------------------------------------------------------------------------
 
 
-def limit_memory() -> None:
-    """So that a huge array is a MemoryError; Windows has no such limit, and macOS ignores it."""
+def limit(seconds: float) -> None:
+    """A huge array is a MemoryError, and an endless loop ends even when nobody waits for it.
+
+    Windows has no such limits, and macOS ignores that of memory.
+    """
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        _, most = resource.getrlimit(resource.RLIMIT_CPU)
+        resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 10, most))
 
 
 def answer_order() -> None:
     """Read the order, judge, answer; and end, whatever threads are still running."""
     order = json.loads(sys.stdin.read())
     sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115 (a student's input() ends at once)
-    limit_memory()
+    limit(order["seconds"])
     verdict = check(ALL[order["name"]], order["source"])
     found = {"word": order["word"], "verdict": verdict.document()}
     answer = Path(order["answer"])

@@ -197,9 +197,7 @@ def test_a_mistake_is_answered_in_one_sentence(words, sentence, capsys):
 def test_a_missing_oracle_is_named(monkeypatch, capsys):
     monkeypatch.setattr(peft.importlib.util, "find_spec", lambda name: None)
     assert main(["bench", "--versus", "peft"]) == 2
-    assert (
-        "--versus peft needs torch: pip install torch" in capsys.readouterr().err
-    )
+    assert "--versus peft needs torch: pip install torch" in capsys.readouterr().err
 
 
 def test_a_target_that_peft_does_not_know_is_named(monkeypatch, capsys):

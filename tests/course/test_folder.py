@@ -284,3 +284,13 @@ def test_the_engine_imports_no_process_and_no_thread(name):
     assert not first & {"subprocess", "multiprocessing", "threading", "concurrent", "signal"}
     rest = {f"minilora.course.{room}" for room in ("runner", "results", "skeleton")}
     assert not modules & rest
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such limit")
+def test_an_endless_loop_ends_even_when_nobody_waits_for_it():
+    """As when the command that started it was killed."""
+    code = (
+        "from minilora.course.runner import limit\nlimit(-9)  # one second in all\nwhile True: pass"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], timeout=60, check=False)
+    assert ended.returncode == -signal.SIGXCPU
