@@ -131,6 +131,8 @@ def test_ctrl_c_while_it_is_loaded(base, module, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-X", "importtime", "-m", "minilora", "evaluate", "-", "--base", base],
         cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # A shell lets what it starts in the background, such as these tests, ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     while process.stderr.readline().split()[-1] != module.encode():
         pass
