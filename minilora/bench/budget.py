@@ -283,7 +283,7 @@ class Step(Settings):
         return not self.ends_in(block) or any(path in self.adapters for path in attention)
 
     def recomputes_input(self, block: int, linear: str) -> bool:
-        """Whether this map's input, a layer norm's output, is recomputed for an adapter on it."""
+        """Whether this map's input, a norm's output, is recomputed for an adapter on it."""
         return any(path in self.adapters for path in adapters_on(f"blocks.{block}.{linear}"))
 
     @property
@@ -358,7 +358,7 @@ def kept_block(step: Step, block: int) -> Iterator[Stored]:
     """What the parts of a block keep without recompute, in the order of the forward pass.
 
     If the backward pass ends in this block, the parts below its lowest adapter keep nothing, except
-    for the layer norm from which the adapter's input is recomputed.
+    for the norm from which the adapter's input is recomputed.
     """
     if block < step.lowest:
         return
