@@ -1,31 +1,33 @@
 """What a training step needs, by formula: parameters, bytes and FLOPs, for LoRA and in full.
 
 Nothing is allocated here, so the sizes may be GPT-3's. A formula is a text such as "3 N C + N" over
-the letters of docs/notation.md, and the same text is evaluated and printed. The functions named
-`kept_…` list what each pair's cache keeps, other than parameters, which are there anyway, and token
-ids, a few bytes a row.
+the letters of docs/notation.md, and the same text is evaluated and printed. The table BLOCKS has
+what differs between architectures. The functions named `kept_…` list what each pair's cache keeps,
+other than parameters, which are there anyway, and token ids, a few bytes a row.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from minilora.adapters import ATTENTION_TARGETS, LoRAConfig, adapted_paths, weight_of
 from minilora.errors import MiniloraError
 from minilora.gpt2 import GPTConfig
+from minilora.llama import LlamaConfig
 from minilora.loss import VOCAB_CHUNK
 from minilora.ops import QUERY_TILE, query_tiles
 from minilora.settings import LARGEST_COUNT, Settings, check_sizes
 from minilora.tiles import TILE
 from minilora.workers import Workers, cores
 
-SHAPES = {
+AnyConfig: TypeAlias = GPTConfig | LlamaConfig
+SHAPES: dict[str, AnyConfig] = {
     "tiny": GPTConfig(512, 1024, n_embd=256, n_layer=4, n_head=4),
     "small": GPTConfig(12564, 1024, n_embd=384, n_layer=6, n_head=6),
     "distilgpt2": GPTConfig(n_embd=768, n_layer=6, n_head=12),
@@ -34,9 +36,13 @@ SHAPES = {
     "gpt2-large": GPTConfig(n_embd=1280, n_layer=36, n_head=20),
     "gpt2-xl": GPTConfig(n_embd=1600, n_layer=48, n_head=25),
     "gpt3": GPTConfig(50257, 2048, n_embd=12288, n_layer=96, n_head=96),
-}
-"""Named sizes: two for benchmarks, the GPT-2 family (Radford et al. 2019, table 2), and GPT-3
-(Brown et al. 2020, table 2.1)."""
+    "smollm2": LlamaConfig(
+        49152, 576, 1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=100000.0,
+    ),
+}  # fmt: skip
+"""Named sizes: two for benchmarks, the GPT-2 family (Radford et al. 2019, table 2), GPT-3 (Brown et
+al. 2020, table 2.1), and SmolLM2-135M (Allal et al. 2025), a Llama."""
 
 ITEMSIZE = {"float16": 2, "float32": 4, "float64": 8}
 
@@ -49,24 +55,118 @@ def value_of(formula: str, sizes: Mapping[str, int]) -> int:
     )
 
 
+def sizes_of(config: AnyConfig) -> dict[str, int]:
+    """The sizes of a model, by the letters of docs/notation.md."""
+    sizes = {
+        "C": config.n_embd, "H": config.n_head, "F": config.inner, "V": config.vocab_size,
+        "n_positions": config.n_positions,
+    }  # fmt: skip
+    if isinstance(config, LlamaConfig):
+        return {**sizes, "G": config.num_key_value_heads, "K": config.head_width}
+    return {**sizes, "G": config.n_head, "K": config.n_embd // config.n_head}
+
+
+# --- what differs between architectures ----------------------------------------------------------
+
+
+class Stored(NamedTuple):
+    """One array, or a few, that the cache of a pair keeps, and the formula for their size."""
+
+    pair: str
+    keeps: str
+    formula: str
+
+
+class Peak(NamedTuple):
+    """What a backward pass allocates at a peak, and the block's weight gradients that then exist.
+
+    Letters beside those of docs/notation.md: E entries of a GELU at a time, Q queries at a time, S
+    rows of keys that the last tile of queries but one saw, and J = K / 2 pairs of a head that turn.
+    """
+
+    name: str
+    allocates: str
+    gradients: str
+
+
+class Block(NamedTuple):
+    """The formulas of an architecture: its parameters, what its blocks keep, and their peaks."""
+
+    tables: str  # beside the linear maps and the norms
+    norm_weights: str
+    maps: dict[str, tuple[str, str]]  # (in, out) of a block's linear maps, in order
+    has_biases: bool  # on every map
+    norm: Stored  # the normalised input, frozen or not: dx is computed from it [LN.6, RMS.5]
+    positions: tuple[Stored, ...]  # once for all blocks
+    attention: Stored  # the weights P are recomputed [ATT.4-8]
+    activation: Stored  # tanh is recomputed [GELU.4, SWIGLU.3]
+    mlp_peak: Peak
+    attention_peaks: tuple[Peak, ...]
+
+    @property
+    def mlp_maps(self) -> tuple[str, ...]:
+        """The linear maps of the MLP, `down` the last."""
+        return tuple(name for name in self.maps if name not in ATTENTION_TARGETS)
+
+
+MLP = {"up": ("C", "F"), "down": ("F", "C")}
+BLOCKS: dict[type, Block] = {
+    GPTConfig: Block(
+        tables="V C + n_positions C",
+        norm_weights="2 C",
+        maps={"qkv": ("C", "3 C"), "o": ("C", "C"), **MLP},
+        has_biases=True,
+        norm=Stored("layer norm", "x̂, 1/√(σ² + ε)", "N C + N"),
+        positions=(),
+        attention=Stored("attention", "q, k, v", "3 N C"),
+        activation=Stored("GELU", "x", "N F"),
+        mlp_peak=Peak("a GELU's backward", "2 N C + 2 N F + 2 E", "F C"),
+        attention_peaks=(Peak("an attention's backward", "10 N C + S C + 3 H Q N", "2 C F + C C"),),
+    ),
+    LlamaConfig: Block(
+        tables="V C",
+        norm_weights="C",
+        maps={"qkv": ("C", "H K + 2 G K"), "o": ("H K", "C"), "gate": ("C", "F"), **MLP},
+        has_biases=False,
+        norm=Stored("RMS norm", "x̂, 1/√(mean x² + ε)", "N C + N"),
+        positions=(Stored("rotary", "cos, sin", "T K"),),
+        attention=Stored("attention", "q, k, v", "N H K + 2 N G K"),
+        activation=Stored("SwiGLU", "g, u", "2 N F"),
+        mlp_peak=Peak("a gate's backward", "5 N C + 3 N F", "3 C F"),
+        attention_peaks=(  # the gradients of g and u, and the two that add up to dh, still exist
+            Peak(
+                "an attention's backward",
+                "5 N C + 2 N F + 2 N H K + 5 N G K + S G K + 3 G Q N",
+                "3 C F + H K C",
+            ),
+            Peak("a rotation's backward", "5 N C + 2 N F + 7 N H J + 11 N G J", "3 C F + H K C"),
+        ),
+    ),
+}
+
+
 # --- parameters --------------------------------------------------------------------------------
 
 
-def weight_shapes(config: GPTConfig) -> dict[str, tuple[int, int]]:
-    """(in, out) of the four linear maps of a block, by name."""
-    C, F = config.n_embd, config.inner
-    return {"qkv": (C, 3 * C), "o": (C, C), "up": (C, F), "down": (F, C)}
+def weight_shapes(config: AnyConfig) -> dict[str, tuple[int, int]]:
+    """(in, out) of the linear maps of a block, by name."""
+    sizes, maps = sizes_of(config), BLOCKS[type(config)].maps
+    return {name: (value_of(n, sizes), value_of(m, sizes)) for name, (n, m) in maps.items()}
 
 
-def base_parameters(config: GPTConfig, *, tied: bool = True) -> int:
-    """The number of parameters of a base; `tied`: its head has no table of its own."""
-    tables = "V C + n_positions C" if tied else "2 V C + n_positions C"
-    block = "4 C C + 4 C + 2 C F + F + C + 4 C"  # attention, MLP, two layer norms
-    sizes = {
-        "V": config.vocab_size, "C": config.n_embd, "F": config.inner,
-        "n_positions": config.n_positions,
-    }  # fmt: skip
-    return value_of(f"{tables} + 2 C", sizes) + config.n_layer * value_of(block, sizes)
+def base_parameters(config: AnyConfig, *, tied: bool = True, biased: Collection[str] = ()) -> int:
+    """The number of parameters of a base; `tied`: its head has no table of its own.
+
+    `biased` names the linear maps of a Llama's block that have a bias.
+    """
+    sizes, parts = sizes_of(config), BLOCKS[type(config)]
+    norm = value_of(parts.norm_weights, sizes)
+    block = 2 * norm + sum(
+        n_out * (n_in + (parts.has_biases or name in biased))
+        for name, (n_in, n_out) in weight_shapes(config).items()
+    )
+    tables = parts.tables if tied else f"{parts.tables} + V C"
+    return value_of(tables, sizes) + norm + config.n_layer * block
 
 
 def adapters_on(linear: str) -> tuple[str, ...]:
@@ -75,17 +175,19 @@ def adapters_on(linear: str) -> tuple[str, ...]:
     return (linear, *(f"{parent}.{third}" for third in "qkv" if name == "qkv"))
 
 
-def adapter_shapes(config: GPTConfig, lora_config: LoRAConfig) -> dict[str, tuple[int, int, int]]:
+def adapter_shapes(config: AnyConfig, lora_config: LoRAConfig) -> dict[str, tuple[int, int, int]]:
     """(in, R, out) of every adapter by LoRA path: A is (in, R), B (R, out).
 
     Raises MiniloraError for a target that names nothing, and for a rank above the smaller side of
     its weight.
     """
-    shapes = {}
-    for path in adapted_paths(lora_config, config.n_layer):
-        weight, columns = weight_of(path, config.n_embd)
-        name = weight.split(".")[-2] if "." in weight else weight
-        n_in, n_out = {**weight_shapes(config), "wte": (config.vocab_size, config.n_embd)}[name]
+    sizes, shapes = sizes_of(config), {}
+    weights = {**weight_shapes(config), "wte": (config.vocab_size, config.n_embd)}
+    widths = sizes["H"] * sizes["K"], sizes["G"] * sizes["K"]
+    mlp = BLOCKS[type(config)].mlp_maps
+    for path in adapted_paths(lora_config, config.n_layer, mlp=mlp):
+        weight, columns = weight_of(path, *widths)
+        n_in, n_out = weights[weight.split(".")[-2] if "." in weight else weight]
         n_out = len(range(n_out)[columns])
         rank = lora_config.rank_of(path)
         if rank > min(n_in, n_out):
@@ -105,10 +207,11 @@ class Step(Settings):
 
     With `threads` the batch is shared as in `train`; without, it is one call of `loss_and_grads`.
     `tied`: the base's head is its embedding. `recompute` is that of `Plan`. For any device but
-    "cpu" the formulas are a GPU's. Raises MiniloraError for sizes that cannot be run.
+    "cpu" the formulas are a GPU's. `biased` is that of `base_parameters`. Raises MiniloraError for
+    sizes that cannot be run.
     """
 
-    config: GPTConfig
+    config: AnyConfig
     lora_config: LoRAConfig | None
     batch: int = 8
     context: int = 128
@@ -117,6 +220,7 @@ class Step(Settings):
     tied: bool = True
     recompute: bool = False
     device: str = "cpu"
+    biased: Collection[str] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -125,6 +229,11 @@ class Step(Settings):
             raise MiniloraError(
                 f"context {self.context} exceeds the model's context of {self.config.n_positions}"
             )
+
+    @property
+    def parts(self) -> Block:
+        """The formulas of the architecture."""
+        return BLOCKS[type(self.config)]
 
     @property
     def trains_base(self) -> bool:
@@ -144,7 +253,7 @@ class Step(Settings):
     @cached_property
     def base_parameters(self) -> int:
         """The number of parameters of the base."""
-        return base_parameters(self.config, tied=self.tied)
+        return base_parameters(self.config, tied=self.tied, biased=self.biased)
 
     @property
     def adapter_parameters(self) -> int:
@@ -174,7 +283,7 @@ class Step(Settings):
         return not self.ends_in(block) or any(path in self.adapters for path in attention)
 
     def recomputes_input(self, block: int, linear: str) -> bool:
-        """Whether this map's input, a layer norm's output, is recomputed for an adapter on it."""
+        """Whether this map's input, a norm's output, is recomputed for an adapter on it."""
         return any(path in self.adapters for path in adapters_on(f"blocks.{block}.{linear}"))
 
     @property
@@ -204,27 +313,11 @@ class Step(Settings):
     @property
     def sizes(self) -> dict[str, int]:
         """The sizes of the largest pass, by the letters of docs/notation.md."""
-        config, batch = self.config, max(self.shards)
-        return {
-            "B": batch, "T": self.context, "N": batch * self.context, "C": config.n_embd,
-            "H": config.n_head, "F": config.inner, "V": config.vocab_size,
-        }  # fmt: skip
+        batch, T = max(self.shards), self.context
+        return {**sizes_of(self.config), "B": batch, "T": T, "N": batch * T}
 
 
 # --- the ledger: what caches keep --------------------------------------------------------------
-
-
-class Stored(NamedTuple):
-    """One array, or a few, that the cache of a pair keeps, and the formula for their size."""
-
-    pair: str
-    keeps: str
-    formula: str
-
-
-def kept_layer_norm() -> Iterator[Stored]:
-    """The normalised input, frozen or not: dx is computed from it [LN.6]."""
-    yield Stored("layer norm", "x̂, 1/√(σ² + ε)", "N C + N")
 
 
 def kept_lora(
@@ -239,16 +332,6 @@ def kept_lora(
     yield Stored(f"LoRA {name}", "h", f"N {rank}")
 
 
-def kept_attention() -> Iterator[Stored]:
-    """q, k, v [ATT.4-8]; the weights P are recomputed."""
-    yield Stored("attention", "q, k, v", "3 N C")
-
-
-def kept_gelu() -> Iterator[Stored]:
-    """The input; tanh u is recomputed [GELU.4]."""
-    yield Stored("GELU", "x", "N F")
-
-
 def kept_head_loss(*, frozen: bool) -> Iterator[Stored]:
     """Each row's weight in the mean, and what dx is computed from: Σ p E if the table is frozen
     [HL.3], else x and log Σ exp z, from which the logits are recomputed [HL.4]."""
@@ -258,12 +341,11 @@ def kept_head_loss(*, frozen: bool) -> Iterator[Stored]:
         yield Stored("head and loss", "x, log Σ exp, weights", "N C + 2 N")
 
 
-def kept_adapted_linear(
-    step: Step, path: str, n_in: str, *, recomputed: bool = True
-) -> Iterator[Stored]:
+def kept_adapted_linear(step: Step, path: str, *, recomputed: bool = True) -> Iterator[Stored]:
     """For a linear map such as `blocks.0.attn.qkv` and its adapters: the input, for dW [LIN.3],
     unless W is frozen or the input is recomputed, and what the adapters keep."""
     name = path.rpartition(".")[2]
+    n_in, _ = step.parts.maps[name]
     if step.trains_base and not recomputed:
         yield Stored(f"linear {name}", "x", f"N {n_in}")
     for adapter in adapters_on(path):
@@ -276,22 +358,24 @@ def kept_block(step: Step, block: int) -> Iterator[Stored]:
     """What the parts of a block keep without recompute, in the order of the forward pass.
 
     If the backward pass ends in this block, the parts below its lowest adapter keep nothing, except
-    for the layer norm from which the adapter's input is recomputed.
+    for the norm from which the adapter's input is recomputed.
     """
     if block < step.lowest:
         return
-    path = f"blocks.{block}"
+    path, parts = f"blocks.{block}", step.parts
+    *from_norm, down = (f"mlp.{name}" for name in parts.mlp_maps)
     if not step.ends_in(block) or step.recomputes_input(block, "attn.qkv"):
-        yield from kept_layer_norm()
+        yield parts.norm
     if step.reaches_attention(block):
-        yield from kept_adapted_linear(step, f"{path}.attn.qkv", "C")
-        yield from kept_attention()
-        yield from kept_adapted_linear(step, f"{path}.attn.o", "C", recomputed=False)
-    if step.reaches_attention(block) or step.recomputes_input(block, "mlp.up"):
-        yield from kept_layer_norm()
-    yield from kept_adapted_linear(step, f"{path}.mlp.up", "C")
-    yield from kept_gelu()
-    yield from kept_adapted_linear(step, f"{path}.mlp.down", "F")
+        yield from kept_adapted_linear(step, f"{path}.attn.qkv")
+        yield parts.attention
+        yield from kept_adapted_linear(step, f"{path}.attn.o", recomputed=False)
+    if step.reaches_attention(block) or any(step.recomputes_input(block, m) for m in from_norm):
+        yield parts.norm
+    for name in from_norm:
+        yield from kept_adapted_linear(step, f"{path}.{name}")
+    yield parts.activation
+    yield from kept_adapted_linear(step, f"{path}.{down}")
 
 
 def kept_with_recompute(step: Step, block: int) -> Iterator[Stored]:
@@ -303,8 +387,16 @@ def kept_with_recompute(step: Step, block: int) -> Iterator[Stored]:
     yield from (line for line in lines if is_mask(line) or line[:2] == ("LoRA down", "h"))
 
 
+def keeps_positions(step: Step, block: int) -> bool:
+    """Whether a block keeps what it knows of positions, to turn gradients or to be recomputed."""
+    return block >= step.lowest and (step.recompute or step.reaches_attention(block))
+
+
 class LedgerLine(NamedTuple):
-    """A line of the ledger, evaluated: `place` is `blocks.3`, `embedding`, `ln_f` or `head`."""
+    """A line of the ledger, evaluated, and its place.
+
+    That is a block such as `blocks.3`, `embedding`, `positions`, `ln_f` or `head`.
+    """
 
     place: str
     pair: str
@@ -322,7 +414,9 @@ def ledger(step: Step) -> list[LedgerLine]:
     for block in range(step.config.n_layer):
         lines = kept_with_recompute if step.recompute else kept_block
         kept += [(f"blocks.{block}", line) for line in lines(step, block)]
-    kept += [("ln_f", line) for line in kept_layer_norm()]
+    if any(keeps_positions(step, block) for block in range(step.config.n_layer)):
+        kept += [("positions", line) for line in step.parts.positions]
+    kept += [("ln_f", step.parts.norm)]
     kept += [("head", line) for line in kept_head_loss(frozen=not step.trains_base)]
     return [LedgerLine(place, *line, value_of(line.formula, step.sizes)) for place, line in kept]
 
@@ -352,31 +446,34 @@ def peaks_of_pass(step: Step) -> dict[str, int]:
     another, from the head to the first block, so most of them exist when the backward pass is in
     the first block.
     """
-    full, blocks_above = step.trains_base, step.config.n_layer - 1
-    sizes = step.sizes
+    full, parts, sizes = step.trains_base, step.parts, step.sizes
     sizes["Y"] = min(sizes["V"], VOCAB_CHUNK)  # logits at a time; the last chunk still exists
     sizes["Z"] = min(sizes["V"], 2 * VOCAB_CHUNK)
     sizes["E"] = min(TILE, sizes["N"] * sizes["F"])  # entries of a GELU at a time
-    sizes["Q"] = step.queries
+    sizes["Q"], sizes["J"] = step.queries, sizes["K"] // 2
     sizes["S"] = sizes["B"] * max(0, step.context - step.queries)  # keys of the last tile but one
 
     def count(formula: str, gradients: str = "0") -> int:
         return value_of(f"{formula} + {gradients}" if full else formula, sizes)
 
-    above = f"V C + 2 C + {blocks_above} 4 C C + {blocks_above} 2 C F"
+    def at(peak: Peak) -> dict[str, int]:
+        return {peak.name: there + count(peak.allocates, peak.gradients) + full * above}
+
+    above = value_of(f"V C + {parts.norm_weights}", sizes)  # gradients, and those of blocks above
+    above += (step.config.n_layer - 1) * sum(n * m for n, m in weight_shapes(step.config).values())
     recomputed = 0
     if step.recompute:
         recomputed = max(recomputed_cache(step, block) for block in range(step.config.n_layer))
     there = recomputed + step.adapter_parameters  # the adapters' gradients
     found = {
-        "the loss": max(count("N Z"), count("N Y + N C")) + count("2 N C + N", "N C + N + V C"),
-        "a GELU's backward": count("2 N C + 2 N F + 2 E", f"{above} + F C") + there,
+        "the loss": max(count("N Z"), count("N Y + N C")) + count("2 N C + N", "N C + N + V C")
     }
+    found |= at(parts.mlp_peak)
     if any(path.endswith("mlp.down") for path in step.adapters):
         found["a down's backward"] = count(f"2 N C + {4 if step.dropout else 3} N F") + there
     if any(step.reaches_attention(block) for block in range(step.lowest, step.config.n_layer)):
-        attention = count("10 N C + S C + 3 H Q N", f"{above} + 2 C F + C C")
-        found["an attention's backward"] = attention + there
+        for peak in parts.attention_peaks:
+            found |= at(peak)
     if full:
         tables = max(count("2 N C + V C"), count("N C + 2 V C")) if step.tied else 0
         found["the embedding's backward"] = step.base_parameters + tables
@@ -451,7 +548,8 @@ def block_flops(step: Step, block: int) -> Flops:
     config, N = step.config, step.batch * step.context
     shapes = weight_shapes(config)
     weights = {name: 2 * N * n_in * n_out for name, (n_in, n_out) in shapes.items()}
-    attention = 2 * step.batch * step.pairs * config.n_embd  # each of its products
+    sizes = sizes_of(config)
+    attention = 2 * step.batch * step.pairs * sizes["H"] * sizes["K"]  # each of its products
     adapters = {
         path.rpartition(".")[2]: (2 * N * rank * n_in, 2 * N * rank * n_out)
         for path, (n_in, rank, n_out) in step.adapters.items()
@@ -470,8 +568,9 @@ def block_flops(step: Step, block: int) -> Flops:
         if step.reaches_attention(block):
             backward -= sum(products[0] for name, products in adapters.items() if name in "qkv")
         else:
-            backward -= 5 * attention + weights["o"] + weights["up"]
-            backward -= adapters["up"][0] if "up" in adapters else 0
+            backward -= 5 * attention + weights["o"]
+            for name in step.parts.mlp_maps[:-1]:
+                backward -= weights[name] + adapters.get(name, (0, 0))[0]
     return Flops(forward, backward)
 
 
@@ -531,9 +630,11 @@ def budget_lines(name: str, lora: Step, full: Step) -> Iterator[str]:
     """The lines of the table: LoRA beside full fine-tuning, then the ledger."""
     config, lora_config = lora.config, lora.lora_config
     assert lora_config is not None
+    G = lora.sizes["G"]
+    shared = "" if config.n_head == G else f" ({G} of k and v)"
     yield (
-        f"{name}: {config.n_layer} blocks, width {config.n_embd}, {config.n_head} heads, "
-        f"vocabulary {config.vocab_size:,}"
+        f"{name}: {config.n_layer} blocks, width {config.n_embd}, {config.n_head} heads"
+        f"{shared}, vocabulary {config.vocab_size:,}"
     )
     yield (
         f"a step of {lora.batch} × {lora.context} tokens in {lora.dtype}; "
@@ -592,33 +693,47 @@ def largest_peak(step: Step) -> str:
 # --- other shapes ------------------------------------------------------------------------------
 
 
+FIELDS: dict[type, tuple[str, str, str, str]] = {
+    GPTConfig: ("n_layer", "n_embd", "n_head", "vocab_size"),
+    LlamaConfig: ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"),
+}
+
+
 def resized(
-    config: GPTConfig,
+    config: AnyConfig,
     layers: int | None = None,
     width: int | None = None,
     heads: int | None = None,
     vocabulary: int | None = None,
-) -> GPTConfig:
-    """The configuration with the given sizes in place of its own."""
-    sizes = {"n_layer": layers, "n_embd": width, "n_head": heads, "vocab_size": vocabulary}
-    return replace(config, **{name: size for name, size in sizes.items() if size is not None})
+) -> AnyConfig:
+    """The configuration with the given sizes in place of its own.
 
-
-def read_shape(folder: str | Path) -> tuple[GPTConfig, bool]:
-    """The sizes in a folder's config.json, and whether its head is the embedding table.
-
-    Raises MiniloraError as `load_base` does, and for another architecture than GPT-2; weights are
-    not read and need not exist.
+    Raises MiniloraError for impossible sizes, which it calls by GPT-2's names.
     """
-    from minilora.formats.base import CONFIG, is_tied, read_config
+    fields = FIELDS[type(config)]
+    given = zip(fields, (layers, width, heads, vocabulary), strict=True)
+    changes: dict[str, Any] = {name: size for name, size in given if size is not None}
+    try:
+        return replace(config, **changes)
+    except MiniloraError as error:
+        message = str(error)
+        for name, known in zip(fields, FIELDS[GPTConfig], strict=True):
+            message = message.replace(name, known)
+        raise MiniloraError(message) from None
+
+
+def read_shape(folder: str | Path) -> tuple[AnyConfig, bool, set[str]]:
+    """The sizes in a folder's config.json, whether its head is tied, and its maps with a bias.
+
+    Raises MiniloraError as `load_base` does; weights are not read and need not exist.
+    """
+    from minilora.formats.base import CONFIG, LAYOUT_OF, is_tied, read_config
     from minilora.formats.files import read_json
 
     path = Path(folder) / CONFIG
     document = read_json(path)
     config = read_config(document, path)
-    if not isinstance(config, GPTConfig):
-        raise MiniloraError(
-            f"{path}: model_type is {document['model_type']!r}, whose step budget does not know; "
-            "expected 'gpt2'"
-        )
-    return config, is_tied(document, path)
+    table = LAYOUT_OF[type(config)].tensor_table(resized(config, layers=1), document)
+    biases = [stored.path.split(".") for stored in table.values() if stored.path.endswith(".b")]
+    biased = {"qkv" if name in "qkv" else name for *_, name, _ in biases}
+    return config, is_tied(document, path), biased & BLOCKS[type(config)].maps.keys()

@@ -13,6 +13,7 @@ from minilora.adapters import LoRAConfig
 from minilora.errors import MiniloraError
 from minilora.formats.files import json_number
 from minilora.gpt2 import GPTConfig
+from minilora.llama import LinearScaling, Llama3Scaling, LlamaConfig
 from minilora.settings import LARGEST_COUNT, Settings, check_sizes
 
 PROMPT = 8  # tokens of the prompt that a generation continues
@@ -30,7 +31,7 @@ class Case(Settings):
     sizes that cannot be run.
     """
 
-    config: GPTConfig
+    config: GPTConfig | LlamaConfig
     what: Literal["step", "evaluate", "generate"] = "step"
     method: Literal["lora", "full"] = "lora"
     batch: int = 8
@@ -70,12 +71,18 @@ class Case(Settings):
 
     def to_json(self) -> str:
         """The case as text, for another process."""
-        return json.dumps(dataclasses.asdict(self), default=json_number)
+        kind = type(self.config).__name__
+        return json.dumps({**dataclasses.asdict(self), "kind": kind}, default=json_number)
 
     @classmethod
     def from_json(cls, text: str) -> Case:
         """The case that `to_json` wrote."""
         fields: dict[str, Any] = json.loads(text)
-        fields["config"] = GPTConfig(**fields["config"])
+        sizes, kind = fields["config"], fields.pop("kind")
+        if scaling := sizes.get("rope_scaling"):
+            scalings = (LinearScaling, Llama3Scaling)
+            sizes["rope_scaling"] = scalings[len(scaling) > 1](*scaling)
+        configs: dict[str, Any] = {c.__name__: c for c in (GPTConfig, LlamaConfig)}
+        fields["config"] = configs[kind](**sizes)
         fields["targets"] = tuple(fields["targets"])
         return cls(**fields)

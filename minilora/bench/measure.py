@@ -37,8 +37,9 @@ from minilora.bench.profile import profiling
 from minilora.data import draw_batch
 from minilora.evaluation import sum_nats
 from minilora.generate import generate
-from minilora.gpt2 import gpt_init
+from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.keep import Plan
+from minilora.llama import llama_init
 from minilora.network import Net
 from minilora.optim import adamw, adamw_init, clip_by_global_norm
 from minilora.training.loop import batch_loss_and_grads
@@ -51,7 +52,8 @@ TO_ANSWER = 3.0  # seconds
 
 def random_model(case: Case) -> dict[str, Tree]:
     """The case's trees with random weights: base, and lora if it is trained."""
-    base = gpt_init(case.config, seed=0)
+    c = case.config
+    base = gpt_init(c, seed=0) if isinstance(c, GPTConfig) else llama_init(c, seed=0)
     if case.what != "step" or case.method != "lora":
         return {"base": base}
     return {"base": base, "lora": lora_init(base, case.lora_config, seed=0)}

@@ -21,14 +21,23 @@ from minilora.bench.measure import products_of, random_model, seconds_of, serve
 from minilora.bench.products import prepare
 from minilora.data import draw_batch
 from minilora.errors import MiniloraError
+from minilora.formats import llama
+from minilora.gpt2 import GPTConfig
+from minilora.llama import LlamaConfig
 
 ATTENTIONS = ("sdpa", "eager")
-MODULES = {
-    "qkv": "attn.c_attn",
-    "o": "attn.c_proj",
-    "up": "mlp.c_fc",
-    "down": "mlp.c_proj",
-    "embedding": "wte",
+MODULES: dict[type, dict[str, str]] = {
+    GPTConfig: {
+        "qkv": "attn.c_attn",
+        "o": "attn.c_proj",
+        "up": "mlp.c_fc",
+        "down": "mlp.c_proj",
+        "embedding": "wte",
+    },
+    LlamaConfig: {
+        **{path.rpartition(".")[2]: name for name, path in llama.MODULES.items()},
+        "embedding": "embed_tokens",
+    },
 }
 
 
@@ -37,10 +46,12 @@ def check(case: Case) -> None:
     for name in ("torch", "transformers", "peft"):
         if importlib.util.find_spec(name) is None:
             raise MiniloraError(f"--versus peft needs {name}: pip install {name}")
+    modules = MODULES[type(case.config)]
     for target in case.targets:
-        if target not in MODULES:
+        if target not in modules:
+            model = {GPTConfig: "GPT-2", LlamaConfig: "Llama"}[type(case.config)]
             raise MiniloraError(
-                f"PEFT has no target {target!r} in GPT-2; --versus peft has {', '.join(MODULES)}"
+                f"PEFT has no target {target!r} in {model}; --versus peft has {', '.join(modules)}"
             )
 
 
@@ -96,10 +107,28 @@ def products_in_torch(case: Case) -> list[list[Any]]:
 def make_model(case: Case, attention: str) -> Any:
     """The case's model with random weights, and with adapters if they are trained."""
     import peft
+
+    model = make_base(case.config, attention)
+    if case.what != "step" or case.method != "lora":
+        return model
+    modules = MODULES[type(case.config)]
+    adapters = peft.LoraConfig(
+        r=case.rank, lora_alpha=case.rank, lora_dropout=0.0,
+        fan_in_fan_out=isinstance(case.config, GPTConfig),
+        target_modules=[modules[target] for target in case.targets],
+    )  # fmt: skip
+    return peft.get_peft_model(model, adapters)
+
+
+def make_base(c: GPTConfig | LlamaConfig, attention: str) -> Any:
+    """The model of transformers with random weights and a tied head."""
     import transformers
 
-    c = case.config
-    model = transformers.GPT2LMHeadModel(
+    if isinstance(c, LlamaConfig):
+        document = llama.config_document(c, "llama", tied=True, with_bias=())
+        config = transformers.LlamaConfig(**document, attn_implementation=attention)
+        return transformers.LlamaForCausalLM(config)
+    return transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
             vocab_size=c.vocab_size, n_positions=c.n_positions, n_embd=c.n_embd, n_layer=c.n_layer,
             n_head=c.n_head, n_inner=c.inner, layer_norm_epsilon=c.layer_norm_epsilon,
@@ -107,13 +136,6 @@ def make_model(case: Case, attention: str) -> Any:
             bos_token_id=None, eos_token_id=None, attn_implementation=attention,
         )
     )  # fmt: skip
-    if case.what != "step" or case.method != "lora":
-        return model
-    adapters = peft.LoraConfig(
-        r=case.rank, lora_alpha=case.rank, lora_dropout=0.0, fan_in_fan_out=True,
-        target_modules=[MODULES[target] for target in case.targets],
-    )  # fmt: skip
-    return peft.get_peft_model(model, adapters)
 
 
 def training_step(case: Case, model: Any) -> Callable[[], None]:

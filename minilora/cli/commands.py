@@ -440,14 +440,14 @@ def budget_command(args: argparse.Namespace) -> int:
     from minilora.adapters import LoRAConfig
     from minilora.bench.budget import SHAPES, Step, budget_lines, figures_of, read_shape, resized
 
-    name, config, tied = args.model, SHAPES[args.model], True
+    name, config, tied, biased = args.model, SHAPES[args.model], True, set[str]()
     if args.base is not None:
-        name, (config, tied) = args.base, read_shape(args.base)
+        name, (config, tied, biased) = args.base, read_shape(args.base)
     config = resized(config, args.n_layer, args.n_embd, args.n_head, args.vocab_size)
     lora_config = LoRAConfig(args.rank, targets=targets_of(args.targets), dropout=args.dropout)
     lora = Step(
         config, lora_config, args.batch, args.context, args.dtype, args.threads, tied,
-        args.recompute, args.device,
+        args.recompute, args.device, biased,
     )  # fmt: skip
     full = replace(lora, lora_config=None)
     print(*budget_lines(name, lora, full), sep="\n")

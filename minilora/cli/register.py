@@ -571,12 +571,14 @@ COMMANDS = (
         examples=(
             "minilora bench --shape small --rank 8",
             "minilora bench --versus 1 --rounds 5",
+            "minilora bench --shape smollm2 --batch 4 --targets q,v --versus peft",
         ),
         options=(
             option(
                 "--shape",
-                "4 blocks of width 256, 6 of 384, 12 of 768 or 24 of 1024; the weights are random",
-                choices=("tiny", "small", "gpt2", "gpt2-medium"),
+                "4 blocks of width 256, 6 of 384, 12 of 768 or 24 of 1024, or a Llama's 30 of 576; "
+                "the weights are random",
+                choices=("tiny", "small", "gpt2", "gpt2-medium", "smollm2"),
                 default="tiny",
             ),
             option(

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,17 @@ from minilora.bench.measure import TO_ANSWER, blas, peak_rss
 from minilora.cli import main
 from minilora.errors import MiniloraError
 from minilora.gpt2 import GPTConfig
+from minilora.llama import LinearScaling, Llama3Scaling, LlamaConfig
 
 CONFIG = GPTConfig(vocab_size=11, n_positions=16, n_embd=8, n_layer=2, n_head=2)
 MICRO = Case(CONFIG, batch=2, context=8, rank=2, steps=2)
+LLAMA = LlamaConfig(11, 8, 12, 2, 4, 2, 16, rms_norm_eps=1e-5)
+EVERY_MAP = ("q", "k", "v", "o", "gate", "up", "down", "embedding")
+MICROS = {
+    "GPT-2": MICRO,
+    "Llama": replace(MICRO, config=LLAMA, targets=("q", "v")),
+    "Llama, every map": replace(MICRO, config=LLAMA, targets=EVERY_MAP),
+}
 FIGURES = {
     "what": str,
     "method": str,
@@ -52,7 +61,7 @@ FIGURES = {
 }
 
 
-def check_figures(figures):
+def check_figures(figures, parts=("linear_forward", "gelu_forward")):
     for name, kind in FIGURES.items():
         assert isinstance(figures[name], kind), name
         if kind in (int, float):
@@ -63,7 +72,7 @@ def check_figures(figures):
     for row in figures["breakdown"]:
         assert set(row) == {"operation", "calls", "seconds", "products_seconds"}
     names = [row["operation"] for row in figures["breakdown"]]
-    assert {"linear_forward", "gelu_forward", "all else, and waiting"} <= set(names)
+    assert {*parts, "all else, and waiting"} <= set(names)
     assert len(set(names)) == len(names)
 
 
@@ -91,11 +100,17 @@ def test_the_command_writes_its_figures(tmp_path, capsys):
         {"threads": 1},
         {"recompute": True},
         {"batch": 1, "context": 1, "threads": 3, "steps": 1},
+        *(
+            {"config": LLAMA, "targets": ("q", "gate"), **changes}
+            for changes in ({}, {"method": "full"}, {"what": "generate", "context": 4})
+        ),
     ],
 )
 def test_everything_can_be_timed(changes):
-    figures = bench(Case(**{**vars(MICRO), **changes}))
-    check_figures(figures)
+    case = Case(**{**vars(MICRO), **changes})
+    figures = bench(case)
+    of_llama = "matmul_forward", "swiglu_forward", "rms_norm_forward"
+    check_figures(figures, *([of_llama] if case.config is LLAMA else []))
     tokens = 4 if figures["what"] == "generate" else figures["batch"] * figures["context"]
     assert figures["tokens_per_second"] * figures["step_seconds_median"] == pytest.approx(tokens)
     if figures["threads"] == 1:
@@ -122,7 +137,9 @@ def test_two_ways_of_ours_take_turns(versus, names, capsys):
 @pytest.mark.parametrize(
     "changes",
     [{}, {"method": "full"}, {"what": "evaluate"}, {"what": "generate", "context": 4},
-     {"targets": ("qkv", "o", "up", "down", "embedding")}],
+     {"targets": ("qkv", "o", "up", "down", "embedding")},
+     {"config": LLAMA, "targets": ("q", "v")}, {"config": LLAMA, "method": "full"},
+     {"config": LLAMA, "what": "generate", "context": 4}],
 )  # fmt: skip
 def test_peft_takes_turns_with_ours(changes):
     pytest.importorskip("peft")
@@ -141,31 +158,33 @@ def test_peft_takes_turns_with_ours(changes):
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_the_products_in_torch_are_those_of_the_step(method):
+@pytest.mark.parametrize("micro", MICROS.values(), ids=MICROS)
+def test_the_products_in_torch_are_those_of_the_step(micro, method):
     pytest.importorskip("torch")
     from minilora.bench import budget
 
-    case = Case(**{**vars(MICRO), "method": method})
+    case = replace(micro, method=method)
     lora_config = case.lora_config if method == "lora" else None
     products = peft.products_in_torch(case)
     assert all(out.shape == (a @ b).shape for a, b, out in products)
     assert case.tokens in {len(a) for a, _, _ in products}  # all rows, whatever the threads
     flops = sum(2 * out.numel() * a.shape[-1] for a, _, out in products)
-    assert flops == budget.flops(budget.Step(CONFIG, lora_config, 2, 8)).total
+    assert flops == budget.flops(budget.Step(case.config, lora_config, 2, 8)).total
 
 
 @pytest.mark.oracle
 @pytest.mark.filterwarnings("ignore")
-def test_peft_trains_as_many_numbers():
+@pytest.mark.parametrize("micro", MICROS.values(), ids=MICROS)
+def test_peft_trains_as_many_numbers(micro):
     pytest.importorskip("peft")
     from minilora.bench import budget
 
-    model = peft.make_model(MICRO, "eager")
+    model = peft.make_model(micro, "eager")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert trained == budget.Step(CONFIG, MICRO.lora_config, 2, 8).trainable_parameters
-    full = peft.make_model(Case(**{**vars(MICRO), "method": "full"}), "eager")
+    assert trained == budget.Step(micro.config, micro.lora_config, 2, 8).trainable_parameters
+    full = peft.make_model(replace(micro, method="full"), "eager")
     count = sum(p.numel() for p in full.parameters() if p.requires_grad)
-    assert count == budget.base_parameters(CONFIG)
+    assert count == budget.base_parameters(micro.config)
 
 
 # --- errors --------------------------------------------------------------------------------------
@@ -204,6 +223,8 @@ def test_a_target_that_peft_does_not_know_is_named(monkeypatch, capsys):
     monkeypatch.setattr(peft.importlib.util, "find_spec", lambda name: name)
     assert main(["bench", "--versus", "peft", "--targets", "q,v"]) == 2
     assert "PEFT has no target 'q' in GPT-2" in capsys.readouterr().err
+    assert main(["bench", "--versus", "peft", "--shape", "smollm2"]) == 2
+    assert "PEFT has no target 'qkv' in Llama; --versus peft has q, k" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("question", [None, "1"])
@@ -273,7 +294,11 @@ def test_the_threads_of_a_case_are_all_that_there_are(changes, in_blas):
 
 
 def test_a_case_survives_the_way_to_its_process():
-    assert Case.from_json(MICRO.to_json()) == MICRO
+    scalings = None, LinearScaling(2.0), Llama3Scaling(8.0, 1.0, 4.0, 8192)
+    llamas = [replace(LLAMA, rope_scaling=scaling) for scaling in scalings]
+    for config in (CONFIG, *llamas):
+        case = replace(MICRO, config=config)
+        assert Case.from_json(case.to_json()) == case
     assert Case.from_json(
         Case(CONFIG, batch=np.int64(2), context=8, rank=2, steps=2).to_json()
     ) == (MICRO)

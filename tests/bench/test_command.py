@@ -2,14 +2,17 @@
 
 import json
 
+import numpy as np
 import pytest
 
+from minilora import tree
 from minilora.bench import command, peft
 from minilora.bench.budget import scaled
 from minilora.cli import main
 from minilora.cli.register import COMMANDS
 from minilora.formats import save_base
 from minilora.gpt2 import GPTConfig, gpt_init
+from minilora.llama import LlamaConfig, llama_init
 
 ROWS = {row.name: row for row in COMMANDS}
 
@@ -76,12 +79,41 @@ def test_a_folder_s_shape_is_read_without_its_weights(budget, tmp_path):
     assert budget(*words)[1]["base_parameters"] == figures["base_parameters"] + 11 * 8
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("biased", [(), ("qkv",), ("qkv", "o", "gate", "up", "down")], ids=str)
+def test_a_llama_s_folder_is_counted_as_it_is(budget, tmp_path, tied, biased):
+    config = LlamaConfig(11, 8, 12, 3, 4, 2, 16, rms_norm_eps=1e-5, head_dim=6)
+    base = llama_init(config, seed=0)
+    for block in base["blocks"]:
+        for name, linear in (*block["attn"].items(), *block["mlp"].items()):
+            if name in biased:
+                linear["b"] = np.zeros(linear["w"].shape[1], np.float32)
+    if not tied:
+        base["head"] = base["wte"] + 1.0
+    save_base(tmp_path, base, config)
+    (tmp_path / "model.safetensors").unlink()
+    words = ("--base", tmp_path, "--context", 16, "--rank", 2, "--targets", "k,gate")
+    out, figures = budget(*words)
+    assert "3 blocks, width 8, 4 heads (2 of k and v), vocabulary 11" in out
+    assert figures["base_parameters"] == tree.count(base)
+    assert figures["trainable_parameters"] == 3 * 2 * ((8 + 12) + (8 + 12))
+
+
 def test_sizes_given_replace_the_shape_s(budget):
     words = ("--layers", 48, "--width", 1536, "--heads", 24, "--rank", 16, "--targets", "q,v")
     figures = budget(*words)[1]
     assert figures["trainable_parameters"] == 4_718_592
     other = budget(*words, "--vocabulary", 50258)[1]  # gpt2 has 50257 tokens
     assert other["base_parameters"] == figures["base_parameters"] + 1536
+
+
+def test_sizes_given_replace_a_llama_s(budget):
+    words = ("--model", "smollm2", "--targets", "q,v", "--rank", 4)
+    (out, of_smollm2), (_, half) = budget(*words), budget(*words, "--layers", 15)
+    assert "30 blocks, width 576, 9 heads (3 of k and v), vocabulary 49,152" in out
+    assert half["trainable_parameters"] == of_smollm2["trainable_parameters"] / 2
+    wide = budget(*words, "--width", 1152, "--heads", 18)[1]
+    assert wide["trainable_parameters"] == 30 * 4 * ((1152 + 1152) + (1152 + 192))
 
 
 def test_dropout_keeps_masks_and_threads_share_the_batch(budget):
@@ -108,6 +140,10 @@ def test_dropout_keeps_masks_and_threads_share_the_batch(budget):
         (["--model", "tiny", "--base", "x"], "--base: cannot be combined with --model"),
         (["--width", "700"], "--width 700 is not a multiple of --heads 12"),
         (["--dropout", "1"], "dropout 1.0 is not in"),
+        (["--targets", "gate"], "unknown target 'gate'"),
+        (["--model", "smollm2", "--width", "700"], "--width 700 is not a multiple of --heads 9"),
+        (["--model", "smollm2", "--heads", "8"], "--heads 8 is not a multiple of num_key_value"),
+        (["--model", "smollm2", "--targets", "v", "--rank", "193"], "a weight of 576 × 192"),
     ],
     ids=lambda words: " ".join(words) if isinstance(words, list) else "",
 )

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora.adapters import TARGETS, LoRAConfig, dropout_masks, lora_init
-from minilora.bench.budget import SHAPES, Step, figures_of, ledger, peaks
+from minilora.bench.budget import SHAPES, Step, figures_of, ledger, peaks, resized
 from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.keep import Plan
+from minilora.llama import LlamaConfig, llama_init
 from minilora.loss import frozen_head_loss_forward, head_loss_forward
 from minilora.network import Net, loss_and_grads, trunk_forward
 from minilora.optim import adamw, adamw_init, clip_by_global_norm
@@ -25,18 +26,34 @@ configs = st.builds(
     st.integers(2, 3),
     st.integers(1, 3),
 )
-lora_configs = st.builds(
-    lambda rank, targets, dropout: LoRAConfig(rank=rank, targets=tuple(targets), dropout=dropout),
+llama_configs = st.builds(
+    lambda width, layers, groups, shared, half: LlamaConfig(
+        11, width, 7, layers, groups * shared, groups, 9, rms_norm_eps=0.1, head_dim=2 * half
+    ),
+    st.integers(2, 6),
+    st.integers(1, 3),
     st.integers(1, 2),
-    st.lists(st.sampled_from([*TARGETS, "1?0.attn.q", "0.mlp.*"]), min_size=1, unique=True),
-    st.sampled_from([0.0, 0.5]),
+    st.integers(1, 3),
+    st.integers(1, 2),
 )
+
+
+def lora_configs(*targets):
+    return st.builds(
+        lambda rank, targets, dropout: LoRAConfig(rank, targets=tuple(targets), dropout=dropout),
+        st.integers(1, 2),
+        st.lists(st.sampled_from([*targets, "1?0.attn.q", "0.mlp.*"]), min_size=1, unique=True),
+        st.sampled_from([0.0, 0.5]),
+    )
 
 
 def inputs_of(step, *, seed=0):
     """What `loss_and_grads` takes for a step: the net and, by name, all else."""
     rng = np.random.default_rng(seed)
-    base = gpt_init(step.config, seed=0, dtype=step.dtype)
+    init = gpt_init if isinstance(step.config, GPTConfig) else llama_init
+    base = init(step.config, seed=0, dtype=step.dtype)
+    if not step.tied:
+        base["head"] = base["wte"].copy()
     lora = None if step.trains_base else lora_init(base, step.lora_config, seed=0)
     shape = (step.batch, step.context)
     tokens, targets = rng.integers(step.config.vocab_size, size=(2, *shape))
@@ -77,14 +94,19 @@ def caches_of(step):
     return trunk, frozen_head_loss_forward(x, table=net.head, targets=targets)[1]
 
 
-steps = st.builds(
-    Step,
-    configs,
-    st.none() | lora_configs,
-    batch=st.integers(1, 3),
-    context=st.integers(1, 9),
-    dtype=st.sampled_from(["float32", "float64"]),
-)
+def steps_of(configs, *targets):
+    return st.builds(
+        Step,
+        configs,
+        st.none() | lora_configs(*targets),
+        batch=st.integers(1, 3),
+        context=st.integers(1, 9),
+        dtype=st.sampled_from(["float32", "float64"]),
+        tied=st.booleans(),
+    )
+
+
+steps = steps_of(configs, *TARGETS) | steps_of(llama_configs, *TARGETS, "gate")
 
 
 @given(steps)
@@ -99,12 +121,13 @@ def test_the_ledger_is_what_the_caches_hold(step):
         adapters = (f"{pair} {target}" for pair in ("LoRA", "dropout") for target in targets)
         return in_ledger(place, f"linear {name}", *adapters)
 
-    def layer_norms_in_ledger(place):
+    def norms_in_ledger(place):
         """Those before and after the attention; without one there is only the second."""
+        norm = step.parts.norm.pair
         pairs = [entry.pair for entry in lines if entry.place == place]
         middle = pairs.index("attention") if "attention" in pairs else 0
-        size = in_ledger(place, "layer norm") // max(pairs.count("layer norm"), 1)
-        return ("layer norm" in pairs[:middle]) * size, ("layer norm" in pairs[middle:]) * size
+        size = in_ledger(place, norm) // max(pairs.count(norm), 1)
+        return (norm in pairs[:middle]) * size, (norm in pairs[middle:]) * size
 
     def held_by(*caches):
         return numbers_in(caches, net=trunk.net)
@@ -117,14 +140,17 @@ def test_the_ledger_is_what_the_caches_hold(step):
         if block is None:
             assert not any(entry.place == place for entry in lines)
             continue
-        ln_1, ln_2 = layer_norms_in_ledger(place)
+        ln_1, ln_2 = norms_in_ledger(place)
         qkv = linear_in_ledger(place, "qkv", "qkv", "q", "k", "v")
-        o, up, down = (linear_in_ledger(place, name, name) for name in ("o", "up", "down"))
+        o, gate, up, down = (linear_in_ledger(place, m, m) for m in ("o", "gate", "up", "down"))
+        activation = in_ledger(place, "GELU", "SwiGLU")
         assert held_by_parts(block, "ln_1", "qkv") == ln_1 + qkv, place
         assert held_by_parts(block, "attention") == in_ledger(place, "attention"), place
         assert held_by_parts(block, "o") == o, place
-        assert held_by_parts(block, "ln_2", "up") == ln_2 + up, place
-        assert held_by_parts(block, "gelu", "down") == in_ledger(place, "GELU") + down, place
+        assert held_by_parts(block, "ln_2", "gate", "up") == ln_2 + gate + up, place
+        assert held_by_parts(block, "gelu", "swiglu", "down") == activation + down, place
+    blocks = [block for block in trunk.blocks if block is not None]
+    assert held_by(*(block.get("rotary") for block in blocks)) == in_ledger("positions", "rotary")
     assert held_by(head) == in_ledger("head", "head and loss")
     assert held_by(trunk, head) == sum(e.numbers for e in lines)
 
@@ -139,7 +165,7 @@ def test_recomputing_keeps_the_input_of_each_block(step):
 # --- what tracemalloc sees -----------------------------------------------------------------------
 
 QKV = LoRAConfig(rank=8, targets=("qkv",))
-EVERYWHERE = LoRAConfig(rank=2, targets=("qkv", "o", "up", "down"))
+EVERYWHERE = LoRAConfig(rank=2, targets=("qkv", "o", "mlp.*"))
 UPPER_HALF = LoRAConfig(rank=4, targets=("blocks.[1-9].attn.[qv]", "blocks.[1-9].mlp.down"))
 DROPPED = LoRAConfig(rank=8, dropout=0.1)
 DROPPED_EVERYWHERE = dataclasses.replace(EVERYWHERE, dropout=0.1)
@@ -149,7 +175,14 @@ FAST_SHAPES = {
     "short sequences": (FAST, 16, 32, "float32"),
     "long sequences": (FAST, 2, 128, "float64"),
     "large vocabulary": (GPTConfig(8192, 64, n_embd=64, n_layer=2, n_head=2), 4, 64, "float32"),
-}
+    "llama": (LlamaConfig(256, 96, 256, 3, 6, 6, 128, rms_norm_eps=1e-5), 16, 32, "float32"),
+    "llama, groups of 3": (
+        LlamaConfig(256, 96, 256, 3, 6, 2, 128, rms_norm_eps=1e-5), 2, 128, "float64"
+    ),
+    "llama, one group of wide heads": (
+        LlamaConfig(2048, 96, 160, 2, 4, 1, 64, rms_norm_eps=1e-5, head_dim=48), 6, 64, "float32"
+    ),
+}  # fmt: skip
 SLOW_SHAPES = {
     f"{name}, {batch} × {context}, {dtype}": (SHAPES[name], batch, context, dtype)
     for name in ("tiny", "small")
@@ -159,6 +192,12 @@ SLOW_SHAPES = {
         (4, 64, "float64"),
     )
 }
+SLOW_SHAPES |= {
+    f"4 blocks of smollm2, {batch} × {context}": (
+        resized(SHAPES["smollm2"], layers=4), batch, context, "float32"
+    )
+    for batch, context in ((4, 128), (1, 1024))
+}  # fmt: skip
 METHODS = {
     "full": None, "LoRA on qkv": QKV, "LoRA everywhere": EVERYWHERE,
     "LoRA in the upper blocks": UPPER_HALF, "LoRA with dropout": DROPPED,

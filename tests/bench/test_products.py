@@ -23,11 +23,13 @@ from minilora.bench.products import (
 )
 from minilora.gpt2 import GPTConfig
 from minilora.keep import Plan
+from minilora.llama import LlamaConfig
 from minilora.network import Net, loss_and_grads
 from minilora.tree import flatten
 from minilora.workers import Workers
 
 CONFIG = GPTConfig(vocab_size=11, n_positions=16, n_embd=8, n_layer=2, n_head=2, n_inner=12)
+LLAMA = LlamaConfig(11, 8, 12, 2, 4, 2, 16, rms_norm_eps=1e-5)
 
 
 def items_of(case):
@@ -42,15 +44,15 @@ def all_of(case):
 
 @st.composite
 def cases(draw):
-    targets = draw(
-        st.lists(st.sampled_from(["qkv", "q", "v", "o", "up", "down"]), min_size=1, unique=True)
-    )
+    config = draw(st.sampled_from([CONFIG, LLAMA]))
+    names = ["qkv", "q", "v", "o", "up", "down", *(["gate"] if config is LLAMA else [])]
+    targets = draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
     return Case(
-        CONFIG,
+        config,
         method=draw(st.sampled_from(["lora", "full"])),
         batch=draw(st.integers(1, 4)),
         context=draw(st.integers(1, 16)),
-        rank=draw(st.integers(1, 8)),
+        rank=draw(st.integers(1, 4)),  # a Llama's v has 4 columns
         targets=tuple(targets),
         threads=draw(st.integers(1, 3)),
     )
@@ -58,9 +60,8 @@ def cases(draw):
 
 @given(cases())
 def test_a_steps_products_take_the_flops_of_the_formula(case):
-    step = budget.Step(
-        CONFIG, case.lora_config if case.method == "lora" else None, case.batch, case.context
-    )
+    lora_config = case.lora_config if case.method == "lora" else None
+    step = budget.Step(case.config, lora_config, case.batch, case.context)
     assert sum(product.flops for product in all_of(case)) == budget.flops(step).total
 
 
