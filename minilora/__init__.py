@@ -30,12 +30,18 @@ from minilora.training.runs import adapt
 
 __version__: str  # looked up when it is asked for
 
-if not TYPE_CHECKING:  # for a type checker, a module with this function has every name
+if TYPE_CHECKING:
+    from minilora.cli.play import play
+    from minilora.cli.run_report import RunReport, sampled
+else:  # a type checker thinks that a module with this function has every name
+    LATER = {"play": "play", "RunReport": "run_report", "sampled": "run_report"}
 
-    def __getattr__(name: str) -> str:
-        """`__version__`, from the metadata of the installed package."""
-        from importlib import metadata
+    def __getattr__(name):
+        """What is loaded when it is asked for: `__version__`, and names of `minilora.cli`."""
+        from importlib import import_module, metadata
 
+        if name in LATER:
+            return getattr(import_module(f"minilora.cli.{LATER[name]}"), name)
         if name != "__version__":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         try:
@@ -51,6 +57,7 @@ __all__ = [
     "Model",
     "Net",
     "Plan",
+    "RunReport",
     "TrainConfig",
     "adapt",
     "complete",
@@ -67,6 +74,8 @@ __all__ = [
     "loss_and_grads",
     "merge",
     "mix",
+    "play",
+    "sampled",
     "save_adapter",
     "save_base",
     "unmerge",

@@ -132,6 +132,14 @@ def test_importing_the_package_imports_numpy_alone():
     assert not loaded & {"minilora.pairs", "minilora.gradcheck", "minilora.cli"}
 
 
+def test_every_public_name_is_there():
+    """Those of `minilora.cli`, too, which are loaded when they are asked for."""
+    assert {"RunReport", "play", "sampled"} <= set(minilora.__all__)
+    assert [name for name in minilora.__all__ if not hasattr(minilora, name)] == []
+    with pytest.raises(AttributeError, match="no attribute 'plays'"):
+        _ = minilora.plays
+
+
 def test_importing_the_mathematics_imports_numpy_alone():
     statement = "import minilora.network, minilora.pairs, minilora.optim"
     assert third_party(loaded_by(statement)) == {"numpy"}

@@ -17,12 +17,9 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from minilora.errors import MiniloraError
-
-if TYPE_CHECKING:
-    from minilora.cli.run_report import RunReport
 
 
 def demo_command(args: argparse.Namespace) -> int:
@@ -41,6 +38,7 @@ def adapt_command(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from minilora.adapters import LoRAConfig, adapted_paths
+    from minilora.cli.run_report import RunReport, sampled
     from minilora.formats.peft import rewritten
     from minilora.model import load_model
     from minilora.training.progress import ProgressBar
@@ -69,24 +67,22 @@ def adapt_command(args: argparse.Namespace) -> int:
     if args.half:
         model = model.on(device, half=True)
     corpus = training_data(args, model)
-    page = report_page(args, model, lora_config, settings)
+    page = None
+    if args.report is not None:
+        page = RunReport(args.report.resolve(), model, args.data, args.sample)
     with ProgressBar(args.steps, "adapt") as report:
 
         def watch(seen: Any) -> None:
-            if args.sample is not None:
-                text = sampled(model, seen.net, args.sample, args.seed)
-                report.say(f"step {seen.step}: {args.sample}{text}")
-                if page:
-                    page.samples.append((seen.step, text))
             if page:
                 page.watch(seen)
+            if args.sample is not None:
+                text = page.samples[-1][1] if page else sampled(model, seen, args.sample)
+                report.say(f"step {seen.step}: {args.sample}{text}")
 
         run = adapt_in_folder(
             model, corpus, lora_config, settings, args.out, dtype=args.dtype,
             resume=args.resume, device=device, report=report, watch=watch, ranks=ranks,
         )  # fmt: skip
-    if page and ranks.rank == 0:
-        page.finish()
     if ranks.rank > 0:
         return 0  # rank 0 reports
     finish_training(args, run)
@@ -121,35 +117,6 @@ def training_data(args: argparse.Namespace, model: Any) -> Any:
     for line in records.described():
         print(f"minilora: {line}", file=sys.stderr)
     return records
-
-
-def report_page(
-    args: argparse.Namespace, model: Any, lora_config: Any, settings: Any
-) -> RunReport | None:
-    """The page of --report, with the facts that are known before the run."""
-    import dataclasses
-
-    from minilora import tree
-    from minilora.cli.run_report import RunReport
-    from minilora.formats.card import lora_facts
-
-    if args.report is None:
-        return None
-    facts = {"base": model.base_name, "data": " ".join(args.data)}
-    if args.method == "lora":
-        facts |= lora_facts(lora_config)
-    facts |= dataclasses.asdict(settings)
-    title = f"{model.base_name} adapted to {Path(args.data[0]).name or args.data[0]}"
-    count = tree.count(model.base)
-    return RunReport(args.report.resolve(), title, facts, count, args.sample)
-
-
-def sampled(model: Any, net: Any, prompt: str, seed: int) -> str:
-    """The text, 100 tokens, with which the network so far trained continues a prompt."""
-    from dataclasses import replace
-
-    seen = replace(model, base=net.base, lora=net.lora, lora_config=net.lora_config)
-    return str(seen.generate(prompt, max_tokens=100, seed=seed))
 
 
 def lora_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -285,7 +252,7 @@ def play_command(args: argparse.Namespace) -> int:
     device = chosen_device(args)
     model = chosen_model(args).on(device, half=args.half)
     draws = Draws(args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed)
-    play(model, draws, read=typed_line, show=lambda text: print(text, end="", flush=True))
+    play(model, draws, read=typed_line)
     return 0
 
 

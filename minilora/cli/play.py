@@ -182,8 +182,22 @@ def until_mark(pieces: Iterable[str], mark: str) -> Iterator[str]:
     yield text
 
 
+def ask() -> str:
+    """A line that is typed, in a terminal or a notebook; EOFError after the last."""
+    return input("> ")
+
+
+def tell(text: str) -> None:
+    """Show a piece of text at once."""
+    print(text, end="", flush=True)
+
+
 def play(
-    model: Model, draws: Draws, *, read: Callable[[], str], show: Callable[[str], None]
+    model: Model,
+    draws: Draws = Draws(),  # noqa: B008  # a tuple
+    *,
+    read: Callable[[], str] = ask,
+    show: Callable[[str], None] = tell,
 ) -> None:
     """Read lines and show answers, until there are no more lines or one is /quit.
 

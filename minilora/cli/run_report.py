@@ -1,4 +1,4 @@
-"""`--report`: a page about one run, rewritten at each evaluation, in a single file.
+"""`adapt --report`: a page about one run, rewritten at each evaluation, in a single file.
 
 It has no script, needs no other file and loads nothing, so it can be mailed and opened anywhere.
 """
@@ -6,7 +6,7 @@ It has no script, needs no other file and loads nothing, so it can be mailed and
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ import numpy as np
 from minilora import tree
 from minilora.adapters import LoRAConfig, adapters
 from minilora.backend import Array, to_host
+from minilora.formats.card import lora_facts
 from minilora.formats.files import write_bytes
+from minilora.model import Model
 from minilora.training.checkpoint import History
 from minilora.training.loop import Snapshot
 
@@ -38,38 +40,40 @@ WIDTH, HEIGHT, EDGE = 720, 260, 44  # of the curve, in pixels
 
 @dataclass
 class RunReport:
-    """Collects the progress of a run and writes its page; `watch` is an argument of `adapt`.
+    """The page of a run that adapts `model`: `adapt(model, corpus, watch=RunReport(…).watch)`.
 
-    `facts` are known before the run, by name; `prompt` is the text that samples continue.
+    `data` names what the run reads. At each evaluation the network so far trained continues
+    `prompt`, if there is one.
     """
 
-    path: Path
-    title: str
-    facts: Mapping[str, Any]
-    base_parameters: int
+    path: str | Path
+    model: Model
+    data: Sequence[str] = ()
     prompt: str | None = None
-    samples: list[tuple[int, str]] = field(default_factory=list)
+    samples: list[tuple[int, str]] = field(default_factory=list, init=False)
+
+    @property
+    def title(self) -> str:
+        """What is adapted, and to what."""
+        to = [f"to {Path(name).name or name}" for name in self.data[:1]]
+        return " ".join([self.model.base_name, "adapted", *to])
 
     def watch(self, seen: Snapshot) -> None:
-        """Write the page at an evaluation; it reloads itself until `finish`."""
-        self.last = seen
-        self.write(is_done=False)
+        """Write the page at an evaluation; MiniloraError if it cannot be written.
 
-    def finish(self) -> None:
-        """Write the page for the last time."""
-        self.write(is_done=True)
-
-    def write(self, *, is_done: bool) -> None:
-        """Write the page; MiniloraError if it cannot be written."""
-        seen = self.last
+        In a browser it reloads itself until the last step.
+        """
+        if self.prompt is not None:
+            self.samples.append((seen.step, sampled(self.model, seen, self.prompt)))
+        is_done = seen.step == seen.settings.steps
         state = f"finished after {seen.step} steps" if is_done else f"at step {seen.step}"
         reload = "" if is_done else '<meta http-equiv="refresh" content="5">'
         parts = [
             f"<h1>{escape(self.title)}</h1><p>{state}</p>",
             *section("Loss", [curve(seen.history)]),
             *section("Text", map(self.sample, self.samples)),
-            *section("Settings", [html_table(["setting", "value"], named(self.facts))]),
-            *section("Cost beside training all weights", [self.cost()]),
+            *section("Settings", [html_table(["setting", "value"], named(self.facts(seen)))]),
+            *section("Cost beside training all weights", [cost(seen)]),
         ]
         if seen.net.lora is not None and seen.net.lora_config is not None:
             parts += section("Adapters", [adapter_table(seen)])
@@ -79,7 +83,16 @@ class RunReport:
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>{escape(self.title)}</title><style>{STYLE}</style>{''.join(parts)}</html>\n"
         )
-        write_bytes(self.path, page.encode("utf-8", "replace"))
+        write_bytes(Path(self.path), page.encode("utf-8", "replace"))
+
+    def facts(self, seen: Snapshot) -> dict[str, Any]:
+        """What is known before the run, by name."""
+        facts: dict[str, Any] = {"base": self.model.base_name}
+        if self.data:
+            facts["data"] = " ".join(self.data)
+        if seen.net.lora_config is not None:
+            facts |= lora_facts(seen.net.lora_config)
+        return facts | asdict(seen.settings)
 
     def sample(self, sample: tuple[int, str]) -> str:
         """A sample as HTML: its step, the prompt, the continuation."""
@@ -87,23 +100,31 @@ class RunReport:
         prompt = escape(self.prompt or "")
         return f"<div>step {step}</div><pre><i>{prompt}</i>{escape(text)}</pre>"
 
-    def cost(self) -> str:
-        """Trained parameters and AdamW's moments, beside those of training all weights."""
-        trained = self.last.net.lora if self.last.net.lora is not None else self.last.net.base
-        count = tree.count(trained)
-        rows = [
-            ("trained parameters", f"{count:,}", f"{self.base_parameters:,}"),
-            (
-                "AdamW's two moments, MB",
-                f"{8e-6 * count:,.2f}",
-                f"{8e-6 * self.base_parameters:,.2f}",
-            ),
-            ("share of the base", f"{count / self.base_parameters:.2%}", "100%"),
-        ]
-        return html_table(["", "this run", "all weights"], rows)
+
+def sampled(model: Model, seen: Snapshot, prompt: str) -> str:
+    """The text, 100 tokens, with which the network of a snapshot continues a prompt.
+
+    For instance `adapt(model, corpus, watch=lambda seen: print(sampled(model, seen, "def ")))`. The
+    seed is the run's.
+    """
+    net = seen.net
+    now = replace(model, base=net.base, lora=net.lora, lora_config=net.lora_config)
+    return now.generate(prompt, max_tokens=100, seed=seen.settings.seed)
 
 
 # --- parts of the page -------------------------------------------------------------------------
+
+
+def cost(seen: Snapshot) -> str:
+    """Trained parameters and AdamW's moments, beside those of training all weights."""
+    every = tree.count(seen.net.base)
+    count = every if seen.net.lora is None else tree.count(seen.net.lora)
+    rows = [
+        ("trained parameters", f"{count:,}", f"{every:,}"),
+        ("AdamW's two moments, MB", f"{8e-6 * count:,.2f}", f"{8e-6 * every:,.2f}"),
+        ("share of the base", f"{count / every:.2%}", "100%"),
+    ]
+    return html_table(["", "this run", "all weights"], rows)
 
 
 def section(title: str, parts: Iterable[str]) -> list[str]:

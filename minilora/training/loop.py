@@ -152,6 +152,7 @@ class Snapshot(NamedTuple):
     net: Net
     grads: Tree | None
     history: History
+    settings: TrainConfig
 
 
 class Interrupted(KeyboardInterrupt):
@@ -409,7 +410,7 @@ class Loop:
         """Let the caller see an evaluation, on the first of several ranks."""
         if self.ranks.rank == 0:
             net = self.with_params(state.params)
-            watch(Snapshot(state.step, net, grads, state.history))
+            watch(Snapshot(state.step, net, grads, state.history, self.settings))
 
     def next_state(self, state: State) -> tuple[State, Array, Tree]:
         """The state after one more step, its loss and gradient norm, (2,), and its gradients."""

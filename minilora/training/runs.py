@@ -77,10 +77,15 @@ class Run:
 
 
 Report = Callable[[Progress], None]
+Watch = Callable[[Snapshot], None]
 
 
 def silent(progress: Progress) -> None:
     """A report that shows nothing."""
+
+
+def unwatched(seen: Snapshot) -> None:
+    """A watch that looks at nothing."""
 
 
 @contextmanager
@@ -103,6 +108,7 @@ def adapt(
     *,
     device: str = "cpu",
     report: Report | None = None,
+    watch: Watch = unwatched,
     progress: bool | None = None,
     ranks: Ranks | None = None,
 ) -> tuple[Model, Trained]:
@@ -111,13 +117,15 @@ def adapt(
     An adapter that the model has is trained further, with a fresh optimiser: it keeps its rank,
     scale and targets, and `lora_config` may only change the dropout. The given model is not
     changed. A bar shows the progress on a terminal and in a notebook; `progress` turns it on or
-    off, and `report` replaces it. Raises MiniloraError as `lora_init` and `train` do, and for
-    method `full` with an adapter.
+    off, and `report` replaces it. `watch` sees the model at each evaluation, as a RunReport does.
+    Raises MiniloraError as `lora_init` and `train` do, and for method `full` with an adapter.
     """
     settings = settings or TrainConfig()
     start = _start(model, lora_config, settings)
     with shown(report, progress, settings.steps) as tell:
-        trained = train(start, corpus, settings=settings, device=device, report=tell, ranks=ranks)
+        trained = train(
+            start, corpus, settings=settings, device=device, report=tell, watch=watch, ranks=ranks
+        )
     return _with_trained(start, settings, trained.params), trained
 
 
@@ -132,7 +140,7 @@ def adapt_in_folder(
     resume: bool = False,
     device: str = "cpu",
     report: Report = silent,
-    watch: Callable[[Snapshot], None] = lambda seen: None,
+    watch: Watch = unwatched,
     ranks: Ranks | None = None,
 ) -> Run:
     """`adapt`, with its result saved in a folder: an adapter in PEFT's layout, or a base (`full`).

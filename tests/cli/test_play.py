@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+import minilora
 from minilora.cli import main
 from minilora.cli.play import Draws, Player, play, until_mark
 from minilora.model import load_model
@@ -181,3 +182,17 @@ def test_lines_of_standard_input_are_answered(base, monkeypatch, capsys):
 def test_a_wrong_option_is_refused_as_everywhere(base, capsys):
     assert main(["play", "--base", str(base), "--json", "x"]) == 2
     assert "there is no option --json; see minilora play --help" in capsys.readouterr().err
+
+
+def test_in_python_a_model_is_played_with_in_one_call(model, capsys, monkeypatch):
+    lines = iter(["/temp 0", "/tokens 6", "ab"])
+
+    def typed(prompt):
+        if (line := next(lines, None)) is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr("builtins.input", typed)
+    minilora.play(model)
+    text = model.generate("ab", max_tokens=6, temperature=0)
+    assert capsys.readouterr().out.endswith(f"max tokens 6\n{text}\n")

@@ -19,6 +19,9 @@ def adapt(text: str) -> minilora.Model:
     lora_config = minilora.LoRAConfig(rank=2, alpha=2, targets=("qkv", "o", "up", "down"))
     settings = minilora.TrainConfig(steps=120, lr=2e-2)
     adapted, trained = minilora.adapt(model, corpus, lora_config, settings)
+    page = minilora.RunReport("run.html", model, prompt="def ")
+    minilora.adapt(model, corpus, watch=page.watch)
+    minilora.adapt(model, corpus, watch=lambda seen: print(minilora.sampled(model, seen, "def ")))
     for step, loss in trained.history.held_out:
         print(f"{step:6d} {loss:.3f}")
     tokens: Iterator[int] = minilora.complete(adapted, "def ", max_tokens=100)
