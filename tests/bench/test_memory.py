@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora.adapters import TARGETS, LoRAConfig, dropout_masks, lora_init
-from minilora.bench.budget import SHAPES, Step, figures_of, ledger, peaks, resized
+from minilora.bench.budget import SHAPES, Step, figures_of, ledger, peaks
 from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.keep import Plan
 from minilora.llama import LlamaConfig, llama_init
@@ -192,9 +192,6 @@ SLOW_SHAPES = {
         (4, 64, "float64"),
     )
 }
-SLOW_SHAPES["2 blocks of smollm2, 1 × 256"] = (
-    resized(SHAPES["smollm2"], layers=2), 1, 256, "float32"
-)  # fmt: skip
 METHODS = {
     "full": None, "LoRA on qkv": QKV, "LoRA everywhere": EVERYWHERE,
     "LoRA in the upper blocks": UPPER_HALF, "LoRA with dropout": DROPPED,

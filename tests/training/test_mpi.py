@@ -171,13 +171,14 @@ def test_killed_and_resumed_it_ends_in_the_same_bytes(adapt, files, whole, tmp_p
 # A program whose second rank does something at the draw of its fifth batch.
 AT_STEP_5 = """
 import os, signal, sys
-from minilora.training import loop, ranks
-real, steps = loop.draw_batch, iter(range(1, 1000))
+from minilora import data
+from minilora.training import ranks
+real, steps = data.draw_batch, iter(range(1, 1000))
 def draw_batch(*args, **kwargs):
     if (ranks.launched()[0], next(steps)) == (1, 5):
         {action}
     return real(*args, **kwargs)
-loop.draw_batch = draw_batch
+data.draw_batch = draw_batch
 from minilora.cli import main
 sys.exit(main(sys.argv[1:]))
 """
