@@ -41,13 +41,18 @@ MODULES: dict[type, dict[str, str]] = {
 }
 
 
+def has_adapters(case: Case) -> bool:
+    """Whether what is timed has adapters: a training step of method lora."""
+    return case.what == "step" and case.method == "lora"
+
+
 def check(case: Case) -> None:
     """Raise MiniloraError if the comparison cannot be made."""
     for name in ("torch", "transformers", "peft"):
         if importlib.util.find_spec(name) is None:
             raise MiniloraError(f"--versus peft needs {name}: pip install {name}")
     modules = MODULES[type(case.config)]
-    for target in case.targets:
+    for target in case.targets if has_adapters(case) else ():
         if target not in modules:
             model = {GPTConfig: "GPT-2", LlamaConfig: "Llama"}[type(case.config)]
             raise MiniloraError(
@@ -109,7 +114,7 @@ def make_model(case: Case, attention: str) -> Any:
     import peft
 
     model = make_base(case.config, attention)
-    if case.what != "step" or case.method != "lora":
+    if not has_adapters(case):
         return model
     modules = MODULES[type(case.config)]
     adapters = peft.LoraConfig(
