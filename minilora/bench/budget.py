@@ -14,10 +14,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 from minilora.adapters import ATTENTION_TARGETS, LoRAConfig, adapted_paths, weight_of
 from minilora.errors import MiniloraError
+from minilora.formats.base import AnyConfig
 from minilora.gpt2 import GPTConfig
 from minilora.llama import LlamaConfig
 from minilora.loss import VOCAB_CHUNK
@@ -26,7 +27,6 @@ from minilora.settings import LARGEST_COUNT, Settings, check_sizes
 from minilora.tiles import TILE
 from minilora.workers import Workers, cores
 
-AnyConfig: TypeAlias = GPTConfig | LlamaConfig
 SHAPES: dict[str, AnyConfig] = {
     "tiny": GPTConfig(512, 1024, n_embd=256, n_layer=4, n_head=4),
     "small": GPTConfig(12564, 1024, n_embd=384, n_layer=6, n_head=6),
