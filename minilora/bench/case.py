@@ -71,18 +71,16 @@ class Case(Settings):
 
     def to_json(self) -> str:
         """The case as text, for another process."""
-        kind = type(self.config).__name__
-        return json.dumps({**dataclasses.asdict(self), "kind": kind}, default=json_number)
+        return json.dumps(dataclasses.asdict(self), default=json_number)
 
     @classmethod
     def from_json(cls, text: str) -> Case:
         """The case that `to_json` wrote."""
         fields: dict[str, Any] = json.loads(text)
-        sizes, kind = fields["config"], fields.pop("kind")
+        sizes = fields["config"]
         if scaling := sizes.get("rope_scaling"):
             scalings = (LinearScaling, Llama3Scaling)
             sizes["rope_scaling"] = scalings[len(scaling) > 1](*scaling)
-        configs: dict[str, Any] = {c.__name__: c for c in (GPTConfig, LlamaConfig)}
-        fields["config"] = configs[kind](**sizes)
+        fields["config"] = (LlamaConfig if "hidden_size" in sizes else GPTConfig)(**sizes)
         fields["targets"] = tuple(fields["targets"])
         return cls(**fields)
