@@ -1,17 +1,18 @@
 """Values that describe themselves: as lines of text, and as a table in a notebook."""
 
+from abc import ABC, abstractmethod
 from html import escape
 
 
-class Described:
+class Described(ABC):
     """A value that is shown as facts, by name; the first name is its class's.
 
     A dataclass that inherits from it is declared with `repr=False`.
     """
 
+    @abstractmethod
     def _described(self) -> dict[str, str]:
         """What there is to know at a glance, by name."""
-        raise NotImplementedError
 
     def __repr__(self) -> str:
         return "\n".join(f"{name:<10} {fact}" for name, fact in self._described().items())

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import json
 import os
 import sys
 import tracemalloc
@@ -16,6 +17,7 @@ import pytest
 
 from minilora import loss, ops, tiles
 from minilora.adapters import LoRAConfig, dropout_masks, lora_init
+from minilora.formats.tensors import read_tensors, write_tensors
 from minilora.gpt2 import GPTConfig, gpt_init
 from minilora.network import Net
 from minilora.training.loop import Progress
@@ -303,3 +305,19 @@ def peak_of(f: Callable[[], Any]) -> int:
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
+
+
+def edit_config(folder: Path, **fields: Any) -> None:
+    """Change fields of a base's config.json; `...` takes one away."""
+    path = folder / "config.json"
+    document = json.loads(path.read_text(encoding="utf-8")) | fields
+    kept = {name: value for name, value in document.items() if value is not ...}
+    path.write_text(json.dumps(kept), encoding="utf-8")
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
+    """Change the tensors of a base's model.safetensors in place."""
+    path = folder / "model.safetensors"
+    tensors, metadata = read_tensors(path)
+    change(tensors)
+    write_tensors(path, tensors, metadata)

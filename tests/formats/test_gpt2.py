@@ -6,6 +6,7 @@ import tracemalloc
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from helpers import edit_config, edit_tensors
 from hypothesis import given, settings
 
 from minilora.errors import MiniloraError
@@ -36,20 +37,6 @@ def same(tree, other):
         assert leaf.tobytes() == others[path].tobytes(), path
         assert others[path].flags.c_contiguous and others[path].flags.writeable, path
     return True
-
-
-def edit_config(folder, **fields):
-    path = folder / "config.json"
-    document = json.loads(path.read_text())
-    document.update(fields)
-    path.write_text(json.dumps({k: v for k, v in document.items() if v is not ...}))
-
-
-def edit_tensors(folder, change):
-    path = folder / "model.safetensors"
-    tensors, metadata = read_tensors(path)
-    change(tensors)
-    write_tensors(path, tensors, metadata)
 
 
 @pytest.fixture

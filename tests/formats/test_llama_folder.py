@@ -6,7 +6,7 @@ import re
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from helpers import bytes_of
+from helpers import bytes_of, edit_config, edit_tensors
 from hypothesis import given, settings
 
 from minilora.adapters import LoRAConfig, adapted_paths, adapters, lora_init, weight_of
@@ -48,19 +48,6 @@ def same(tree, other):
         assert leaf.dtype == others[path].dtype and np.array_equal(leaf, others[path]), path
         assert others[path].flags.c_contiguous and others[path].flags.writeable, path
     return True
-
-
-def edit_config(folder, **fields):
-    path = folder / "config.json"
-    document = json.loads(path.read_text()) | fields
-    path.write_text(json.dumps({k: v for k, v in document.items() if v is not ...}))
-
-
-def edit_tensors(folder, change):
-    path = folder / "model.safetensors"
-    tensors, metadata = read_tensors(path)
-    change(tensors)
-    write_tensors(path, tensors, metadata)
 
 
 @pytest.fixture

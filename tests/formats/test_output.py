@@ -339,12 +339,18 @@ def test_stopped_at_any_operation_the_next_reader_or_writer_finds_all_or_nothing
     assert shown(folder) == after
 
 
-def test_killed_while_it_undoes_the_rest_is_undone_later(tmp_path, monkeypatch):
-    write_folder(tmp_path, parts(OLD))
+def half_written(folder, monkeypatch):
+    """A folder whose writer was killed with the old files aside and one of the new in place."""
+    write_folder(folder, parts(OLD))
     with monkeypatch.context() as patched:
         renaming_fails(patched, 4, Killed)
         with pytest.raises(Killed):
-            write_folder(tmp_path, parts(NEW))
+            write_folder(folder, parts(NEW))
+    assert "config" not in bytes_of(folder)
+
+
+def test_killed_while_it_undoes_the_rest_is_undone_later(tmp_path, monkeypatch):
+    half_written(tmp_path, monkeypatch)
     for at in range(12):
         if not stopped_at(monkeypatch, "killed", at, lambda: shown(tmp_path)):
             break
@@ -378,16 +384,6 @@ def test_a_disk_that_fails_where_the_new_files_are_to_stay_has_the_old_ones(tmp_
         write_folder(tmp_path, parts(NEW))
     monkeypatch.undo()
     assert shown(tmp_path) == OLD
-
-
-def half_written(folder, monkeypatch):
-    """A folder whose writer was killed with the old files aside and one of the new in place."""
-    write_folder(folder, parts(OLD))
-    with monkeypatch.context() as patched:
-        renaming_fails(patched, 4, Killed)
-        with pytest.raises(Killed):
-            write_folder(folder, parts(NEW))
-    assert "config" not in bytes_of(folder)
 
 
 def test_what_somebody_put_into_a_half_written_folder_stays(tmp_path, monkeypatch):
