@@ -49,7 +49,7 @@ def without(cache: Any, fields: Fields) -> Any:
 
 
 def unwanted(plan: Plan) -> Fields:
-    """The makings of gradients that the plan does not want."""
+    """The cache fields that only gradients outside the plan need."""
     return ({} if plan.base else OF_WEIGHTS) | ({} if plan.lora else OF_FACTORS)
 
 

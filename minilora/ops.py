@@ -9,7 +9,7 @@ examples and weights are stored (in, out), so a linear map reads y = x W + b. [T
 of docs/derivations.
 
 A forward pass is its equation, and its cache names all that its gradients are made of. A backward
-pass computes each gradient from what it finds there: where a making is None, so is the gradient.
+pass computes each gradient from what it finds there: where a field is None, so is the gradient.
 What is not kept, because a weight is frozen or an input is recomputed, is decided in `keep`.
 
 Shapes: B batch, T time, C width, H heads, K width of a head, F inner width, V vocabulary, R rank,

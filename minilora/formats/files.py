@@ -162,7 +162,7 @@ def check_file(path: str | Path) -> Path:
 
 
 def is_there(path: Path) -> bool:
-    """Whether a folder has an entry of that name, be it a link to nothing."""
+    """Whether a folder has an entry of that name, even a broken link."""
     return os.path.lexists(path)
 
 

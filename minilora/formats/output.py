@@ -60,8 +60,8 @@ def write_folder(folder: str | Path, files: Mapping[str, Content]) -> None:
 def new_folder(folder: Path) -> Iterator[Callable[[Mapping[str, Content]], None]]:
     """Hold a folder that is new or empty; yields what writes its files, once, all to stay or none.
 
-    If the block fails or is killed, they go again. Raises MiniloraError as `held` does, and where
-    the folder holds anything.
+    If the block fails or is killed, they are removed. Raises MiniloraError as `held` does, and
+    where the folder holds anything.
     """
     with held(folder) as hold, ExitStack() as until_the_end:
         if there := entries(folder):
@@ -77,7 +77,7 @@ def held(folder: Path, *, only_locked: bool = False) -> Iterator[Hold]:
 
     The lock is the system's, on a file in the folder, so that it ends with its process in whatever
     way that ends. First, what a killed process left half done is undone. Should the block fail and
-    leave the folder empty, the folder goes again, with the parents that were made for it. Raises
+    leave the folder empty, it is removed, with the parents that were made for it. Raises
     Busy where another process holds it, `only_locked` also where the system knows no locks;
     MiniloraError where the system refuses.
     """
