@@ -38,12 +38,14 @@ else:  # a type checker thinks that a module with this function has every name
 
     def __getattr__(name):
         """What is loaded when it is asked for: `__version__`, and names of `minilora.cli`."""
-        from importlib import import_module, metadata
+        from importlib import import_module
 
         if name in LATER:
             return getattr(import_module(f"minilora.cli.{LATER[name]}"), name)
         if name != "__version__":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import metadata
+
         try:
             return metadata.version("minilora")
         except metadata.PackageNotFoundError:  # a folder of sources that was never installed

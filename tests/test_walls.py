@@ -140,6 +140,14 @@ def test_every_public_name_is_there():
         _ = minilora.plays
 
 
+def test_asking_for_a_name_that_is_not_there_loads_nothing():
+    """As the course's checker does of every module, also in a browser without all of Python."""
+    before, after = (
+        loaded_by(f"import minilora{more}") for more in ("", "; hasattr(minilora, '__code__')")
+    )
+    assert after == before
+
+
 def test_importing_the_mathematics_imports_numpy_alone():
     statement = "import minilora.network, minilora.pairs, minilora.optim"
     assert third_party(loaded_by(statement)) == {"numpy"}
