@@ -177,7 +177,7 @@ def evaluate(
 
 def complete(
     model: Model,
-    prompt: str,
+    prompt: str | np.ndarray,
     *,
     max_tokens: int = 200,
     temperature: float = 0.8,
@@ -187,12 +187,13 @@ def complete(
 ) -> Iterator[int]:
     """The token ids that continue a prompt, as they are drawn; options and errors as `generate`'s.
 
-    Stops before `max_tokens` at an end-of-text token, if the base's files name one.
+    The prompt is a text, or its token ids. Stops before `max_tokens` at an end-of-text token, if
+    the base's files name one; rows of the base that are no tokens are never drawn.
     `model.tokenizer.stream` decodes ids as they come, `model.tokenizer.decode` all at once.
     """
     drawn = generate(
         model,
-        prompt_ids=model.tokenizer.encode(prompt),
+        prompt_ids=model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt,
         max_tokens=max_tokens,
         temperature=temperature,
         top_k=top_k,

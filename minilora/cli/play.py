@@ -6,9 +6,8 @@ to be continued. A line that begins with a slash is a command.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -17,9 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from minilora.errors import MiniloraError
-from minilora.generate import generate
-from minilora.model import Model
-from minilora.records.chat import Template, has_template
+from minilora.model import Model, complete
+from minilora.records.chat import Template, has_template, until_mark
 from minilora.records.lines import Message
 from minilora.settings import closest
 
@@ -67,6 +65,8 @@ class Player:
         if not line:
             return
         prompt, chat = self.prompt_of(line)
+        if self.template and len(chat) <= len(self.chat):
+            yield "(the oldest messages no longer fit the context and are left out)\n"
         models = {"": self.model}
         if self.compares and self.model.lora is not None:
             models = {"base:    ": self.base, "\nadapted: ": self.model}
@@ -80,7 +80,7 @@ class Player:
                     yield piece
             yield "\n"
         finally:  # of an answer that is stopped, the chat keeps what was shown
-            if said.strip():
+            if self.template and said.strip():
                 self.chat = [*chat, Message("assistant", said.strip())]
 
     # --- the prompt ----------------------------------------------------------------------------
@@ -88,7 +88,7 @@ class Player:
     def prompt_of(self, line: str) -> tuple[np.ndarray, list[Message]]:
         """The tokens to continue and the chat they come from; without a template, the line's.
 
-        The oldest exchanges of a chat are dropped if they leave no room for an answer.
+        The oldest exchanges of a chat are left out if they leave no room for an answer.
         """
         if self.template is None:
             return self.fitting(self.model.tokenizer.encode(line)), []
@@ -116,9 +116,7 @@ class Player:
 
     def continued(self, model: Model, prompt: np.ndarray) -> Iterator[str]:
         """The pieces of a model's continuation, up to the end of its answer."""
-        ends = model.tokenizer.ends
-        ids = generate(model, prompt_ids=prompt, **self.draws._asdict())
-        pieces = model.tokenizer.stream(itertools.takewhile(lambda token: token not in ends, ids))
+        pieces = model.tokenizer.stream(complete(model, prompt, **self.draws._asdict()))
         return until_mark(pieces, self.template.closing if self.template else "")
 
     # --- commands ------------------------------------------------------------------------------
@@ -166,20 +164,6 @@ class Player:
     def forget(self, words: list[str]) -> str:
         self.chat = [message for message in self.chat if message.role == "system"]
         return "a new chat"
-
-
-def until_mark(pieces: Iterable[str], mark: str) -> Iterator[str]:
-    """The pieces of a text up to a mark, even one split between pieces."""
-    text = ""
-    for piece in pieces:
-        text += piece
-        if mark and mark in text:
-            yield text.partition(mark)[0]
-            return
-        kept = next((n for n in range(len(mark) - 1, 0, -1) if text.endswith(mark[:n])), 0)
-        yield text[: len(text) - kept]
-        text = text[len(text) - kept :]
-    yield text
 
 
 def ask() -> str:

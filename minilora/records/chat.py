@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import date
 from functools import cached_property
 from pathlib import Path
@@ -149,3 +149,17 @@ def special_tokens(settings: dict[str, Any]) -> dict[str, str]:
     tokens = {name: value for name, value in settings.items() if name.endswith("_token")}
     texts = {n: v.get("content") if isinstance(v, dict) else v for n, v in tokens.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def until_mark(pieces: Iterable[str], mark: str) -> Iterator[str]:
+    """The pieces of a text up to a mark, even one split between pieces."""
+    text = ""
+    for piece in pieces:
+        text += piece
+        if mark and mark in text:
+            yield text.partition(mark)[0]
+            return
+        kept = next((n for n in range(len(mark) - 1, 0, -1) if text.endswith(mark[:n])), 0)
+        yield text[: len(text) - kept]
+        text = text[len(text) - kept :]
+    yield text

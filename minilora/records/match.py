@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from minilora.backend import check_ids
 from minilora.errors import MiniloraError
 from minilora.evaluation import sum_nats
-from minilora.generate import generate
-from minilora.model import Model
+from minilora.model import Model, complete
+from minilora.records.chat import until_mark
 from minilora.records.corpus import Example, batches
 from minilora.workers import Workers
 
@@ -59,27 +59,9 @@ def answer_to(model: Model, example: Example) -> str:
 
     It stops where it was taught to, or after as many tokens as the record has there.
     """
-    ids = generate(
-        model,
-        prompt_ids=example.tokens[: example.asked],
-        max_tokens=len(example.tokens) - example.asked,
-        temperature=0.0,
-        known=model.tokenizer.known,
-    )
-    text = ""
-    for piece in model.tokenizer.stream(until(ids, model.tokenizer.ends)):
-        text += piece
-        if example.closing and example.closing in text:
-            return text.partition(example.closing)[0]
-    return text
-
-
-def until(ids: Iterable[int], ends: frozenset[int]) -> Iterator[int]:
-    """The ids before the first that ends a text."""
-    for token in ids:
-        if token in ends:
-            return
-        yield token
+    limit = len(example.tokens) - example.asked
+    ids = complete(model, example.tokens[: example.asked], max_tokens=limit, temperature=0.0)
+    return "".join(until_mark(model.tokenizer.stream(ids), example.closing))
 
 
 def matches(answer: str, expected: str) -> bool:

@@ -2,14 +2,17 @@
 
 import io
 import sys
+from dataclasses import replace
 
 import pytest
 
 import minilora
 from minilora.cli import main
-from minilora.cli.play import Draws, Player, play, until_mark
+from minilora.cli.play import Draws, Player, play
 from minilora.model import load_model
+from minilora.records.chat import until_mark
 from minilora.records.lines import Message
+from minilora.tokenizer import ByteTokenizer
 
 GREEDY = Draws(max_tokens=6, temperature=0.0)
 
@@ -40,7 +43,7 @@ def answers(monkeypatch):
         prompts.append(bytes(prompt_ids.tolist()).decode())
         return iter(texts.pop(0).encode()[: draws["max_tokens"]])
 
-    monkeypatch.setattr("minilora.cli.play.generate", generate)
+    monkeypatch.setattr("minilora.model.generate", generate)
     return texts, prompts
 
 
@@ -66,6 +69,20 @@ def test_a_line_is_continued_as_generate_continues_it(model):
     expected = model.generate("hello", max_tokens=6, temperature=0)
     assert said(Player(model, GREEDY), "hello") == expected + "\n"
     assert played("hello", model=model).endswith(expected + "\n")
+
+
+def test_rows_that_are_no_tokens_are_never_drawn(model):
+    class Few(ByteTokenizer):
+        known = 128
+
+        def stream(self, ids):
+            drawn.extend(ids)
+            yield ""
+
+    drawn = []
+    few = replace(model, tokenizer=Few([1]))
+    said(Player(few, Draws(max_tokens=30, temperature=5.0)), "hi")
+    assert drawn and max(drawn) < 128
 
 
 def test_nothing_is_said_to_an_empty_line_and_the_end_leaves(model):
@@ -133,8 +150,8 @@ def test_of_a_full_context_the_oldest_exchange_goes_and_the_system_s_text_stays(
     texts += ["b]"] * 3
     player = Player(model, Draws(max_tokens=3, temperature=0.0), Brackets())
     player.chat = [Message("system", "s")]
-    for line in ("one", "two", "three"):
-        said(player, line)
+    shown = [said(player, line) for line in ("one", "two", "three")]
+    assert shown[:2] == ["b\n", "b\n"] and shown[2].startswith("(the oldest messages no longer fit")
     assert prompts == [
         "[s:s][u:one][a:",
         "[s:s][u:one][a:b][u:two][a:",

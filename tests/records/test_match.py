@@ -7,7 +7,6 @@ import pytest
 
 from minilora.adapters import LoRAConfig
 from minilora.errors import MiniloraError
-from minilora.records import match
 from minilora.records.corpus import corpus_from_records
 from minilora.records.match import answer_to, judge, matches
 from minilora.tokenizer import NO_TEXT
@@ -42,12 +41,12 @@ def scripted(monkeypatch, text):
     """A model that answers with these bytes, whatever it is asked; returns what it was asked."""
     asked = []
 
-    def generate(net, *, prompt_ids, max_tokens, temperature, known):
+    def generate(net, *, prompt_ids, max_tokens, temperature, **draws):
         assert temperature == 0
         asked.append((np.asarray(prompt_ids).tolist(), max_tokens))
         return iter(list(text)[:max_tokens])
 
-    monkeypatch.setattr(match, "generate", generate)
+    monkeypatch.setattr("minilora.model.generate", generate)
     return asked
 
 
