@@ -101,7 +101,7 @@ class Records(Described):
                 )
         if not self.train or not self.held_out:
             raise MiniloraError(
-                f"{self.name} is too short: of a single prompt nothing can be held out"
+                f"{self.name} is too short: it needs two prompts that fit the context, one held out"
             )
 
     def arrays(self) -> Iterator[np.ndarray]:
@@ -238,10 +238,14 @@ def corpus_of(
             "expected eos_token_id in its config.json"
         )
     cut, dated = pieces_of(records, tokenizer, folder, today or date.today())
+    whole = [
+        (record, example_of(record, pieces, ids, tokenizer.end_of_answer, loss))
+        for record, pieces, ids in encoded(cut, tokenizer)
+    ]
+    apart = held_out_prompts([example.prompt for _, example in whole], held_out)
     examples: list[Example] = []
     left_out: list[LeftOut] = []
-    for record, pieces, ids in encoded(cut, tokenizer):
-        example = example_of(record, pieces, ids, tokenizer.end_of_answer, loss)
+    for record, example in whole:
         if not example.counts.any():
             left_out.append(LeftOut(record.place, "without a target"))
         elif len(example.tokens) <= context + 1:
@@ -252,10 +256,11 @@ def corpus_of(
             left_out.append(LeftOut(record.place, f"longer than the context of {context}"))
     if not examples:
         raise MiniloraError(f"{name} has no record that fits: each is longer than {context} tokens")
-    train, apart = split(examples, held_out)
+    train = tuple(example for example in examples if example.prompt not in apart)
+    held = tuple(example for example in examples if example.prompt in apart)
     forms = Counter(record.form for record in records)
     lost = sum(lost for *_, lost in cut)
-    return Records(train, apart, name, dict(forms), tuple(left_out), lost, dated)
+    return Records(train, held, name, dict(forms), tuple(left_out), lost, dated)
 
 
 Cut = tuple[Record, list[Piece], int]  # a record, its pieces, how many of its answers do not count
@@ -370,26 +375,23 @@ def windows_of(example: Example, context: int) -> Iterator[Example]:
         window = slice(start, start + context + 1)
         counts = example.counts[window].copy()
         counts[0] = False
-        yield example._replace(tokens=example.tokens[window], counts=counts, counted_bytes=0)
+        size = 0 if start else example.counted_bytes  # a window does not know its bytes
+        yield example._replace(tokens=example.tokens[window], counts=counts, counted_bytes=size)
 
 
-def split(
-    examples: Sequence[Example], held_out: float
-) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """Examples to train on and held out: all those of a prompt on one side.
+def held_out_prompts(prompts: Sequence[str], held_out: float) -> set[str]:
+    """The prompts whose records are held out, of the prompts of all records.
 
-    Prompts are taken in the order of their hash until the share is reached, at least one; so the
-    order of the lines does not matter.
+    They are taken in the order of their hash until the share is reached, at least one and never
+    all. So neither the order of the lines nor the context, which leaves long records out, changes
+    on which side a record is.
     """
-    sizes = Counter(example.prompt for example in examples)
-    wanted = max(1, int(held_out * len(examples))) if held_out else 0
+    sizes = Counter(prompts)
+    wanted = max(1, int(held_out * len(prompts))) if held_out else 0
     apart: set[str] = set()
     held = 0
-    for prompt in sorted(sizes, key=name_hash)[:-1]:  # one at least is trained on
+    for prompt in sorted(sizes, key=name_hash)[:-1]:
         if held < wanted:
             apart.add(prompt)
             held += sizes[prompt]
-    return (
-        tuple(example for example in examples if example.prompt not in apart),
-        tuple(example for example in examples if example.prompt in apart),
-    )
+    return apart

@@ -97,6 +97,7 @@ def test_a_long_text_is_read_in_windows_and_every_token_counts_once(length, cont
     assert all(len(e.tokens) <= context + 1 for e in examples)
     counted = np.concatenate([e.tokens[e.counts] for e in examples])
     assert counted.tolist() == [*text.encode()[1:], NO_TEXT]
+    assert sum(e.counted_bytes for e in examples) == length
 
 
 def test_a_base_that_cannot_end_an_answer_is_refused():
@@ -173,9 +174,19 @@ def test_no_prompt_is_on_both_sides_and_the_order_of_lines_does_not_matter():
     assert Counter(e.answer for e in again.held_out) == Counter(e.answer for e in corpus.held_out)
 
 
+@pytest.mark.parametrize("context", [9, 14, 200])
+def test_no_context_moves_a_record_to_the_other_side(context):
+    """Else an evaluation in a longer context would ask what was trained on in a shorter one."""
+    records = [{"prompt": f"{i}:", "completion": "x" * (i % 17 + 1)} for i in range(80)]
+    apart = {e.prompt for e in read(*records, held_out=0.1).held_out}
+    corpus = read(*records, context=context, held_out=0.1)
+    assert {e.prompt for e in corpus.held_out} <= apart
+    assert not {e.prompt for e in corpus.train} & apart and corpus.train
+
+
 def test_of_one_prompt_nothing_can_be_held_out():
     corpus = read(*[{"prompt": "a", "completion": "b"}] * 5, held_out=0.05)
-    with pytest.raises(MiniloraError, match="of a single prompt nothing can be held out"):
+    with pytest.raises(MiniloraError, match="needs two prompts that fit the context"):
         corpus.check(context=200)
 
 
